@@ -1,0 +1,120 @@
+"""Multi-layer perceptrons on real data, with a random activation, initial scale and subset."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from l2l import datasets
+from l2l.base import TaskFamily
+from l2l.tasks import supervised
+
+# The variance of a weight is gain / (a of fan-in and fan-out).
+_INITS = {
+    "lecun": lambda fan_in, fan_out: math.sqrt(1 / fan_in),
+    "he": lambda fan_in, fan_out: math.sqrt(2 / fan_in),
+    "glorot": lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)),
+}
+
+
+def mlp(
+    *,
+    dataset: str = "digits",
+    hidden: Sequence[int] = (32,),
+    activations: Sequence[str] = supervised.DIVERSE,
+    initial_scale: tuple[float, float] = (0.5, 2.0),
+    subset: tuple[float, float] = (0.25, 1.0),
+    batch_size: int = 128,
+    init: str | float = "lecun",
+    name: str | None = None,
+) -> TaskFamily:
+    """Classification by softmax cross-entropy (nats), or regression by mean squared error.
+
+    Args:
+      dataset: a name of `l2l.datasets` other than text; images are flattened.
+      hidden: the widths of the hidden layers; () is a linear model.
+      activations: one of these a problem: relu, tanh, sigmoid, gelu, silu, sin.
+      initial_scale: a factor on the initial weights, log-uniform in this range a problem.
+      subset: the share of the training split a problem sees, log-uniform in this range. Whole
+        splits (`key=None`) are whole whatever the subset.
+      batch_size: rows a batch.
+      init: "lecun", "he" or "glorot" for normal weights of that variance and biases of zero; or a
+        number, the standard deviation of weights and biases alike.
+      name: what tables call the family; by default made of the data set and the widths.
+
+    Returns:
+      A family. Params: {"linear_0": {"w": [in, out], "b": [out]}, …}. Problem:
+      `supervised.Problem`. Batch: `supervised.Batch`. Data: `datasets.Dataset`. `accuracy` is None
+      for regression.
+
+    Raises:
+      ValueError: an unknown data set, activation or init, or a range that is none.
+    """
+    shape, classes = datasets.spec(dataset, "vector")
+    hidden = tuple(hidden)
+    sizes = (math.prod(shape), *hidden, classes or 1)
+    initialise = dense_init(sizes, init)
+    forward = dense(activations)
+
+    def outputs(params, problem, batch):
+        inputs = supervised.cast(batch.inputs, params)
+        return forward(params, problem.activation, inputs.reshape(len(inputs), -1))
+
+    def loss(params, problem, batch):
+        out = outputs(params, problem, batch)
+        if classes:
+            return supervised.cross_entropy(out, batch.labels)
+        return jnp.mean((out[:, 0] - batch.labels.astype(out.dtype)) ** 2)
+
+    def accuracy(params, problem, batch):
+        return supervised.hits(outputs(params, problem, batch), batch.labels)
+
+    return TaskFamily(
+        sample=supervised.sampler(activations, initial_scale, subset),
+        init=lambda key, problem: initialise(key, problem.scale),
+        batch=supervised.batcher(batch_size),
+        loss=loss,
+        accuracy=accuracy if classes else None,
+        data=supervised.loader(dataset),
+        name=name or "-".join(map(str, ("mlp", dataset, *hidden))),
+    )
+
+
+def dense_init(sizes: Sequence[int], init: str | float = "lecun"):
+    """Makes (key, scale) -> parameters of linear layers between `sizes`, times `scale`."""
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"Layers of {tuple(sizes)} units cannot be: every width must be positive.")
+    if isinstance(init, str):
+        datasets.check_name("init", init, _INITS)
+    elif init < 0:
+        raise ValueError(f"init={init} is a standard deviation below zero: use a positive number.")
+
+    def initialise(key, scale=1.0):
+        params = {}
+        for i, (m, n) in enumerate(itertools.pairwise(sizes)):
+            w_key, b_key = jax.random.split(jax.random.fold_in(key, i))
+            w, b = jax.random.normal(w_key, (m, n)), jnp.zeros(n)
+            if isinstance(init, str):
+                w *= _INITS[init](m, n)
+            else:
+                w, b = w * init, jax.random.normal(b_key, (n,)) * init
+            params[f"linear_{i}"] = {"w": scale * w, "b": scale * b}
+        return params
+
+    return initialise
+
+
+def dense(activations: Sequence[str]):
+    """Makes (params, activation index, inputs [n, in]) -> [n, out]; the last layer is linear."""
+    activate = supervised.activation(activations)
+
+    def forward(params, index, x):
+        for i in range(len(params)):
+            layer = params[f"linear_{i}"]
+            x = x if i == 0 else activate(index, x)
+            x = x @ layer["w"] + layer["b"][None, :]
+        return x
+
+    return forward
