@@ -1,0 +1,76 @@
+"""What a learned optimizer sees: optax's statistics of the gradient, turned into bounded features.
+
+Everything here acts on arrays whose last axis runs over coordinates, is free of theta, and puts
+`eps_root` inside every square root: at a coordinate whose gradient has always been zero the
+derivative of √v̂ is infinite, and one such coordinate makes an exact meta-gradient NaN.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Moments(NamedTuple):
+    """First moments at J decays, mu [J, n], and one second moment, nu [n], not yet bias-corrected."""
+
+    mu: jax.Array
+    nu: jax.Array
+
+
+def zero_moments(num_decays: int, size: int, dtype=jnp.float32) -> Moments:
+    return Moments(jnp.zeros((num_decays, size), dtype), jnp.zeros((size,), dtype))
+
+
+def update_moments(
+    gradient: jax.Array,
+    moments: Moments,
+    step: jax.Array,
+    *,
+    decays: tuple[float, ...],
+    second_decay: float,
+) -> tuple[Moments, Moments]:
+    """Returns (moments, bias-corrected moments) after `gradient` [n] was seen at `step` (from 0).
+
+    The arithmetic is optax's own, so that the features equal those of `optax.scale_by_adam`.
+    """
+    mu = [
+        optax.tree.update_moment(gradient, mu, decay, 1)
+        for mu, decay in zip(moments.mu, decays, strict=True)
+    ]
+    nu = optax.tree.update_moment_per_elem_norm(gradient, moments.nu, second_decay, 2)
+    count = step + 1
+    mu_hat = [optax.tree.bias_correction(m, d, count) for m, d in zip(mu, decays, strict=True)]
+    nu_hat = optax.tree.bias_correction(nu, second_decay, count)
+    return Moments(jnp.stack(mu), nu), Moments(jnp.stack(mu_hat), nu_hat)
+
+
+def root(nu_hat: jax.Array, eps_root: float, eps: float = 1e-8) -> jax.Array:
+    """√(v̂ + eps_root) + eps, the denominator of `optax.adam(eps=eps, eps_root=eps_root)`."""
+    return jnp.sqrt(nu_hat + eps_root) + eps
+
+
+def log_and_sign(gradient: jax.Array, p: float) -> jax.Array:
+    """[2, n]: (log|g|/p, sign g) where |g| ≥ e^−p, and (−1, eᵖ g) below (Andrychowicz et al. 2016,
+    appendix A)."""
+    size = jnp.abs(gradient)
+    # The floor keeps log away from 0; it is never chosen below e^-p, where the other branch holds.
+    log = jnp.log(jnp.maximum(size, jnp.exp(-p) / 2)) / p
+    large = size >= jnp.exp(-p)
+    return jnp.stack(
+        [jnp.where(large, log, -1.0), jnp.where(large, jnp.sign(gradient), jnp.exp(p) * gradient)]
+    )
+
+
+def time_context(step: jax.Array, num_steps: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """[4]: t/T, log(1 + t)/10, log(1 + T)/10 and whether T is known; zeros for T where it is not.
+
+    Past its horizon t/T stays at 1: an optimizer should hold there, not extrapolate.
+    """
+    known = (num_steps > 0).astype(dtype)
+    t, horizon = step.astype(dtype), num_steps.astype(dtype)
+    fraction = jnp.minimum(t / jnp.maximum(horizon, 1.0), 1.0)
+    return jnp.stack(
+        [fraction * known, jnp.log1p(t) / 10.0, jnp.log1p(horizon) / 10.0 * known, known]
+    )

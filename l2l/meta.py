@@ -1,0 +1,139 @@
+"""The outer loop's step: many problems on many devices, one meta-gradient, one update of theta."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2l import base
+
+AXIS = "devices"
+
+
+class Meta(NamedTuple):
+    """What a meta-step is made of.
+
+    clip: the largest norm of one problem's meta-gradient; longer ones are scaled to it before the
+          mean over problems, so that no single run sets the direction.
+    """
+
+    estimator: base.MetaGradient
+    optimizer: base.LearnedOptimizer
+    meta_optimizer: optax.GradientTransformation
+    num_problems: int
+    clip: float = 1.0
+
+
+def devices_for(num_problems: int, devices: Sequence[jax.Device] | None = None) -> list:
+    """All devices, checked to divide the problems; ValueError names the nearest numbers that fit."""
+    devices = list(jax.devices() if devices is None else devices)
+    n = len(devices)
+    if num_problems < 1 or num_problems % n:
+        below = num_problems // n * n
+        fits = " or ".join(str(x) for x in (below, below + n) if x > 0)
+        raise ValueError(
+            f"num_problems={num_problems} cannot be split evenly over {n} devices. "
+            f"Try num_problems={fits}."
+        )
+    return devices
+
+
+def meta_init(key: jax.Array, meta: Meta, stage: base.Stage) -> base.MetaState:
+    """The state before the first meta-step, with leaves [num_problems, ...] in `estimator`.
+
+    Problem i draws everything from `fold_in(key, i)`: the number of devices changes nothing.
+    """
+
+    @jax.jit
+    def build(key, stage):
+        theta = meta.optimizer.init(jax.random.fold_in(key, 0))
+        problems = jax.random.fold_in(key, 1)
+        keys = jax.vmap(lambda i: jax.random.fold_in(problems, i))(jnp.arange(meta.num_problems))
+        # One buffer a leaf, even where two start equal: donation needs that.
+        zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+        return base.MetaState(
+            step=zero(),
+            theta=theta,
+            opt_state=meta.meta_optimizer.init(theta),
+            estimator=meta.estimator.init(keys, theta, stage),
+            stage=stage,
+            bad=zero(),
+            skipped=zero(),
+        )
+
+    return build(key, stage)
+
+
+def finite(tree) -> jax.Array:
+    """Whether every number in a pytree is finite: a boolean scalar."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x: x):
+    """One update of theta: (state, metrics). `mean` averages over devices (`pmean` under pmap).
+
+    A meta-gradient with a non-finite number in it changes neither theta nor the meta-optimizer:
+    the step is counted in `bad` and `skipped`, and metrics["finite"] [problems] says whose it was.
+    """
+    gradients, estimator, metrics = meta.estimator.estimate(
+        state.theta, state.estimator, data, state.stage
+    )
+    fine = jax.vmap(finite)(gradients)
+    norms = jax.vmap(optax.tree.norm)(gradients)
+    shrink = jnp.minimum(1.0, meta.clip / jnp.maximum(norms, 1e-30))
+    local = jax.tree.map(
+        lambda g: jnp.mean(g * shrink.reshape(-1, *[1] * (g.ndim - 1)), 0), gradients
+    )
+    gradient = mean(local)  # The only numbers that devices exchange.
+    updates, opt_state = meta.meta_optimizer.update(gradient, state.opt_state, state.theta)
+    theta = optax.apply_updates(state.theta, updates)
+    good = finite(gradient) & finite(theta)
+    keep = partial(jax.tree.map, partial(jnp.where, good))
+    one = jnp.where(good, 0, 1).astype(jnp.int32)
+    state = state._replace(
+        step=state.step + 1,
+        theta=keep(theta, state.theta),
+        opt_state=keep(opt_state, state.opt_state),
+        estimator=estimator,
+        bad=(state.bad + one) * one,
+        skipped=state.skipped + one,
+    )
+    return state, dict(metrics, gradient_norm=norms, finite=fine)
+
+
+def compile_steps(meta: Meta, group: int, devices: Sequence[jax.Device]) -> Callable:
+    """(state, data) -> (state, metrics [group, num_problems]): `group` meta-steps in one pmapped
+    call, problems split over `devices`, everything else replicated. The state is in the layout of
+    `spread`; metrics come back as global arrays on the host."""
+    axes = base.MetaState(None, None, None, 0, None, None, None)
+
+    def steps(state, data):
+        def one(state, _):
+            return meta_step(meta, state, data, partial(jax.lax.pmean, axis_name=AXIS))
+
+        return jax.lax.scan(one, state, None, group)
+
+    return jax.pmap(
+        steps,
+        axis_name=AXIS,
+        in_axes=(axes, None),
+        out_axes=(axes, 0),
+        devices=devices,
+        donate_argnums=(),
+    )
+
+
+def spread(state: base.MetaState, devices: Sequence[jax.Device]) -> base.MetaState:
+    """[num_problems, ...] to the layout of `compile_steps`, [devices, num_problems/devices, ...]."""
+    n = len(devices)
+    split = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), state.estimator)
+    return state._replace(estimator=split)
+
+
+def gather(state: base.MetaState) -> base.MetaState:
+    """The inverse of `spread`: the layout of checkpoints, the same for any number of devices."""
+    joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state.estimator)
+    return state._replace(estimator=joined)

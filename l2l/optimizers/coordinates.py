@@ -1,0 +1,154 @@
+"""All coordinates of a pytree, in blocks: the one place where a `Rule` meets arrays.
+
+The parameters of an optimizee are laid end to end and cut into blocks [num_blocks, B]; a block goes
+through the statistics, the features and the network while it is in the cache, so that memory does
+not grow with the network's width, and the program does not grow with the number of tensors.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2l import base
+
+# Columns in a block. On a CPU a block and its LSTM gates should stay in the second-level cache;
+# on an accelerator a block must fill the chip. `python benchmarks/engine.py --sweep` prints both.
+CPU_BLOCK = 512
+ACCELERATOR_BLOCK = 1 << 20
+# Vector registers hold 16 float32: a small network is padded to this, not to a whole block.
+LANES = 16
+
+
+class LearnedState(NamedTuple):
+    """The optax state of a bound rule: the step, and statistics and hidden in blocks
+    [num_blocks, ..., B]."""
+
+    step: jax.Array
+    statistics: base.PyTree
+    hidden: base.PyTree
+
+
+def block_shape(size: int, block: int | None = None) -> tuple[int, int]:
+    """(num_blocks, B) for `size` coordinates; the last block may be padded."""
+    if block is None:
+        block = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
+    block = min(block, -(-max(size, 1) // LANES) * LANES)
+    # Spread the coordinates evenly, so that the last block is not mostly padding.
+    num_blocks = -(-size // block)
+    if num_blocks:
+        block = -(-(-(-size // num_blocks)) // LANES) * LANES
+    return num_blocks, block
+
+
+def cut(flat: jax.Array, block: int | None = None) -> jax.Array:
+    """[..., P] to [num_blocks, ..., B], padded with zeros."""
+    size = flat.shape[-1]
+    num_blocks, width = block_shape(size, block)
+    padding = [(0, 0)] * (flat.ndim - 1) + [(0, num_blocks * width - size)]
+    flat = jnp.pad(flat, padding)
+    return jnp.moveaxis(flat.reshape(*flat.shape[:-1], num_blocks, width), -2, 0)
+
+
+def flatten(tree: base.PyTree, dtype) -> jax.Array:
+    """The leaves of a pytree, end to end: [P]."""
+    leaves = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves) if leaves else jnp.zeros((0,), dtype)
+
+
+def unflatten(flat: jax.Array, like: base.PyTree) -> base.PyTree:
+    """The inverse of `flatten`, with the shapes and dtypes of `like`; padding at the end is cut."""
+    leaves, treedef = jax.tree.flatten(like)
+    out, start = [], 0
+    for leaf in leaves:
+        out.append(flat[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
+        start += leaf.size
+    return jax.tree.unflatten(treedef, out)
+
+
+def start(rule: base.Rule, theta, params, block: int | None = None) -> LearnedState:
+    """The state before the first step."""
+    dtype = dtype_of(theta)
+    statistics = jax.tree.map(lambda x: cut(x, block), rule.statistics(params, dtype))
+    num_blocks, width = block_shape(base.count(params), block)
+    hidden = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (num_blocks, *x.shape)), rule.hidden(theta, width)
+    )
+    return LearnedState(jnp.zeros((), jnp.int32), statistics, hidden)
+
+
+def advance(
+    rule: base.Rule,
+    theta,
+    gradient: jax.Array,
+    params: jax.Array,
+    state: LearnedState,
+    num_steps: jax.Array,
+) -> tuple[jax.Array, LearnedState]:
+    """One step of a rule for gradient and params [num_blocks, B]: (updates, state)."""
+    context = rule.context(state.step, num_steps).astype(gradient.dtype)
+
+    def one_block(_, block):
+        g, p, statistics, hidden = block
+        features, statistics = rule.observe(g, statistics, p, state.step)
+        updates, hidden = rule.propose(theta, features, context, hidden)
+        return None, (updates, statistics, hidden)
+
+    blocks = (gradient, params, state.statistics, state.hidden)
+    if gradient.shape[0] == 1:  # A loop of one would keep the compiler from fusing around it.
+        out = one_block(None, jax.tree.map(lambda x: x[0], blocks))[1]
+        updates, statistics, hidden = jax.tree.map(lambda x: x[None], out)
+    else:
+        _, (updates, statistics, hidden) = jax.lax.scan(one_block, None, blocks)
+    return updates, LearnedState(state.step + 1, statistics, hidden)
+
+
+def dtype_of(theta) -> jnp.dtype:
+    """The floating dtype a rule computes in: that of its theta."""
+    leaves = jax.tree.leaves(theta)
+    return leaves[0].dtype if leaves else jnp.dtype(jnp.float32)
+
+
+def bind(rule: base.Rule, theta, block: int | None = None) -> optax.GradientTransformationExtraArgs:
+    """The rule with its theta, as an optax transformation.
+
+    `update` takes `params` (a learned optimizer looks at them) and, optionally, `num_steps`: the
+    horizon of the run. Other extra arguments are left to other links of the chain.
+    """
+    dtype = dtype_of(theta)
+
+    def init(params):
+        check_leaves(params)
+        return start(rule, theta, params, block)
+
+    def update(updates, state, params=None, *, num_steps=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "The learned optimizer looks at the parameters, and `params` is None: call "
+                "update(gradients, state, params)."
+            )
+        if base.count(updates) == 0:
+            return updates, state
+        gradient = cut(flatten(updates, dtype), block)
+        position = cut(flatten(params, dtype), block)
+        out, state = advance(rule, theta, gradient, position, state, base.as_steps(num_steps))
+        return unflatten(out.reshape(-1), updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_leaves(params) -> None:
+    """Raises TypeError for leaves that have no real gradient."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"Parameter {jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}: learned "
+                "optimizers update real floating-point numbers. Leave it out with optax.masked."
+            )
+
+
+def optimizer(init, rule: base.Rule) -> base.LearnedOptimizer:
+    """A `LearnedOptimizer` from a rule and the initialiser of its theta."""
+    return base.LearnedOptimizer(init, lambda theta: bind(rule, theta), rule)
