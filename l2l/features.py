@@ -64,13 +64,23 @@ def log_and_sign(gradient: jax.Array, p: float) -> jax.Array:
 
 
 def time_context(step: jax.Array, num_steps: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """[4]: t/T, log(1 + t)/10, log(1 + T)/10 and whether T is known; zeros for T where it is not.
+    """[5]: t/T, t/(t + 10), t/(t + 100), T/(T + 300) and whether T is known; zeros for T if not.
 
-    Past its horizon t/T stays at 1: an optimizer should hold there, not extrapolate.
+    Each saturates: past every length of run met in meta-training it is nearly constant, where a
+    logarithm would keep growing and carry the network off. Past the horizon t/T stays at 1.
     """
     known = (num_steps > 0).astype(dtype)
     t, horizon = step.astype(dtype), num_steps.astype(dtype)
     fraction = jnp.minimum(t / jnp.maximum(horizon, 1.0), 1.0)
     return jnp.stack(
-        [fraction * known, jnp.log1p(t) / 10.0, jnp.log1p(horizon) / 10.0 * known, known]
+        [
+            fraction * known,
+            t / (t + 10.0),
+            t / (t + 100.0),
+            horizon / (horizon + 300.0),
+            known,
+        ]
     )
+
+
+NUM_CONTEXT = 5

@@ -14,7 +14,9 @@ class Objective(NamedTuple):
     each update (ℓ₀ is nobody's doing).
 
     on:   "train" (the batches the optimizer will see next), "validation" (held-out batches) or
-          "both" (half of each).
+          "both".
+    share: of the validation losses under "both". A meta-loss on training batches alone teaches an
+          optimizer to memorise.
     form: "plain" (ρ = ℓ, mean over the window; Andrychowicz et al. 2016 sum), "log" (ρ = log ℓ,
           scale-free) or "last" (ρ = ℓ at the end of the window alone; Lv et al. 2017).
     cap:  losses above it count as `cap` and pull no gradient; the share of capped losses is
@@ -24,11 +26,13 @@ class Objective(NamedTuple):
     on: str = "train"
     form: str = "log"
     cap: float = 1e4
+    share: float = 0.5
 
     @property
     def shares(self) -> tuple[float, float]:
         """The weights of (training, validation) losses."""
-        return {"train": (1.0, 0.0), "validation": (0.0, 1.0), "both": (0.5, 0.5)}[self.on]
+        validation = {"train": 0.0, "validation": 1.0, "both": self.share}[self.on]
+        return 1.0 - validation, validation
 
     def value(self, losses: jax.Array) -> jax.Array:
         """L of losses [K] after each update. Non-finite losses stay non-finite."""
@@ -38,10 +42,14 @@ class Objective(NamedTuple):
         return jnp.mean(jnp.log(losses + FLOOR) if self.form == "log" else losses)
 
 
-def objective(*, on: str = "train", form: str = "log", cap: float = 1e4) -> Objective:
-    """An `Objective`; raises ValueError for an unknown `on` or `form`."""
+def objective(
+    *, on: str = "train", form: str = "log", cap: float = 1e4, share: float = 0.5
+) -> Objective:
+    """An `Objective`; raises ValueError for an unknown `on` or `form` or a share outside [0, 1]."""
     if on not in ("train", "validation", "both"):
         raise ValueError(f"Unknown meta-loss split {on!r}: choose train, validation or both.")
     if form not in ("plain", "log", "last"):
         raise ValueError(f"Unknown form of meta-loss {form!r}: choose plain, log or last.")
-    return Objective(on, form, cap)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share={share} of the validation losses is outside [0, 1].")
+    return Objective(on, form, cap, share)

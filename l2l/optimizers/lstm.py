@@ -88,7 +88,7 @@ def lstm(
         return -jnp.exp(theta["log_learning_rate"]) * step, hidden
 
     def init(key):
-        rows, context = jnp.zeros((nominal, 1)), jnp.zeros((4,))
+        rows, context = jnp.zeros((nominal, 1)), jnp.zeros((features.NUM_CONTEXT,))
         weights = network.init(key, rows, context, _zeros(hidden_size, layers, 1, jnp.float32))
         return {
             "network": weights,
