@@ -1,6 +1,17 @@
 """Families of problems to optimize, and wrappers that make any family more diverse."""
 
+from l2l.tasks.augment import convex as convex
+from l2l.tasks.augment import noise as noise
+from l2l.tasks.augment import rescale as rescale
+from l2l.tasks.autoencoder import autoencoder as autoencoder
+from l2l.tasks.images import cifar as cifar
+from l2l.tasks.images import conv as conv
+from l2l.tasks.images import mnist as mnist
+from l2l.tasks.logistic import logistic as logistic
 from l2l.tasks.mlp import mlp as mlp
 from l2l.tasks.quadratic import quadratic as quadratic
 from l2l.tasks.quadratic import simple as simple
 from l2l.tasks.quadratic import simple_multi as simple_multi
+from l2l.tasks.regression import regression as regression
+from l2l.tasks.text import gru as gru
+from l2l.tasks.text import transformer as transformer

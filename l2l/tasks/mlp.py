@@ -11,7 +11,7 @@ from l2l import datasets
 from l2l.base import TaskFamily
 from l2l.tasks import supervised
 
-# The variance of a weight is gain / (a of fan-in and fan-out).
+# The standard deviation of a weight by the number of inputs and outputs of its unit.
 _INITS = {
     "lecun": lambda fan_in, fan_out: math.sqrt(1 / fan_in),
     "he": lambda fan_in, fan_out: math.sqrt(2 / fan_in),
@@ -83,24 +83,33 @@ def mlp(
 
 
 def dense_init(sizes: Sequence[int], init: str | float = "lecun"):
-    """Makes (key, scale) -> parameters of linear layers between `sizes`, times `scale`."""
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"Layers of {tuple(sizes)} units cannot be: every width must be positive.")
+    """Makes (key, scale) -> parameters of linear layers between `sizes`, the weights times
+    `scale`."""
+    shapes = {f"linear_{i}": shape for i, shape in enumerate(itertools.pairwise(sizes))}
+    return layers_init(shapes, init)
+
+
+def layers_init(shapes: dict[str, tuple[int, ...]], init: str | float = "lecun"):
+    """Makes (key, scale) -> {name: {"w": shape, "b": shape[-1:]}}; the last axis is the output."""
+    for name, shape in shapes.items():
+        if any(size < 1 for size in shape):
+            raise ValueError(f"{name} of shape {shape} cannot be: every width must be 1 or more.")
     if isinstance(init, str):
         datasets.check_name("init", init, _INITS)
     elif init < 0:
         raise ValueError(f"init={init} is a standard deviation below zero: use a positive number.")
 
-    def initialise(key, scale=1.0):
+    def initialise(key, scale):
         params = {}
-        for i, (m, n) in enumerate(itertools.pairwise(sizes)):
+        for i, (name, shape) in enumerate(shapes.items()):
             w_key, b_key = jax.random.split(jax.random.fold_in(key, i))
-            w, b = jax.random.normal(w_key, (m, n)), jnp.zeros(n)
+            w, b = jax.random.normal(w_key, shape), jnp.zeros(shape[-1])
             if isinstance(init, str):
-                w *= _INITS[init](m, n)
+                around = math.prod(shape[:-2])  # The area of a filter; 1 for a linear layer.
+                w *= _INITS[init](around * shape[-2], around * shape[-1])
             else:
-                w, b = w * init, jax.random.normal(b_key, (n,)) * init
-            params[f"linear_{i}"] = {"w": scale * w, "b": scale * b}
+                w, b = w * init, jax.random.normal(b_key, b.shape) * init
+            params[name] = {"w": scale * w, "b": b}
         return params
 
     return initialise

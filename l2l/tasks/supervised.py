@@ -142,14 +142,16 @@ def cast(inputs: jax.Array, params) -> jax.Array:
 
 def in_chunks(apply: Callable, inputs: jax.Array, rows: int = 1000) -> jax.Array:
     """apply(inputs), at most `rows` rows at a time: a whole split need not fit as activations."""
-    whole = len(inputs) // rows
     if len(inputs) <= rows:
         return apply(inputs)
+    whole, rest = divmod(len(inputs), rows)
     blocks = inputs[: whole * rows].reshape(whole, rows, *inputs.shape[1:])
     outputs = jax.lax.map(apply, blocks)
     outputs = outputs.reshape(whole * rows, *outputs.shape[2:])
-    rest = inputs[whole * rows :]
-    return jnp.concatenate([outputs, apply(rest)]) if len(rest) else outputs
+    if not rest:
+        return outputs
+    # The last block overlaps: batch norm over a rest of few rows would be another network.
+    return jnp.concatenate([outputs, apply(inputs[-rows:])[-rest:]])
 
 
 def check_activations(names: Sequence[str]) -> tuple[str, ...]:
