@@ -1,0 +1,176 @@
+"""Any optax transformation to loss curves: learned and hand-made optimizers pass through this code.
+
+    python -m l2l.evaluate --optimizer=runs/mlp/export,adam --task=mlp --horizons=500,1000
+
+`scorecard.py` is the body of that command. Paired by design: problem i draws its initial
+parameters and every batch from `fold_in(key, i)`, whatever the optimizer and the devices.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l2l import base, unroll
+
+
+class Curves(NamedTuple):
+    """What `num_problems` training runs came to, as numpy arrays: n runs, T steps, c checkpoints.
+
+    losses:        [n, T], the loss of the training batch before each step.
+    steps:         [c], the steps after which what follows was measured; the last one is T.
+    train_loss:    [n, c], over the whole training split.
+    test_loss:     [n, c], over the whole test split.
+    test_accuracy: [n, c], in [0, 1]; NaN where the family has no accuracy.
+    diverged:      [n, c], whether by then a batch loss was not finite, or the training loss is not
+                   finite, or above `blowup` times its value before the first step.
+
+    Families without data measure their one loss, so that train_loss equals test_loss.
+    """
+
+    losses: Any
+    steps: Any
+    train_loss: Any
+    test_loss: Any
+    test_accuracy: Any
+    diverged: Any
+
+
+def evaluate(
+    key: jax.Array,
+    optimizer: optax.GradientTransformation | base.LearnedOptimizer,
+    family: base.TaskFamily,
+    data,
+    num_problems: int,
+    num_steps: int,
+    *,
+    theta=None,
+    **settings,
+) -> Curves:
+    """Trains `num_problems` problems of a family for `num_steps` steps each.
+
+    Args:
+      key: decides the problems and their batches, whatever the optimizer.
+      optimizer: an optax transformation, learned or not, told the horizon as `num_steps=`; or a
+        `LearnedOptimizer` with its `theta`, which compiles once for all theta.
+      data: what `family.data()` returned.
+      settings: of `compile_evaluation`.
+    """
+    if not isinstance(optimizer, base.LearnedOptimizer):
+        optimizer, theta = _fixed(optimizer), ()
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    run = _compiled(optimizer, family, num_problems, num_steps, **settings)
+    return run(theta, key, data)
+
+
+def compile_evaluation(
+    optimizer: base.LearnedOptimizer,
+    family: base.TaskFamily,
+    num_problems: int,
+    num_steps: int,
+    *,
+    checkpoints: Sequence[int] = (),
+    devices: Sequence[jax.Device] | None = None,
+    batch: int | None = None,
+    blowup: float = 2.0,
+    sweep: bool = False,
+) -> Callable[[Any, jax.Array, Any], Curves]:
+    """Makes (theta, key, data) -> Curves: compiled at the first call, and for no new theta again.
+
+    Args:
+      checkpoints: steps before `num_steps` at which to measure as well.
+      devices: the runs are split over them; by default all of this process.
+      batch: runs that go abreast on one device. By default one on a CPU, where a small network's
+        run stays in the cache, and all on an accelerator, which must be filled.
+      blowup: see `Curves.diverged`.
+      sweep: theta's leaves have a leading axis [s], of settings to be tried on the same problems,
+        and so have the results (before [n]; the losses are left out, `()`). The settings
+        share each step's batch and go abreast, which is several times faster than one by one.
+
+    Raises:
+      ValueError: no problems, no steps, or checkpoints outside [1, num_steps].
+    """
+    if num_problems < 1 or num_steps < 1:
+        raise ValueError(
+            f"num_problems={num_problems} and num_steps={num_steps} leave nothing to measure: "
+            "both must be 1 or more."
+        )
+    steps = sorted({*checkpoints, num_steps})
+    if steps[0] < 1 or steps[-1] > num_steps:
+        raise ValueError(
+            f"checkpoints={tuple(checkpoints)} leave the run of {num_steps} steps: "
+            f"give steps between 1 and {num_steps}."
+        )
+    devices = list(jax.local_devices() if devices is None else devices)
+    share = -(-num_problems // len(devices))
+    if batch is None:
+        batch = 1 if devices[0].platform == "cpu" else share
+    # Where the devices do not divide the runs, the last run is done again and thrown away.
+    numbers = np.minimum(np.arange(len(devices) * share), num_problems - 1)
+
+    def one(theta, key, data):
+        curves = one_run(optimizer.bind(theta), family, key, data, steps, blowup)
+        return curves._replace(losses=()) if sweep else curves
+
+    def on_device(theta, key, numbers, data):
+        abreast = jax.vmap(one, (0, None, None)) if sweep else one
+        each = lambda i: abreast(theta, jax.random.fold_in(key, i), data)  # noqa: E731
+        if batch >= share:
+            return jax.vmap(each)(numbers)
+        return jax.lax.map(each, numbers, batch_size=batch if batch > 1 else None)
+
+    mapped = jax.pmap(on_device, in_axes=(None, None, 0, None), devices=devices)
+
+    def evaluation(theta, key, data) -> Curves:
+        out = jax.device_get(mapped(theta, key, numbers.reshape(len(devices), share), data))
+        out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_problems], out)
+        if sweep:
+            out = jax.tree.map(lambda x: np.swapaxes(x, 0, 1), out)
+        return out._replace(steps=np.asarray(steps))
+
+    return evaluation
+
+
+def start(optimizer, family: base.TaskFamily, key: jax.Array, num_steps: int) -> base.InnerState:
+    """The run that `key` decides, before its first step; the optimizer is told `num_steps`."""
+    fold = functools.partial(jax.random.fold_in, key)
+    problem = family.sample(fold(unroll.SAMPLE))
+    params = family.init(fold(unroll.INIT), problem)
+    horizon = jnp.asarray(num_steps, jnp.int32)
+    state = optimizer.init(params)
+    return base.InnerState(params, state, problem, key, jnp.zeros((), jnp.int32), horizon, horizon)
+
+
+def one_run(transform, family, key, data, steps, blowup=2.0) -> Curves:
+    """The run that `key` decides, to the last of `steps` (increasing), measured at each: `Curves`
+    without [n], and `steps` left to the caller."""
+    optimizer = optax.with_extra_args_support(transform)
+    state = start(optimizer, family, key, steps[-1])
+    initial = _whole(family.loss, family, state, data, "train")
+    losses, measured, finite = [], [], jnp.asarray(True)
+    for length in np.diff([0, *steps]):
+        state, segment = unroll.unroll(state, data, family, optimizer, int(length))
+        losses.append(segment)
+        finite &= jnp.all(jnp.isfinite(segment))
+        train = _whole(family.loss, family, state, data, "train")
+        test = _whole(family.loss, family, state, data, "test")
+        accuracy = jnp.full((), jnp.nan, train.dtype)
+        if family.accuracy is not None:
+            accuracy = _whole(family.accuracy, family, state, data, "test")
+        # The comparison is False for NaN, so that NaN counts as diverged.
+        measured.append((train, test, accuracy, ~(finite & (train <= blowup * initial))))
+    return Curves(jnp.concatenate(losses), (), *(jnp.stack(x) for x in zip(*measured, strict=True)))
+
+
+def _whole(measure, family, state, data, split):
+    batch = family.batch(None, state.problem, data, split)
+    return measure(state.params, state.problem, batch)
+
+
+# A transformation is a pair of functions, so the same one is recognised when it comes again.
+_fixed = functools.lru_cache(maxsize=64)(base.fixed)
+_compiled = functools.lru_cache(maxsize=64)(compile_evaluation)
