@@ -174,3 +174,9 @@ def _whole(measure, family, state, data, split):
 # A transformation is a pair of functions, so the same one is recognised when it comes again.
 _fixed = functools.lru_cache(maxsize=64)(base.fixed)
 _compiled = functools.lru_cache(maxsize=64)(compile_evaluation)
+
+
+if __name__ == "__main__":
+    from l2l import scorecard
+
+    scorecard.run()

@@ -1,0 +1,117 @@
+"""Grids and meta-learned Adam against optax itself, and expressions that must not be run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2l.optimizers import baselines
+
+STEPS = 5
+
+
+def walk(optimizer, dtype=jnp.float32):
+    """The positions of a short descent on Σ x⁴ with one coordinate that has no gradient."""
+    x = jnp.asarray([1.0, -0.5, 0.0], dtype)
+    state, path = optimizer.init(x), []
+    for _ in range(STEPS):
+        updates, state = optimizer.update(4 * x**3, state, x)
+        x = optax.apply_updates(x, updates)
+        path.append(x)
+    return jnp.stack(path)
+
+
+def test_learned_adam_begins_as_optax_adam():
+    learned = baselines.learned_adam(learning_rate=0.02, b1=0.8, b2=0.99, eps_root=1e-8)
+    theta = learned.init(jax.random.key(0))
+    assert [x.dtype for x in jax.tree.leaves(theta)] == [jnp.float32] * 3
+    np.testing.assert_allclose(
+        walk(learned.bind(theta)), walk(optax.adam(0.02, 0.8, 0.99, eps_root=1e-8)), rtol=1e-5
+    )
+
+
+def test_learned_adam_has_a_meta_gradient_only_thanks_to_eps_root():
+    def end(theta, learned):
+        return jnp.sum(walk(learned.bind(theta))[-1] ** 4)
+
+    for eps_root, finite in ((1e-8, True), (0.0, False)):
+        learned = baselines.learned_adam(eps_root=eps_root)
+
+        def through_gradient(theta, shift, learned=learned):
+            # Exact meta-gradients differentiate the gradients too: here by a shift of the start.
+            x = jnp.asarray([1.0, 0.0]) + shift
+            optimizer = learned.bind(theta)
+            state = optimizer.init(x)
+            for _ in range(2):
+                updates, state = optimizer.update(4 * x**3, state, x)
+                x = x + updates
+            return jnp.sum(x**4)
+
+        theta = learned.init(jax.random.key(0))
+        slope = jax.grad(through_gradient, (0, 1))(theta, jnp.zeros(2))
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(slope)) == finite
+    slope = jax.grad(end)(theta, baselines.learned_adam())
+    assert float(slope["log_learning_rate"]) < 0  # Too slow a rate: faster is better.
+
+
+@pytest.mark.parametrize("name", baselines.KINDS)
+@pytest.mark.parametrize("horizon", [0, STEPS])
+def test_a_grid_is_what_its_expression_says(name, horizon):
+    point = baselines.setting(0.03, horizon, 1e-8)
+    own = walk(baselines.grid(name).bind(point))
+    typed = baselines.parse(baselines.expression(name, point))
+    np.testing.assert_allclose(own, walk(typed), rtol=1e-5)
+    assert bool(jnp.isfinite(walk(baselines.grid(name).bind(baselines.setting(0.03)))).all())
+
+
+def test_adam_of_the_grid_is_optax_adam():
+    own = baselines.grid("adam", b1=0.8).bind(baselines.setting(0.03, 0, 1e-6))
+    np.testing.assert_allclose(walk(own), walk(optax.adam(0.03, 0.8, eps_root=1e-6)), rtol=1e-6)
+    schedule = optax.cosine_decay_schedule(0.03, 4)
+    own = baselines.grid("adam").bind(baselines.setting(0.03, 4))
+    np.testing.assert_allclose(walk(own), walk(optax.adam(schedule)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("adam", lambda: optax.adam(1e-3)),
+        ("adam(learning_rate=1e-2)", lambda: optax.adam(1e-2)),
+        ("optax.adamw(0.01, weight_decay=-0.5)", lambda: optax.adamw(0.01, weight_decay=-0.5)),
+        ("sgd(0.1, momentum=0.9, nesterov=True)", lambda: optax.sgd(0.1, 0.9, True)),
+        ("sgd(linear_schedule(0.1, 0, 5))", lambda: optax.sgd(optax.linear_schedule(0.1, 0, 5))),
+    ],
+)
+def test_expressions_mean_what_optax_means(text, same):
+    optimizer = baselines.parse(text)
+    np.testing.assert_array_equal(walk(optimizer), walk(same()))
+    optimizer.update(jnp.zeros(3), optimizer.init(jnp.zeros(3)), jnp.zeros(3), num_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("adma(1e-2)", "did you mean adam"),
+        ("__import__('os').system('true')", "not among"),
+        ("adam(__import__('os').getpid())", "not among"),
+        ("adam([x for x in (1,)])", "no plain value"),
+        ("adam(**{'learning_rate': 1})", "unpacks"),
+        ("adam(1e-2, speed=3)", "optax refuses"),
+        ("adam(1e-2", "not an expression"),
+        ("3", "does not name"),
+        ("", "not an expression"),
+        ("adam; sgd", "not an expression"),
+    ],
+)
+def test_anything_else_is_refused_in_one_sentence(text, says):
+    with pytest.raises(ValueError, match=says) as error:
+        baselines.parse(text)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_kinds_and_impossible_decays_are_refused():
+    with pytest.raises(ValueError, match="did you mean rmsprop"):
+        baselines.grid("rmsporp")
+    with pytest.raises(ValueError, match="strictly between"):
+        baselines.learned_adam(b1=1.0)
