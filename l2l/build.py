@@ -1,27 +1,24 @@
 """Configuration to objects. What a name in a configuration may be is one visible dict a kind.
 
 A section of a configuration is a dict with a `name`, a key of that kind's dict, and settings: the
-keyword arguments of what the dict holds. They are checked against its signature, so that a misspelt
-key or a wrong type stops before anything is computed.
+keyword arguments of what the dict holds (see `checks.py`).
 """
 
-import difflib
 import importlib
 import importlib.util
 import inspect
 import math
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optax
 
-from l2l import base, curriculum, tasks
-from l2l.estimators import first_order, objective
+from l2l import base, checks, curriculum, tasks
+from l2l.estimators import autodiff, first_order, mixture, objective, pes
 from l2l.meta import Meta
-from l2l.optimizers import lstm
+from l2l.optimizers import baselines, lstm
 from l2l.unroll import Inner
 
 TASKS = {
@@ -39,8 +36,17 @@ TASKS = {
     "transformer": tasks.transformer,
 }
 AUGMENTATIONS = {"convex": tasks.convex, "noise": tasks.noise, "rescale": tasks.rescale}
-OPTIMIZERS = {"dm": lstm.dm, "lstm": lstm.lstm, "rnnprop": lstm.rnnprop}
-ESTIMATORS = {"first_order": first_order.first_order}
+OPTIMIZERS = {
+    "dm": lstm.dm,
+    "learned_adam": baselines.learned_adam,
+    "lstm": lstm.lstm,
+    "rnnprop": lstm.rnnprop,
+}
+ESTIMATORS = {
+    "first_order": first_order.first_order,
+    "pes": pes.pes,
+    "truncated": autodiff.truncated,
+}
 HORIZONS = {"log_uniform": curriculum.log_uniform, "stages": curriculum.stages}
 META_OPTIMIZERS = {
     "adam": optax.adam,
@@ -63,6 +69,7 @@ SCHEDULES = {
     "linear_schedule": optax.linear_schedule,
     "warmup_cosine_decay_schedule": optax.warmup_cosine_decay_schedule,
 }
+LENGTH = 20  # Of a window, unless section `inner` says otherwise.
 
 
 class Running(NamedTuple):
@@ -81,7 +88,7 @@ class Running(NamedTuple):
     group: int = 50
     clip: float = 1.0
     max_bad: int = 20
-    optimizer: Any = types.MappingProxyType({"name": "adam", "learning_rate": 1e-3})
+    optimizer: Any = MappingProxyType({"name": "adam", "learning_rate": 1e-3})
 
 
 class Evaluation(NamedTuple):
@@ -106,19 +113,36 @@ class Saving(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """What `train.run` runs. `config` is plain data (what config.json holds); `specification` is
-    the part of it that rebuilds the optimizer."""
+    """What `train.run` runs.
+
+    config:        plain data, as config.json holds it.
+    specification: the part of it that rebuilds the optimizer.
+    families:      what is trained on: one, or several that make a mixture.
+    reads:         for each family, which entry of `data()` is its own.
+    """
 
     config: dict
     specification: dict
     seed: int
-    family: base.TaskFamily
-    inner: Inner
+    families: tuple[base.TaskFamily, ...]
+    reads: tuple[int, ...]
+    optimizer: base.LearnedOptimizer
     meta: Meta
     curriculum: curriculum.Curriculum
     running: Running
     evaluation: Evaluation
     saving: Saving
+
+    def data(self):
+        """What the estimator reads: a family's data, or for a mixture a tuple of them."""
+        loaded = tuple(
+            self.families[self.reads.index(i)].data() for i in range(max(self.reads) + 1)
+        )
+        return loaded[0] if len(self.families) == 1 else loaded
+
+    def data_of(self, data, index: int):
+        """The part of `data()` that belongs to a family."""
+        return data if len(self.families) == 1 else data[self.reads[index]]
 
 
 SECTIONS = (
@@ -144,64 +168,102 @@ def experiment(config: Mapping) -> Experiment:
       ValueError: a key or name that is not known (with the nearest that is), or a value of the
         wrong type or out of range.
     """
-    config = plain(config)
+    config = checks.plain(config)
     for key in config:
         if key not in SECTIONS:
-            raise ValueError(unknown("section", key, SECTIONS, "config"))
-    running = fill("meta", Running, config.get("meta", {}))
+            raise ValueError(checks.unknown("section", key, SECTIONS, "config"))
+    running = checks.fill("meta", Running, config.get("meta", {}))
     if min(running.steps, running.num_problems, running.group, running.max_bad) < 1:
         raise ValueError("meta.steps, num_problems, group and max_bad must all be 1 or more.")
     # Every call of the compiled program takes the same number of meta-steps.
     running = running._replace(group=math.gcd(running.steps, running.group))
-    family = task(config.get("task", {"name": "mlp"}), config.get("augmentations", ()))
     specification = config.get("optimizer", {"name": "lstm"})
     learned = optimizer(specification)
-    settings = {"length": 20, **config.get("inner", {})}
-    hidden = ("family", "optimizer")  # The program's, not the user's.
-    inner = Inner(family, learned, **check("inner", Inner, settings, hidden))
-    imitation = fill("imitation", curriculum.Imitation, config.get("imitation", {}))
-    given = dict(inner=inner, objective=call("objective", objective.objective, config))
-    if imitation.weight:
-        given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
-    estimator = make(
-        "estimator", ESTIMATORS, config.get("estimator", {"name": "first_order"}), **given
-    )
-    plan = make(
-        "horizon",
-        HORIZONS,
-        config.get("horizon", {"name": "log_uniform"}),
-        steps=running.steps,
-        imitation=imitation,
-    )
+    imitation = checks.fill("imitation", curriculum.Imitation, config.get("imitation", {}))
+    families, weights, sources = _mixture(config)
+    estimators = [_estimator(config, family, learned, imitation) for family in families]
+    reads = tuple(list(dict.fromkeys(sources)).index(source) for source in sources)
+    single = len(families) == 1
+    horizons = config.get("horizon", {"name": "log_uniform"})
     return Experiment(
         config=config,
         specification=specification,
-        seed=fits("config", "seed", config.get("seed", 0), int),
-        family=family,
-        inner=inner,
+        seed=checks.fits("config", "seed", config.get("seed", 0), int),
+        families=families,
+        reads=reads,
+        optimizer=learned,
         meta=Meta(
-            estimator,
+            estimators[0] if single else mixture.mixture(estimators, weights, reads=reads),
             learned,
             meta_optimizer(running.optimizer, running.steps),
             running.num_problems,
             running.clip,
         ),
-        curriculum=plan,
+        curriculum=make(
+            "horizon", HORIZONS, horizons, {"steps": running.steps, "imitation": imitation}
+        ),
         running=running,
-        evaluation=fill("evaluation", Evaluation, config.get("evaluation", {})),
-        saving=fill("checkpoint", Saving, config.get("checkpoint", {})),
+        evaluation=checks.fill("evaluation", Evaluation, config.get("evaluation", {})),
+        saving=checks.fill("checkpoint", Saving, config.get("checkpoint", {})),
     )
+
+
+def _mixture(config):
+    """(families, weights, what each reads) of section `task`: one family, or a tuple of them."""
+    sections = config.get("task", {"name": "mlp"})
+    sections = (sections,) if isinstance(sections, Mapping) else sections
+    if not sections:
+        raise ValueError("task=() leaves nothing to train on: name at least one family.")
+    families, weights, sources = [], [], []
+    for section in sections:
+        section = dict(section)
+        weights.append(checks.fits("task", "weight", section.pop("weight", 1.0), float))
+        own = section.pop("augmentations", ())
+        families.append(task(section, (*_several(own), *_several(config.get("augmentations", ())))))
+        sources.append(section.get("dataset", _default(section.get("name"), "dataset")))
+    return tuple(families), weights, sources
+
+
+def _default(name: str, key: str):
+    """The default of a task's setting; of what has none, the task's name."""
+    parameters = inspect.signature(TASKS[name]).parameters if name in TASKS else {}
+    return parameters[key].default if key in parameters else name
+
+
+def _estimator(config, family, learned, imitation) -> base.MetaGradient:
+    settings = {"length": LENGTH, **config.get("inner", {})}
+    hidden = ("family", "optimizer")  # The program's, not the user's.
+    inner = Inner(family, learned, **checks.check("inner", Inner, settings, hidden))
+    losses = objective.objective(
+        **checks.check("objective", objective.objective, config.get("objective", {}))
+    )
+    section = config.get("estimator", {"name": "first_order"})
+    factory, _ = _factory("estimator", ESTIMATORS, section)
+    if learned.rule is None and factory is first_order.first_order:
+        raise ValueError(
+            "Estimator 'first_order' works coordinate by coordinate, which this optimizer does "
+            "not: choose 'truncated' or 'pes'."
+        )
+    given = {"inner": inner, "objective": losses, "teacher": None}
+    if imitation.weight:
+        if "teacher" not in inspect.signature(factory).parameters:
+            raise ValueError(
+                f"Estimator {section['name']!r} cannot imitate Adam: set imitation.weight to 0."
+            )
+        given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
+    return make("estimator", ESTIMATORS, section, given)
 
 
 def task(settings: Mapping, augmentations: Sequence[Mapping] = ()) -> base.TaskFamily:
     """A family from its section, wrapped by augmentations from the inside out."""
-    name = settings.get("name", "")
-    family = make("task", {**TASKS, **_own(name)}, settings)
-    if isinstance(augmentations, Mapping):
-        augmentations = (augmentations,)
-    for augmentation in augmentations:
-        family = make("augmentation", AUGMENTATIONS, augmentation, family=family)
+    family = make("task", {**TASKS, **_own(settings.get("name", ""))}, settings)
+    for augmentation in _several(augmentations):
+        family = make("augmentation", AUGMENTATIONS, augmentation, {"family": family})
     return family
+
+
+def _several(sections) -> tuple:
+    return (sections,) if isinstance(sections, Mapping) else tuple(sections)
 
 
 def optimizer(settings: Mapping) -> base.LearnedOptimizer:
@@ -225,82 +287,27 @@ def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
     return make("meta-optimizer", META_OPTIMIZERS, settings)
 
 
-def make(kind: str, table: Mapping[str, Callable], settings: Mapping, **given):
-    """table[settings["name"]] called with the other settings and what is `given` by the program."""
+def make(kind: str, table: Mapping[str, Callable], settings: Mapping, given: Mapping = {}):
+    """table[settings["name"]] called with the other settings and with those of what is `given` by
+    the program that it takes."""
+    factory, rest = _factory(kind, table, settings)
+    name, known = settings["name"], inspect.signature(factory).parameters
+    own = {key: value for key, value in given.items() if key in known}
+    return factory(**own, **checks.check(f"{kind} {name!r}", factory, rest, given))
+
+
+def _factory(kind: str, table: Mapping[str, Callable], settings: Mapping):
+    """(table[settings["name"]], the other settings)."""
+    if not isinstance(settings, Mapping) or "name" not in settings:
+        raise ValueError(
+            f"The {kind} {settings!r} has no name: write dict(name=…, …) with one of "
+            f"{', '.join(sorted(table))}."
+        )
     settings = dict(settings)
-    if "name" not in settings:
-        raise ValueError(f"The {kind} has no name: add name= one of {', '.join(sorted(table))}.")
     name = settings.pop("name")
     if name not in table:
-        raise ValueError(unknown(kind, name, table))
-    factory = table[name]
-    known = inspect.signature(factory).parameters
-    for key in set(given) - set(known):
-        raise ValueError(f"The {kind} {name!r} knows no {key}: leave that section out.")
-    return factory(**given, **check(f"{kind} {name!r}", factory, settings, hidden=given))
-
-
-def call(section: str, factory: Callable, config: Mapping):
-    """A factory without a name, called with a section of the configuration."""
-    return factory(**check(section, factory, config.get(section, {})))
-
-
-def fill(section: str, record: type, settings: Mapping):
-    """A NamedTuple from a section of the configuration."""
-    return record(**check(section, record, settings))
-
-
-def check(where: str, factory: Callable, settings: Mapping, hidden=()) -> dict:
-    """The settings, if each is a parameter of `factory` and of its annotated type.
-
-    Lists become tuples and, where a float is wanted, ints become floats.
-    """
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"{where} is {settings!r}, where settings are expected: dict(key=value).")
-    parameters = inspect.signature(factory).parameters
-    hints = _hints(factory)
-    valid = [key for key in parameters if key not in hidden]
-    out = {}
-    for key, value in settings.items():
-        if key not in valid:
-            raise ValueError(unknown("setting", key, valid, where))
-        out[key] = fits(where, key, value, hints.get(key, Any))
-    return out
-
-
-def fits(where: str, key: str, value, hint):
-    """The value in the type of `hint`; ValueError where it is of another."""
-    if _is(value, hint):
-        return tuple(value) if isinstance(value, list) else value
-    if isinstance(value, int) and not isinstance(value, bool) and _is(float(value), hint):
-        return float(value)
-    wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else None
-    raise ValueError(
-        f"{key}={value!r} in {where} is a {type(value).__name__}: "
-        f"a {wanted or str(hint).replace('typing.', '').replace('collections.abc.', '')} is needed."
-    )
-
-
-def unknown(kind: str, name, valid, where: str = "") -> str:
-    """The sentence about a name that is not known: the nearest that is, and all of them."""
-    valid = sorted(map(str, valid))
-    near = difflib.get_close_matches(str(name), valid, 1, 0.5)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    place = f" in {where}" if where else ""
-    return f"Unknown {kind} {name!r}{place}. {hint}There is {', '.join(valid) or 'none'}."
-
-
-def plain(config):
-    """A configuration as dicts, tuples, strings and numbers alone."""
-    if hasattr(config, "to_dict"):
-        config = config.to_dict()
-    if isinstance(config, Mapping):
-        return {str(key): plain(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return tuple(plain(value) for value in config)
-    if config is None or isinstance(config, bool | int | float | str):
-        return config
-    raise ValueError(f"{config!r} in a configuration is no text, number, tuple or dict.")
+        raise ValueError(checks.unknown(kind, name, table))
+    return table[name], settings
 
 
 def _own(name: str) -> dict[str, Callable]:
@@ -326,38 +333,3 @@ def _own(name: str) -> dict[str, Callable]:
 def _has(settings: Mapping, key: str) -> bool:
     factory = SCHEDULES.get(settings.get("name"))
     return factory is not None and key in inspect.signature(factory).parameters
-
-
-def _hints(factory) -> dict:
-    try:
-        return typing.get_type_hints(factory)
-    except (NameError, TypeError):  # Annotations of other libraries need not resolve.
-        return {}
-
-
-def _is(value, hint) -> bool:
-    """Whether a plain value fits an annotation; annotations beyond plain data fit everything."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is(value, one) for one in arguments)
-    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
-        return (
-            isinstance(value, list | tuple)
-            and len(value) == len(arguments)
-            and all(map(_is_close, value, arguments))
-        )
-    if origin in (tuple, list, Sequence):
-        return isinstance(value, list | tuple) and all(_is_close(x, arguments[0]) for x in value)
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint in (int, float):
-        return isinstance(value, hint) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, str)
-    if hint in (None, type(None)):
-        return value is None
-    return True
-
-
-def _is_close(value, hint) -> bool:
-    return _is(value, hint) or (type(value) is int and _is(float(value), hint))

@@ -6,6 +6,7 @@ rebuilds its optimizer. Neither is ever executed: an export's optimizer is looke
 `build.OPTIMIZERS`, and its shapes are checked before memory is taken.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -37,7 +38,7 @@ class Saver(NamedTuple):
     restore: (like, shardings) -> (tree, step) or None where there is no checkpoint. `like` and
              `shardings` are pytrees of jax.ShapeDtypeStruct and of shardings. A checkpoint that
              cannot be read is set aside (renamed) and the one before it is taken.
-    close:   () -> None, when all is on the disk.
+    close:   () -> None, when all is on the disk; more than once if you like.
     """
 
     save: Callable[[int, Any], None]
@@ -110,6 +111,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             raise ValueError("its checksum is wrong")
         return _from_data(tree, like)
 
+    @functools.cache
     def close():
         manager.wait_until_finished()
         manager.close()

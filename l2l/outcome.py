@@ -1,39 +1,108 @@
 """What a run comes to: the comparison with tuned Adam on the way and at the end, and its files."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from l2l import checkpoint
+from l2l import build, checkpoint, evaluate, scorecard, tuning
 
-RESULTS = "results.json"
+SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
 
 
-def comparison(experiment, data, directory, key, say):
+def comparison(
+    experiment: build.Experiment, data, directory, key: jax.Array, say: Callable[[str], None]
+) -> Callable:
+    """Makes (theta) -> (numbers for the log, a phrase), at the shortest horizon of section
+    `evaluation` and on its number of problems of the first family. Adam is tuned at the first call.
+    """
+    settings = experiment.evaluation
+    horizon, family = min(settings.horizons), experiment.families[0]
+    own = experiment.data_of(data, 0)
+    made = []
+
+    def make():
+        say(f"Tuning Adam on {family.name}, {horizon} steps, to compare with.")
+        tuned = tuning.tune(
+            *(key, "adam", family, own, settings.num_problems, (horizon,)),
+            eps_roots=eps_roots(experiment),
+            cache_dir=Path(directory) / "cache",
+        )
+        run = evaluate.compile_evaluation(
+            experiment.optimizer, family, settings.num_problems, horizon
+        )
+        return run, float(np.mean(tuned.by_train_loss[horizon].train_loss))
+
     def compare(theta):
-        return {}, "not yet compared with Adam"
+        if not made:
+            made.extend(make())
+        run, adam = made
+        curves = run(theta, key, own)
+        ratio = float(np.mean(curves.train_loss[:, -1])) / adam
+        numbers = {"comparison/loss_ratio": ratio, "comparison/adam_loss": adam}
+        if family.accuracy is not None:
+            numbers["comparison/test_accuracy"] = float(np.mean(curves.test_accuracy[:, -1]))
+        return numbers, f"{ratio:.3g} × tuned Adam's loss at {horizon}"
 
     return compare
 
 
-def conclude(experiment, theta, data, directory, key, seconds, skipped, say) -> str:
-    """Exports theta, evaluates it and writes table, figure and JSON; returns what to print."""
+def conclude(experiment: build.Experiment, theta, data, directory, key, snapshot) -> str:
+    """Exports theta, scores it beside tuned Adam and writes table, JSON and figure; returns the
+    summary that a user is shown."""
     directory = Path(directory)
+    theta = jax.device_get(theta)
+    # First of all: whatever becomes of the comparison, the product is there.
     path = checkpoint.export(
-        directory / checkpoint.EXPORT,
-        experiment.specification,
-        theta,
-        dict(
-            config=experiment.config,
-            seed=experiment.seed,
-            meta_steps=experiment.running.steps,
-            training=dict(seconds=round(seconds, 1), devices=jax.device_count()),
-        ),
+        directory / checkpoint.EXPORT, experiment.specification, theta, about(experiment, snapshot)
     )
-    checkpoint.write(directory / RESULTS, json.dumps({"export": str(path)}).encode())
-    return reread(directory)
+    cells = [
+        scorecard.Cell(family.name, family, experiment.data_of(data, i))
+        for i, family in enumerate(experiment.families)
+    ]
+    score = scorecard.score(
+        key,
+        [scorecard.Entry(experiment.specification["name"], experiment.optimizer, theta)],
+        cells,
+        experiment.evaluation.horizons,
+        experiment.evaluation.num_problems,
+        eps_roots=eps_roots(experiment),
+        cache_dir=directory / "cache",
+        progress=scorecard.watch(),
+    )
+    text = scorecard.write(directory, score, about(experiment, snapshot))
+    text += f"\n{directory / 'metrics.jsonl'}\n{path}\n"
+    checkpoint.write(directory / SUMMARY, text.encode())
+    return text
 
 
-def reread(directory) -> str:
-    return (Path(directory) / RESULTS).read_text()
+def finished(directory) -> str | None:
+    """The summary of a run that has ended in a directory, or None."""
+    path = Path(directory) / SUMMARY
+    return path.read_text() if path.exists() else None
+
+
+def about(experiment: build.Experiment, snapshot) -> dict:
+    """Where an optimizer comes from, as plain data: what exports and results say of it."""
+    running, inner = experiment.running, experiment.config.get("inner", {})
+    windows = running.steps * running.num_problems * len(experiment.families)
+    return {
+        "config": experiment.config,
+        "seed": experiment.seed,
+        "meta_steps": running.steps,
+        "skipped": int(snapshot.state.skipped),
+        "training": {
+            "seconds": round(float(snapshot.seconds), 1),
+            "devices": jax.device_count(),
+            "platform": jax.devices()[0].device_kind,
+            "inner_steps": windows * inner.get("length", build.LENGTH),
+            "data": [family.name for family in experiment.families],
+        },
+        "versions": {"l2l": "0.1.0", "jax": jax.__version__},
+    }
+
+
+def eps_roots(experiment: build.Experiment) -> tuple[float, ...]:
+    """What Adam is tuned with: none, and the optimizer's own."""
+    return (0.0, experiment.specification.get("eps_root", 1e-8))

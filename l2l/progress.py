@@ -13,7 +13,7 @@ class Progress(NamedTuple):
     """say:   (sentence) -> None, at once.
     log:   (step, numbers) -> None, to metrics.jsonl and TensorBoard.
     show:  (step, meta-loss, stage, comparison) -> None: moves the bar, or prints a line.
-    close: () -> None.
+    close: () -> None; more than once if you like.
     """
 
     say: Callable[[str], None]
@@ -73,6 +73,8 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
         )
 
     def close():
+        if rows.closed:
+            return
         if bar is not None:
             bar.close()
         rows.flush()
