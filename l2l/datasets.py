@@ -20,6 +20,7 @@ import difflib
 import functools
 import gzip
 import os
+import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -312,9 +313,9 @@ def _openml(name: str, root: Path) -> list[Split | None]:
                 "network."
             ) from error
     try:
-        with np.load(kept) as arrays:
+        with kept.open("rb") as file, np.load(file) as arrays:
             inputs, labels = arrays["inputs"], arrays["labels"]
-    except (OSError, EOFError, KeyError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise _broken(kept, f"is not a whole .npz file ({error})") from error
     images = _planes(inputs) if name == "cifar10" else inputs.reshape(-1, 28, 28, 1)
     whole = _checked(kept, images, labels)
