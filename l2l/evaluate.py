@@ -105,28 +105,33 @@ def compile_evaluation(
             f"checkpoints={tuple(checkpoints)} leave the run of {num_steps} steps: "
             f"give steps between 1 and {num_steps}."
         )
-    devices = list(jax.local_devices() if devices is None else devices)
+    devices = list(jax.local_devices() if devices is None else devices)[:num_problems]
     share = -(-num_problems // len(devices))
     if batch is None:
         batch = 1 if devices[0].platform == "cpu" else share
     # Where the devices do not divide the runs, the last run is done again and thrown away.
     numbers = np.minimum(np.arange(len(devices) * share), num_problems - 1)
 
-    def one(theta, key, data):
-        curves = one_run(optimizer.bind(theta), family, key, data, steps, blowup)
+    def one(theta, run, data):
+        curves = one_run(optimizer.bind(theta), family, run, data, steps, blowup)
         return curves._replace(losses=()) if sweep else curves
 
-    def on_device(theta, key, numbers, data):
+    def on_device(theta, runs, data):
         abreast = jax.vmap(one, (0, None, None)) if sweep else one
-        each = lambda i: abreast(theta, jax.random.fold_in(key, i), data)  # noqa: E731
+        each = lambda run: abreast(theta, run, data)  # noqa: E731
         if batch >= share:
-            return jax.vmap(each)(numbers)
-        return jax.lax.map(each, numbers, batch_size=batch if batch > 1 else None)
+            return jax.vmap(each)(runs)
+        return jax.lax.map(each, runs, batch_size=batch if batch > 1 else None)
 
-    mapped = jax.pmap(on_device, in_axes=(None, None, 0, None), devices=devices)
+    # Axes are spelt out leaf by leaf: jax 0.10 takes (None, 0, None) for those of the leaves, not
+    # of the arguments, whenever all arguments together happen to have three leaves.
+    axes = (None, Beginning(0, 0, 0), None)
+    mapped = jax.pmap(on_device, in_axes=axes, devices=devices)
+    # A program of its own: half of what there is to compile, and the same for every horizon.
+    begin = _begin(family)
 
     def evaluation(theta, key, data) -> Curves:
-        out = jax.device_get(mapped(theta, key, numbers.reshape(len(devices), share), data))
+        out = jax.device_get(mapped(theta, begin(key, numbers.reshape(len(devices), share)), data))
         out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_problems], out)
         if sweep:
             out = jax.tree.map(lambda x: np.swapaxes(x, 0, 1), out)
@@ -135,21 +140,34 @@ def compile_evaluation(
     return evaluation
 
 
-def start(optimizer, family: base.TaskFamily, key: jax.Array, num_steps: int) -> base.InnerState:
-    """The run that `key` decides, before its first step; the optimizer is told `num_steps`."""
-    fold = functools.partial(jax.random.fold_in, key)
-    problem = family.sample(fold(unroll.SAMPLE))
-    params = family.init(fold(unroll.INIT), problem)
-    horizon = jnp.asarray(num_steps, jnp.int32)
-    state = optimizer.init(params)
-    return base.InnerState(params, state, problem, key, jnp.zeros((), jnp.int32), horizon, horizon)
+class Beginning(NamedTuple):
+    """A run before its optimizer is known. Every random number of it comes from `key`."""
+
+    key: jax.Array
+    problem: base.PyTree
+    params: base.PyTree
 
 
-def one_run(transform, family, key, data, steps, blowup=2.0) -> Curves:
-    """The run that `key` decides, to the last of `steps` (increasing), measured at each: `Curves`
-    without [n], and `steps` left to the caller."""
+def beginning(family: base.TaskFamily, key: jax.Array) -> Beginning:
+    """The run that `key` decides; the same as meta-training would make of that key."""
+    problem = family.sample(jax.random.fold_in(key, unroll.SAMPLE))
+    return Beginning(key, problem, family.init(jax.random.fold_in(key, unroll.INIT), problem))
+
+
+def one_run(transform, family, run: Beginning, data, steps, blowup=2.0) -> Curves:
+    """A run to the last of `steps` (increasing), measured at each: `Curves` without [n], and
+    `steps` left to the caller. The optimizer is told the last step."""
     optimizer = optax.with_extra_args_support(transform)
-    state = start(optimizer, family, key, steps[-1])
+    horizon = jnp.asarray(steps[-1], jnp.int32)
+    state = base.InnerState(
+        params=run.params,
+        opt_state=optimizer.init(run.params),
+        problem=run.problem,
+        key=run.key,
+        step=jnp.zeros((), jnp.int32),
+        num_steps=horizon,
+        told=horizon,
+    )
     initial = _whole(family.loss, family, state, data, "train")
     losses, measured, finite = [], [], jnp.asarray(True)
     for length in np.diff([0, *steps]):
@@ -169,6 +187,19 @@ def one_run(transform, family, key, data, steps, blowup=2.0) -> Curves:
 def _whole(measure, family, state, data, split):
     batch = family.batch(None, state.problem, data, split)
     return measure(state.params, state.problem, batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _begin(family):
+    """(key, numbers [devices, n]) -> the beginnings of those runs, [devices, n, ...]."""
+    one = lambda key, i: beginning(family, jax.random.fold_in(key, i))  # noqa: E731
+
+    @jax.jit
+    def begin(key, numbers):
+        runs = jax.lax.map(lambda i: one(key, i), numbers.reshape(-1))
+        return jax.tree.map(lambda x: x.reshape(*numbers.shape, *x.shape[1:]), runs)
+
+    return begin
 
 
 # A transformation is a pair of functions, so the same one is recognised when it comes again.

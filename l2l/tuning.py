@@ -234,7 +234,8 @@ def _program(optimizer, family, steps, checkpoints, key, data) -> str:
     """A digest of the whole computation of one run: optimizer, family, steps and checkpoints."""
 
     def run(theta, key, data):
-        return evaluate.one_run(optimizer.bind(theta), family, key, data, checkpoints)
+        start = evaluate.beginning(family, key)
+        return evaluate.one_run(optimizer.bind(theta), family, start, data, checkpoints)
 
     theta = baselines.setting(1.0)
     text = jax.jit(run).lower(theta, key, data).as_text()

@@ -1,0 +1,253 @@
+"""Evaluation against closed forms, a plain Python loop, and itself on another number of devices."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2l import base, evaluate, scorecard, tasks, tuning, unroll
+from l2l.optimizers import baselines, lstm
+
+CURVATURE = jnp.asarray([1.0, 0.5, 0.1])
+
+
+def bowl():
+    """½ Σ a x² from a random x: solvable by hand."""
+    return base.TaskFamily(
+        sample=lambda key: (),
+        init=lambda key, problem: jax.random.normal(key, (3,)),
+        batch=lambda key, problem, data, split: (),
+        loss=lambda x, problem, batch: 0.5 * jnp.sum(CURVATURE * x**2),
+        name="bowl",
+    )
+
+
+def noisy():
+    """The bowl with a gradient of its own in every batch."""
+
+    def loss(x, problem, batch):
+        return 0.5 * jnp.sum(CURVATURE * x**2) + jnp.sum(batch * x)
+
+    def batch(key, problem, data, split):
+        return jnp.zeros(3) if key is None else 0.1 * jax.random.normal(key, (3,))
+
+    return bowl()._replace(batch=batch, loss=loss, name="noisy")
+
+
+def test_sgd_on_a_quadratic_is_the_closed_form():
+    # x_t = (1 − αa)^t x_0, so that L_t = ½ Σ a (1 − αa)^{2t} x_0².
+    key, rate, steps = jax.random.key(1), 0.3, 12
+    curves = evaluate.evaluate(
+        key, optax.sgd(rate), bowl(), (), num_problems=3, num_steps=steps, checkpoints=(5,)
+    )
+    fold = jax.random.fold_in
+    x0 = np.stack([bowl().init(fold(fold(key, i), unroll.INIT), ()) for i in range(3)])
+    t = np.arange(steps + 1)[:, None]
+    a = np.asarray(CURVATURE)
+    truth = 0.5 * np.sum(a * (1 - rate * a) ** (2 * t) * x0[:, None] ** 2, -1)
+    np.testing.assert_allclose(curves.losses, truth[:, :-1], rtol=2e-5)
+    np.testing.assert_allclose(curves.train_loss, truth[:, [5, 12]], rtol=2e-5)
+    np.testing.assert_array_equal(curves.test_loss, curves.train_loss)
+    np.testing.assert_array_equal(curves.steps, [5, 12])
+    assert np.isnan(curves.test_accuracy).all() and not curves.diverged.any()
+
+
+def test_adam_equals_a_plain_loop():
+    family = tasks.mlp(hidden=(4,), activations=("tanh",), batch_size=8)
+    key, steps = jax.random.key(2), 6
+    data, optimizer = family.data(), optax.adam(1e-2)
+    curves = evaluate.evaluate(key, optimizer, family, data, 2, steps)
+    step_loss = jax.jit(jax.value_and_grad(family.loss))
+    fold = jax.random.fold_in
+    for i in range(2):
+        own = fold(key, i)
+        problem = family.sample(fold(own, unroll.SAMPLE))
+        params = family.init(fold(own, unroll.INIT), problem)
+        state, losses = optimizer.init(params), []
+        for t in range(steps):
+            batch = family.batch(fold(fold(own, unroll.TRAIN), t), problem, data, "train")
+            loss, gradient = step_loss(params, problem, batch)
+            updates, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(loss)
+        test = family.batch(None, problem, data, "test")
+        train = family.batch(None, problem, data, "train")
+        np.testing.assert_allclose(curves.losses[i], losses, rtol=1e-5)
+        np.testing.assert_allclose(
+            [curves.train_loss[i, 0], curves.test_loss[i, 0], curves.test_accuracy[i, 0]],
+            [family.loss(params, problem, b) for b in (train, test)]
+            + [family.accuracy(params, problem, test)],
+            rtol=1e-5,
+        )
+
+
+def test_divergence_is_flagged_from_where_it_happens():
+    run = lambda rate: evaluate.evaluate(  # noqa: E731
+        jax.random.key(0), optax.sgd(rate), bowl(), (), 2, 200, checkpoints=(1,)
+    )
+    assert run(4.0).diverged.tolist() == [[True, True]] * 2  # |1 − 4a| = 3 where a = 1.
+    assert not run(0.1).diverged.any()
+    poisoned = optax.chain(
+        optax.sgd(0.1),
+        optax.stateless(lambda u, p: jax.tree.map(lambda u, p: u + jnp.sqrt(p * 0 - 1), u, p)),
+    )
+    curves = evaluate.evaluate(jax.random.key(0), poisoned, bowl(), (), 2, 3, checkpoints=(1,))
+    assert curves.diverged.all()
+
+
+def test_a_new_theta_compiles_nothing_and_the_horizon_is_told():
+    traces = []
+
+    def bind(theta):
+        def update(updates, state, params=None, *, num_steps=None, **extra_args):
+            traces.append(num_steps)
+            return jax.tree.map(lambda g: -theta * g / num_steps, updates), state
+
+        return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+    learned = base.LearnedOptimizer(lambda key: jnp.ones(()), bind)
+    run = evaluate.compile_evaluation(learned, bowl(), 2, 10)
+    run(jnp.asarray(1.0), jax.random.key(0), ())
+    before = len(traces)
+    changed = run(jnp.asarray(2.0), jax.random.key(5), ())
+    assert len(traces) == before
+    same = evaluate.evaluate(jax.random.key(5), optax.sgd(0.2), bowl(), (), 2, 10)
+    np.testing.assert_allclose(changed.losses, same.losses, rtol=1e-6)
+
+
+def test_a_learned_optimizer_bound_or_with_theta_gives_the_same():
+    optimizer = lstm.lstm(hidden_size=2)
+    theta = optimizer.init(jax.random.key(0))
+    arguments = (bowl(), (), 2, 4)
+    bound = evaluate.evaluate(jax.random.key(0), optimizer.bind(theta), *arguments)
+    free = evaluate.evaluate(jax.random.key(0), optimizer, *arguments, theta=theta)
+    np.testing.assert_allclose(bound.losses, free.losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [dict(num_steps=0), dict(checkpoints=(9,))], ids=str)
+def test_impossible_runs_are_refused_in_one_sentence(settings):
+    arguments = dict(num_problems=1, num_steps=4) | settings
+    with pytest.raises(ValueError, match=r"give steps between|must be 1 or more"):
+        evaluate.evaluate(jax.random.key(0), optax.sgd(0.1), bowl(), (), **arguments)
+
+
+PROGRAM = """
+import json, jax, optax
+from l2l import evaluate, tasks
+family = tasks.mlp(hidden=(), activations=("relu",), batch_size=8)
+run = evaluate.evaluate(jax.random.key(3), optax.adam(1e-2), family, family.data(), 3, 5)
+print(json.dumps([jax.device_count(), run.losses.tolist(), run.test_loss.tolist()]))
+"""
+
+
+def test_two_devices_give_what_one_gives():
+    def run(devices):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        env = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+        command = [sys.executable, "-c", PROGRAM]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+    one, two = (json.loads(process.communicate()[0]) for process in [run(1), run(2)])
+    assert (one[0], two[0]) == (1, 2)
+    assert one[1:] == two[1:]
+
+
+def test_prefixes_of_a_constant_rate_equal_direct_runs():
+    family, key = noisy(), jax.random.key(4)
+    tuned = tuning.tune(*(key, "adam", family, (), 2, (3, 6)), rates=(1e-3, 1e-1, 3), extensions=0)
+    assert len(tuned.points) == 2 * 2 * 2 * 3
+    for point in tuned.points[:: len(tuned.points) // 5]:
+        name = baselines.expression("adam", tuning.point_setting(point))
+        direct = evaluate.evaluate(key, baselines.parse(name), family, (), 2, point.horizon)
+        np.testing.assert_allclose(point.train_loss, direct.train_loss[:, 0], rtol=1e-5)
+
+
+def test_a_grid_grows_where_its_best_is_at_the_edge_and_says_so():
+    # With a ≤ 1 the rate for ten steps is near 1: sought from far below and from far above.
+    for rates, end in (((1e-3, 1e-1, 5), 1), ((4.0, 400.0, 5), -1)):
+        tuned = tuning.tune(
+            *(jax.random.key(0), "sgd", bowl(), (), 2, (10,)),
+            rates=rates,
+            schedules=("constant",),
+            momentum=0.0,
+        )
+        best = tuned.by_train_loss[10]
+        assert 0.3 < best.learning_rate < 2.5
+        assert len(tuned.points) > 5 and len(tuned.points) % 3 == 2
+        assert "was extended to" in tuned.notes[0] and len(tuned.notes) == 1, end
+    stuck = tuning.tune(
+        *(jax.random.key(0), "sgd", bowl(), (), 2, (10,)),
+        rates=(1e-6, 1e-5, 5),
+        schedules=("constant",),
+        extensions=1,
+    )
+    assert "still sits at the edge" in stuck.notes[-1]
+
+
+def test_the_cache_saves_the_work_and_knows_other_work(tmp_path, monkeypatch):
+    arguments = dict(rates=(0.1, 1.0, 3), schedules=("cosine",), cache_dir=tmp_path, extensions=0)
+    tune = lambda key, **more: tuning.tune(  # noqa: E731
+        *(key, "sgd", bowl(), (), 2, (4,)), **arguments, **more
+    )
+    first = tune(jax.random.key(0))
+    files = set(tmp_path.iterdir())
+    assert len(files) == 1
+    other = tune(jax.random.key(1))
+    momentum = tune(jax.random.key(0), momentum=0.5)
+    assert len(set(tmp_path.iterdir())) == 3
+    assert other.points[0].train_loss != first.points[0].train_loss
+    assert momentum.points[0].train_loss != first.points[0].train_loss
+    next(iter(files)).write_text('{"half')
+    # Compared as text: there is no accuracy, and NaN is not NaN.
+    assert str(tune(jax.random.key(0))) == str(first)  # Damaged: computed anew.
+    monkeypatch.setattr(evaluate, "compile_evaluation", lambda *a, **k: None)  # Not called now.
+    assert str(tune(jax.random.key(0))) == str(first)
+
+
+def test_nan_counts_as_infinite_and_never_wins():
+    tuned = tuning.tune(
+        *(jax.random.key(0), "sgd", bowl(), (), 2, (60,)), rates=(1e-2, 1e4, 4), momentum=0.0
+    )
+    worst = max(tuned.points, key=lambda p: p.learning_rate)
+    assert np.isinf(worst.train_loss).all() and all(worst.diverged)
+    assert tuned.by_train_loss[60].learning_rate < 3 and tuned.by_test_accuracy == {}
+
+
+def test_the_command_writes_table_json_and_figure(tmp_path):
+    command = [sys.executable, "-m", "l2l.evaluate", "--optimizer=adam,sgd(0.1, momentum=0.5)"]
+    command += ["--task=quadratic", "--set", "dimension=2", "--set", "batch_size=3"]
+    command += ["--horizons=4", "--seeds=2", "--baseline=none", f"--output={tmp_path / 'a'}"]
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    table = (tmp_path / "a" / "table.md").read_text()
+    assert table in out.stdout and "sgd(0.1, momentum=0.5)" in table
+    assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert len(content["runs"]) == 2 and len(content["runs"][0]["train_loss"]) == 2
+
+
+def test_scores_compare_with_the_tuned_baseline():
+    entry = scorecard.Entry("slow", optax.sgd(1e-3))
+    cell = scorecard.Cell("bowl", bowl(), ())
+    result = scorecard.score(
+        jax.random.key(0), [entry], [cell], (8,), 2, kinds=("sgd",), eps_roots=(0.0,)
+    )
+    slow, tuned = result.rows
+    assert tuned["optimizer"] == "sgd, tuned" and slow["loss ratio"] > 1
+    np.testing.assert_allclose(tuned["loss ratio"], 1.0, rtol=1e-5)
+    assert baselines.parse(tuned["setting"]) and tuned["setting"].startswith("sgd(learning_rate=")
+
+
+def test_options_are_read_as_typed():
+    assert scorecard.split("adam, sgd(0.1, momentum=0.9)") == ["adam", "sgd(0.1, momentum=0.9)"]
+    assert scorecard._assignment("hidden=64,64") == ("hidden", (64, 64))
+    assert scorecard._assignment("activations=relu") == ("activations", "relu")
+    cells = scorecard.read_cells({"name": "mlp", "hidden": 4}, "activations=relu,tanh")
+    assert [cell.name for cell in cells] == ["mlp-digits-4 relu", "mlp-digits-4 tanh"]
