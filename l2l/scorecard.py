@@ -316,6 +316,8 @@ def main(argv) -> int:
         entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
         cells = [c for section in _sections(values) for c in read_cells(section, values.vary)]
         kinds = [kind for kind in values.baseline if kind not in ("", "none")]
+        if not all(x.strip().isdecimal() for x in values.horizons):
+            raise ValueError(f"--horizons={','.join(values.horizons)} are no steps: try 500,1000.")
         horizons = [int(x) for x in values.horizons]
         began = time.monotonic()
         result = score(

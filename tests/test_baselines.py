@@ -92,7 +92,7 @@ def test_expressions_mean_what_optax_means(text, same):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("adma(1e-2)", "did you mean adam"),
+        ("adma(1e-2)", r"did you mean adam\?"),
         ("__import__('os').system('true')", "not among"),
         ("adam(__import__('os').getpid())", "not among"),
         ("adam([x for x in (1,)])", "no plain value"),
