@@ -233,5 +233,5 @@ def _value(node: ast.expr, text: str):
 def _meant(name: str, known) -> str:
     close = difflib.get_close_matches(name, known)
     # Of what is close, letters swapped are likelier than letters left out.
-    close.sort(key=lambda other: abs(len(other) - len(name)))
+    close.sort(key=lambda other: sorted(other) != sorted(name))
     return f" (did you mean {close[0]}?)" if close else ""
