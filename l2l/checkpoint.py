@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from l2l import base, build
+from l2l import base, build, checks
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
 FORMAT = 1
@@ -36,7 +37,7 @@ class Saver(NamedTuple):
 
     save:    (step, tree) -> None. Returns once the arrays are copied; they are written behind.
     restore: (like, shardings) -> (tree, step) or None where there is no checkpoint. `like` and
-             `shardings` are pytrees of jax.ShapeDtypeStruct and of shardings. A checkpoint that
+             `shardings` are pytrees of jax.ShapeDtypeStruct and of NamedShardings. A checkpoint that
              cannot be read is set aside (renamed) and the one before it is taken.
     close:   () -> None, when all is on the disk; more than once if you like.
     """
@@ -79,26 +80,32 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
         manager.save(step, args=ocp.args.StandardSave(_leaves(stored)))
 
     def restore(like, shardings):
-        steps = sorted(manager.all_steps(), reverse=True)
-        for step in steps:
+        failed = {}
+        for step in sorted(manager.all_steps(), reverse=True):
             try:
-                return _open(step, like, shardings), step
-            except Exception as error:
-                reason = str(error).split("\n")[0][:200]
-                say(f"Checkpoint {step} cannot be read ({reason}): set aside.")
-                (directory / str(step)).rename(directory / f"damaged-{step}")
+                tree = _open(step, like, shardings)
+            except Exception as error:  # Orbax and what is below it raise all kinds.
+                failed[step] = " ".join(str(error).split())[:200]
+                continue
+            # Moved only now that another is found to be good: where none is, nothing is touched.
+            for bad, reason in failed.items():
+                (directory / str(bad)).rename(directory / f"damaged-{bad}")
+                say(f"Checkpoint {bad} cannot be read ({reason}): set aside for that of {step}.")
+            if failed:
                 manager.reload()
-        if steps:
+            return tree, step
+        if failed:
             raise ValueError(
-                f"None of the {len(steps)} checkpoints under {directory} can be read: they are "
-                "kept as damaged-*. Move the directory away to start again."
+                f"No checkpoint under {directory} can be read ({failed[max(failed)]}). "
+                "Choose another --workdir, or move that directory away to start again."
             )
         return None
 
     def _open(step, like, shardings):
         data = jax.eval_shape(_to_data, like)
         where = jax.tree.leaves(shardings)
-        number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=where[-1])
+        same = NamedSharding(where[0].mesh, PartitionSpec())
+        number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=same)
         target = [
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
             for x, s in zip(jax.tree.leaves(data), where, strict=True)
@@ -133,10 +140,7 @@ def _to_data(tree):
 
 
 def _from_data(tree, like):
-    wrap = lambda x, y: (  # noqa: E731
-        jax.random.wrap_key_data(x, impl=jax.random.key_impl(y)) if _is_key(y) else x
-    )
-    return jax.tree.map(wrap, tree, like)
+    return jax.tree.map(lambda x, y: jax.random.wrap_key_data(x) if _is_key(y) else x, tree, like)
 
 
 @jax.jit
@@ -281,7 +285,7 @@ def locate(name_or_path) -> Path:
     if str(name_or_path) in names:
         return names[str(name_or_path)]
     raise ValueError(
-        build.unknown("optimizer", str(name_or_path), names)
+        checks.unknown("optimizer", str(name_or_path), names)
         + " A path to an export or to a run directory will do as well."
     )
 
@@ -318,7 +322,7 @@ def _check(fine: bool, reason: str) -> None:
 def _plausible(settings, num_tensors: int) -> None:
     """Settings come from strangers: before anything is built, no number in them may be one that
     takes long to build."""
-    _check(isinstance(settings, dict), "its settings are no table")
+    _check(isinstance(settings, dict) and "name" not in settings, "its settings are no table")
     layers = settings.get("layers", 1)
     _check(not isinstance(layers, int) or layers <= num_tensors, f"layers={layers} is too many")
 

@@ -6,33 +6,16 @@ The same command in the same directory goes on where it left off. Exit codes: 0 
 mend, 3 meta-gradients were not finite, 130 and 143 interrupted (Ctrl-C, SIGTERM) and saved.
 """
 
-import os
 import sys
 from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from l2l import host
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run; by default checkpoints/<config>.")
-
-
-def prepare(num_problems: int) -> None:
-    """Settings that JAX reads when it starts: a CPU device a core, as many as divide the problems,
-    and a place to keep compiled programs between runs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = max(n for n in range(1, (cores or 1) + 1) if num_problems % n == 0)
-    given = os.environ.get("XLA_FLAGS", "")
-    for flag, value in (
-        ("--xla_force_host_platform_device_count", devices),
-        ("--xla_cpu_multi_thread_eigen", "false"),
-    ):
-        if flag not in given:
-            given += f" {flag}={value}"
-    os.environ["XLA_FLAGS"] = given.strip()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "l2l" / "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def parse(argv) -> list[str]:
@@ -43,7 +26,7 @@ def parse(argv) -> list[str]:
             raise flags.Error(f"unexpected arguments: {' '.join(rest[1:])}")
         if _CONFIG.value is None:
             raise flags.Error("there is nothing to train: add --config=configs/mlp.py")
-        prepare(_CONFIG.value.get("meta", {}).get("num_problems", 1))
+        host.prepare(_CONFIG.value.get("meta", {}).get("num_problems", 1))
         return rest
     except AttributeError as error:  # ml_collections' word for a key that is not there.
         sys.exit(_fail("no such key in this configuration: " + str(error).strip("'\"\\")))
@@ -55,7 +38,7 @@ def main(argv) -> int:
     del argv
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
-        from l2l import build, train  # After `prepare`: they import JAX.
+        from l2l import build, train  # After `host.prepare`: they import JAX.
 
         return train.run(build.experiment(_CONFIG.value), _WORKDIR.value or f"checkpoints/{name}")
     except (ValueError, OSError) as error:

@@ -1,0 +1,36 @@
+"""L2L's optimizer as published (Andrychowicz et al. 2016), on its MNIST network.
+
+Two LSTMs of 20 units over LogAndSign(gradient), output × 0.01; runs of 100 steps cut into windows
+of 20, all problems in step; the plain training loss (here its mean over the window, where the paper
+sums: Adam does not see the difference); Adam at 1e-3.
+
+    python -m l2l.launch --config=configs/l2l_dm.py
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.task = dict(
+        name="mnist", hidden=(20,), activation="sigmoid", batch_size=128, stddev=0.01
+    )
+    config.augmentations = ()
+    config.optimizer = dict(name="dm", hidden_size=20, layers=2, p=5.0, scale=0.01)
+    config.objective = dict(on="train", form="plain", cap=1e4)
+    config.inner = dict(length=20, stagger=False, hide=0.0)
+    config.estimator = dict(name="first_order")
+    config.horizon = dict(name="log_uniform", shortest=100, longest=100, start=100, growth=0.0)
+    config.imitation = dict(weight=0.0, until=0.5, learning_rate=1e-3)
+    config.meta = dict(
+        steps=2000,
+        num_problems=16,
+        group=50,
+        clip=1e6,
+        max_bad=20,
+        optimizer=dict(name="adam", learning_rate=1e-3),
+    )
+    config.evaluation = dict(horizons=(100, 200), num_problems=8, every=500)
+    config.checkpoint = dict(every=200, keep=3)
+    return config

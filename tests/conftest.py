@@ -1,0 +1,42 @@
+"""Settings of all tests: eight small CPU devices, strict ranks, a cache of compiled programs."""
+
+import os
+
+# Before JAX starts. An accelerator is used only where the caller asks for it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+    ).strip()
+
+import jax
+import pytest
+
+
+def pytest_configure(config):
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Tests start the same tiny runs again and again: each is compiled once.
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture
+def tiny() -> dict:
+    """A configuration of seconds: 12 meta-steps on two-dimensional quadratics."""
+    return {
+        "seed": 3,
+        "task": {"name": "quadratic", "dimension": 2, "batch_size": 3},
+        "optimizer": {"name": "lstm", "hidden_size": 2, "learning_rate": 0.01},
+        "objective": {"on": "train", "form": "log"},
+        "inner": {"length": 4},
+        "horizon": {"name": "log_uniform", "shortest": 4, "longest": 16, "start": 8},
+        "meta": {
+            "steps": 12,
+            "num_problems": 8,
+            "group": 3,
+            "optimizer": {"name": "adam", "learning_rate": 0.01},
+        },
+        "evaluation": {"horizons": (6,), "num_problems": 2, "every": 0},
+        "checkpoint": {"every": 3, "keep": 3},
+    }

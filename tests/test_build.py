@@ -1,0 +1,115 @@
+"""Configurations become objects, or one sentence that says which key and what would do."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from l2l import build
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+MISTAKES = [
+    ({"tsak": {}}, "Unknown section 'tsak'.*Did you mean 'task'"),
+    ({"optimizer": {"name": "lstn"}}, "Unknown optimizer 'lstn'.*Did you mean 'lstm'"),
+    ({"optimizer": {"name": "lstm", "hiden_size": 3}}, "Did you mean 'hidden_size'"),
+    ({"optimizer": {"name": "lstm", "hidden_size": "3"}}, "hidden_size='3'.* int is needed"),
+    ({"optimizer": {"name": "lstm", "decays": 0.9}}, "decays=0.9"),
+    ({"optimizer": {"hidden_size": 3}}, "has no name"),
+    ({"optimizer": "lstm"}, "has no name"),
+    ({"task": ()}, "nothing to train on"),
+    ({"task": {"name": "mlp", "augmentation": 1}}, "Unknown setting 'augmentation'"),
+    ({"task": {"name": "nothing:here"}}, "could not be imported"),
+    ({"task": {"name": "no/such/file.py:family"}}, "could not be imported"),
+    ({"inner": {"family": 3}}, "Unknown setting 'family'.*length"),
+    ({"estimator": {"name": "first_order", "teacher": 3}}, "Unknown setting 'teacher'"),
+    ({"estimator": {"name": "pes"}, "imitation": {"weight": 0.1}}, "cannot imitate"),
+    ({"optimizer": {"name": "learned_adam"}}, "choose 'truncated'"),
+    ({"horizon": {"name": "stages", "horizons": (20, 10)}}, "do not grow"),
+    ({"horizon": {"name": "log_uniform", "shortest": 50, "longest": 10}}, "wrong order"),
+    ({"meta": {"steps": 0}}, "1 or more"),
+    ({"meta": {"optimizer": {"name": "adma"}}}, "Did you mean 'adam'"),
+    ({"meta": {"optimizer": {"name": "adam", "learning_rte": 1}}}, "Did you mean 'learning_rate'"),
+    ({"checkpoint": {"every": 1.5}}, "every=1.5"),
+    ({"seed": "a"}, "seed='a'"),
+    ({"seed": {1, 2}}, "is no text, number"),
+]
+
+
+@pytest.mark.parametrize("config, sentence", MISTAKES, ids=[m[1][:25] for m in MISTAKES])
+def test_a_mistake_is_one_sentence(config, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        build.experiment(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds_and_shows_its_command(path, monkeypatch):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    experiment = build.experiment(module.get_config())
+    assert f"python -m l2l.launch --config=configs/{path.name}" in module.__doc__
+    assert len(path.read_text().splitlines()) <= 70
+    assert experiment.running.group == 50
+    like = jax.eval_shape(experiment.optimizer.init, jax.random.key(0))
+    jax.eval_shape(experiment.meta.meta_optimizer.init, like)
+
+
+def test_chains_and_schedules_of_the_meta_optimizer():
+    chain = (
+        {"name": "clip_by_global_norm", "max_norm": 1},
+        {"name": "sgd", "learning_rate": {"name": "cosine_decay_schedule", "init_value": 1.0}},
+    )
+    transform = build.meta_optimizer(chain, steps=10)
+    state = transform.init(jnp.zeros(()))
+    seen = []
+    for _ in range(11):
+        update, state = transform.update(jnp.float32(3.0), state)
+        seen.append(float(update))
+    # Clipped to 1, and the cosine lasts for `steps` where its config does not say for how many.
+    assert seen[0] == -1.0 and seen[5] == pytest.approx(-0.5) and seen[10] == 0.0
+
+
+def test_groups_divide_the_steps():
+    assert build.experiment({"meta": {"steps": 60, "group": 50}}).running.group == 10
+
+
+def test_a_mixture_shares_data_and_takes_weights():
+    experiment = build.experiment(
+        {
+            "task": (
+                {"name": "mlp", "hidden": (4,), "weight": 2},
+                {"name": "autoencoder"},
+                {"name": "quadratic", "augmentations": ({"name": "rescale"},)},
+            )
+        }
+    )
+    assert experiment.reads == (0, 0, 1)
+    assert [len(jax.tree.leaves(d)) for d in experiment.data()] == [6, 0]
+    assert "rescale" in experiment.families[2].name
+
+
+TASK = """
+import jax
+from l2l import TaskFamily
+
+def family(scale: float = 1.0) -> TaskFamily:
+    return TaskFamily(
+        sample=lambda key: (),
+        init=lambda key, problem: jax.random.normal(key, (3,)),
+        batch=lambda key, problem, data, split: (),
+        loss=lambda params, problem, batch: scale * (params**2).sum(),
+    )
+"""
+
+
+def test_a_users_own_task_is_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text(TASK)
+    name = f"{tmp_path}/mine.py:family"
+    experiment = build.experiment({"task": {"name": name, "scale": 2.0}})
+    assert float(experiment.families[0].loss(jnp.ones(3), (), ())) == 6.0
+    with pytest.raises(ValueError, match="Did you mean 'scale'"):
+        build.experiment({"task": {"name": name, "scael": 2.0}})

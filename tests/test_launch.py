@@ -1,0 +1,124 @@
+"""The command: it starts, is interrupted and goes on; what a user gets wrong is one sentence."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import l2l
+from l2l import checkpoint, host, launch
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict()
+    config.seed = 3
+    config.task = dict(name="quadratic", dimension=2, batch_size=3)
+    config.optimizer = dict(name="lstm", hidden_size=2, learning_rate=0.01)
+    config.inner = dict(length=4)
+    config.horizon = dict(name="log_uniform", shortest=4, longest=16)
+    config.meta = dict(steps=4, num_problems=4, group=2)
+    config.evaluation = dict(horizons=(6,), num_problems=2, every=0)
+    config.checkpoint = dict(every=2, keep=2)
+    return config
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    cache = Path(os.environ.get("PYTEST_XLA_CACHE", tmp_path / "cache"))
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "MPLCONFIGDIR": str(tmp_path),
+    }
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [sys.executable, "-m", "l2l.launch", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return start
+
+
+def test_a_run_is_stopped_goes_on_and_ends(command, tmp_path):
+    """SIGTERM saves and exits 143; the same command goes on, ends with 0 and prints its paths."""
+    arguments = ("--config=tiny.py", "--config.meta.steps=20000")
+    process = command(*arguments)
+    folder = tmp_path / "checkpoints" / "tiny"  # The default workdir.
+    deadline = time.time() + 120
+    while not (folder / "checkpoints" / "4").exists() and time.time() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said
+    step = int(re.search(r"SIGTERM: saved meta-step (\d+)", said)[1])
+    process = command(*arguments)
+    line = process.stderr.readline()
+    assert f"Going on from meta-step {step}" in line
+    process.kill()
+    process.wait()
+
+
+def test_a_whole_run_prints_its_table_and_paths(command, tmp_path):
+    process = command("--config=tiny.py", f"--workdir={tmp_path}/run")
+    out, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "adam, tuned" in out
+    for name in ("curves.png", "metrics.jsonl", checkpoint.EXPORT):
+        assert f"{tmp_path}/run/{name}" in out and (tmp_path / "run" / name).exists()
+    checkpoint.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--config=tiny.py", "--config.meta.stps=3"], 'Did you mean "steps"'),
+        (["--config=tiny.py", "--config.meta.steps=a"], "invalid literal"),
+        (["--config=nothing.py"], "No such file"),
+        ([], "add --config"),
+        (["--config=tiny.py", "--workdr=x"], "Did you mean: workdir"),
+        (["--config=tiny.py", "more"], "more"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_code_2(command, arguments, sentence):
+    process = command(*arguments)
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and not out
+    assert sentence in said and len(said.splitlines()) == 1 and said.startswith("l2l: ")
+
+
+def test_one_device_a_core_unless_told_otherwise(monkeypatch, tmp_path):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, "")  # Restored afterwards, whatever `prepare` does.
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    host.prepare(16)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags[0] == "--xla_a=1"
+    assert "--xla_force_host_platform_device_count=4" in flags  # The most of 6 that divide 16.
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == f"{tmp_path}/l2l/xla"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    host.prepare(16)
+    assert "device_count=3" in os.environ["XLA_FLAGS"]
+    assert os.environ["XLA_FLAGS"].count("device_count") == 1
+
+
+def test_the_command_stays_thin():
+    assert len(Path(launch.__file__).read_text().splitlines()) < 60

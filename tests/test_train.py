@@ -1,0 +1,190 @@
+"""The loop: it resumes bit for bit, on any number of devices, and leaves when it is told to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from l2l import build, checkpoint, outcome, train
+from l2l.directory import lock
+
+
+@pytest.fixture(autouse=True)
+def no_comparison(monkeypatch):
+    """The final comparison with tuned Adam costs more than all else here, and has its own tests."""
+
+    def conclude(experiment, theta, data, directory, key, snapshot):
+        about = outcome.about(experiment, snapshot)
+        path = checkpoint.export(
+            directory / checkpoint.EXPORT, experiment.specification, theta, about
+        )
+        checkpoint.write(directory / outcome.SUMMARY, b"concluded")
+        return str(path)
+
+    monkeypatch.setattr(outcome, "conclude", conclude)
+
+
+def theta_of(directory):
+    return checkpoint.read(directory / checkpoint.EXPORT)[1]
+
+
+def rows_of(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def stop_after(monkeypatch, step):
+    """Makes the loop receive a signal in the group of meta-steps that ends at `step`."""
+    summary = train._summary
+
+    def interrupt(metrics, state, *rest):
+        if int(state.step) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return summary(metrics, state, *rest)
+
+    monkeypatch.setattr(train, "_summary", interrupt)
+
+
+def crash_after(monkeypatch, step):
+    """Makes the process die, as far as files can tell, in the group that ends at `step`."""
+    summary = train._summary
+
+    def crash(metrics, state, *rest):
+        if int(state.step) == step:
+            raise RuntimeError("killed")
+        return summary(metrics, state, *rest)
+
+    monkeypatch.setattr(train, "_summary", crash)
+
+
+@pytest.fixture
+def whole(tiny, tmp_path):
+    directory = tmp_path / "whole"
+    assert train.run(build.experiment(tiny), directory) == train.DONE
+    return directory
+
+
+STAGES = {"name": "stages", "horizons": (4, 8, 16), "every": 3, "patience": 1, "num_problems": 2}
+
+
+@pytest.mark.parametrize("horizon", [None, STAGES], ids=["log_uniform", "stages"])
+def test_a_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch, horizon):
+    if horizon:
+        tiny["horizon"] = horizon
+    experiment = build.experiment(tiny)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.run(experiment, whole) == train.DONE
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train.run(experiment, parts) == train.TERMINATED
+    with monkeypatch.context() as patch:
+        crash_after(patch, 12)  # Between saves: meta-step 9 is on the disk, 12 is not.
+        with pytest.raises(RuntimeError):
+            train.run(experiment, parts)
+    assert train.run(experiment, parts) == train.DONE
+    jax.tree.map(np.testing.assert_array_equal, theta_of(whole), theta_of(parts))
+    assert rows_of(whole) == rows_of(parts)
+
+
+def test_devices_make_no_difference_and_may_change(tiny, whole, tmp_path, monkeypatch):
+    experiment, devices = build.experiment(tiny), jax.devices()
+    assert len(devices) == 8
+    for count in (1, 2):
+        directory = tmp_path / str(count)
+        if count == 1:  # Saved by eight, opened on one.
+            with monkeypatch.context() as patch:
+                stop_after(patch, 6)
+                train.run(experiment, directory, devices)
+        train.run(experiment, directory, devices[:count])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6),
+            theta_of(whole),
+            theta_of(directory),
+        )
+        for one, other in zip(rows_of(whole), rows_of(directory), strict=True):
+            assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_a_finished_run_says_so(tiny, whole, capsys):
+    assert train.run(build.experiment(tiny), whole) == train.DONE
+    assert "concluded" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused_with_the_keys(tiny, whole):
+    tiny["optimizer"]["hidden_size"] = 3
+    with pytest.raises(ValueError, match=r"optimizer.hidden_size is 2 there, 3 here"):
+        train.run(build.experiment(tiny), whole)
+
+
+def test_two_runs_in_one_directory_are_refused(tiny, tmp_path):
+    with lock(tmp_path), pytest.raises(ValueError, match="Another run is at work"):
+        train.run(build.experiment(tiny), tmp_path)
+
+
+def test_problems_must_fit_the_devices(tiny, tmp_path):
+    tiny["meta"]["num_problems"] = 12
+    with pytest.raises(ValueError, match="Try num_problems=8 or 16"):
+        train.run(build.experiment(tiny), tmp_path)
+
+
+def test_a_storm_of_nan_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys):
+    # The curriculum reaches a stage in which every meta-gradient is infinite.
+    experiment = build.experiment(tiny | {"meta": tiny["meta"] | {"max_bad": 5}})
+    calm = experiment.curriculum.stage
+
+    def stage(memory, step):
+        found, name = calm(memory, step)
+        return (found._replace(longest=float("nan")) if step >= 6 else found), name
+
+    family = experiment.meta.estimator
+
+    def estimate(theta, state, data, stage):
+        gradients, state, metrics = family.estimate(theta, state, data, stage)
+        bad = jax.tree.map(lambda g: g * (stage.longest / stage.longest), gradients)
+        return bad, state, metrics
+
+    storm = experiment._replace(
+        curriculum=experiment.curriculum._replace(stage=stage),
+        meta=experiment.meta._replace(estimator=family._replace(estimate=estimate)),
+    )
+    assert train.run(storm, tmp_path) == train.NOT_FINITE
+    said = capsys.readouterr().err
+    assert "Meta-step 7 skipped" in said and "6 meta-gradients were not finite" in said
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == ["3", "6"]
+
+
+def test_a_second_signal_leaves_at_once(tmp_path):
+    """In a process of its own: SIGTERM, then SIGTERM while the first is not yet acted upon."""
+    program = """
+import os, signal, sys, time
+from l2l.directory import Signals
+with Signals() as signals:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("noted", signals.got, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert done.stdout == b"noted 15\n"
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_signals_are_left_alone_outside_the_main_thread(tiny, tmp_path):
+    codes = []
+    run = lambda: codes.append(train.run(build.experiment(tiny), tmp_path))  # noqa: E731
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert codes == [train.DONE]
+
+
+def test_an_unwritable_directory_is_an_error_of_the_system(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        train.run(build.experiment(tiny), tmp_path / "file" / "run")
