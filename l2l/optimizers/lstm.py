@@ -24,14 +24,17 @@ def lstm(
     eps_root: float = 1e-8,
     weight_decay: float = 0.0,
     inputs: Sequence[str] = ("momentum", "gradient", "parameter"),
-    output: str = "residual",
+    output: str = "mixture",
 ) -> base.LearnedOptimizer:
     """A small LSTM that corrects a nominal Adam step (after STAR, Harrison et al. 2022).
 
     With a, b the network's outputs, zero at first, so that untrained it is
     `optax.adamw(learning_rate, decays[0], second_decay, eps_root=…, weight_decay=…)`:
 
-        u = −exp(λ) · (exp(a) · (m̂/(√(v̂ + eps_root) + eps) + b) + weight_decay · θ)
+        u = −exp(λ) · (exp(a) · (m̂/(√(v̂ + eps_root) + eps) + b · r) + weight_decay · θ)
+
+    where r are the normalised moments at every decay and the normalised gradient: the correction
+    is a mixture of directions in which the loss has been seen to fall.
 
     Args:
       hidden_size, layers: of the LSTM; each coordinate carries 2 · hidden_size · layers numbers.
@@ -41,54 +44,57 @@ def lstm(
       eps_root: in every root, of the features and of the nominal step.
       inputs: any of "momentum" (m̂/√v̂ at every decay), "gradient" (g/√v̂), "parameter" (θ, clipped
         to ±1), "scale" (log √v̂, scaled).
-      output: "residual" as above; "step" has no exp(a) (the correction adds and never rescales);
-        "direct" has no nominal step: −exp(λ) · b.
+      output: "mixture" as above; "scale" has no b (Adam whose rate is learned coordinate by
+        coordinate); "residual" has a free b in place of b · r.
     """
     known = ("momentum", "gradient", "parameter", "scale")
     if unknown := set(inputs) - set(known):
         raise ValueError(f"Unknown inputs {sorted(unknown)}: choose from {', '.join(known)}.")
-    if output not in ("residual", "step", "direct"):
-        raise ValueError(f"Unknown output {output!r}: choose residual, step or direct.")
+    if output not in ("mixture", "scale", "residual"):
+        raise ValueError(f"Unknown output {output!r}: choose mixture, scale or residual.")
     decays = tuple(decays)
     names = [f"m̂({d:g})/√v̂" for d in decays] + ["g/√v̂", "clipped θ", "log √v̂"]
     groups = ["momentum"] * len(decays) + ["gradient", "parameter", "scale"]
-    shown = [i for i, group in enumerate(groups) if group in inputs]
-    # Behind what the network sees come the two rows that the output formula needs.
-    nominal, position = len(shown), len(shown) + 1
+    num_directions = len(decays) + 1
+    seen = [i for i, group in enumerate(groups) if group in inputs]
+    num_outputs = {"mixture": 1 + num_directions, "scale": 1, "residual": 2}[output]
 
     def observe(gradient, moments, params, step):
         moments, hat = features.update_moments(
             gradient, moments, step, decays=decays, second_decay=second_decay
         )
         root = features.root(hat.nu, eps_root)
-        momentum = hat.mu / root[None]
         rows = [
-            *momentum,
+            *(hat.mu / root[None]),
             gradient / root,
             jnp.clip(params, -1.0, 1.0),
             jnp.log(root) / 10.0,
+            params,
         ]
-        return jnp.stack([*(rows[i] for i in shown), momentum[0], params]), moments
+        return jnp.stack(rows), moments
 
     @hk.without_apply_rng
     @hk.transform
     def network(rows, context, states):
         columns, states = _stack(rows, context, states, hidden_size, layers)
-        return FeatureMajorLinear(2, jnp.zeros, name="out")(columns, context), states
+        return FeatureMajorLinear(num_outputs, jnp.zeros, name="out")(columns, context), states
 
     def propose(theta, rows, context, hidden):
-        out, hidden = network.apply(theta["network"], rows[:nominal], context, hidden)
-        scale, shift = out
-        if output == "residual":
-            step = jnp.exp(scale) * (rows[nominal] + shift)
-        else:
-            step = shift + (rows[nominal] if output == "step" else 0.0)
+        # The rows the network sees stand first unless the inputs were chosen otherwise.
+        shown = rows[: len(seen)] if seen == list(range(len(seen))) else rows[jnp.array(seen)]
+        out, hidden = network.apply(theta["network"], shown, context, hidden)
+        step = rows[0]
+        if output == "mixture":
+            step = step + jnp.sum(out[1:] * rows[:num_directions], 0)
+        elif output == "residual":
+            step = step + out[1]
+        step = jnp.exp(out[0]) * step
         if weight_decay:
-            step = step + weight_decay * rows[position]
+            step = step + weight_decay * rows[-1]
         return -jnp.exp(theta["log_learning_rate"]) * step, hidden
 
     def init(key):
-        rows, context = jnp.zeros((nominal, 1)), jnp.zeros((features.NUM_CONTEXT,))
+        rows, context = jnp.zeros((len(seen), 1)), jnp.zeros((features.NUM_CONTEXT,))
         weights = network.init(key, rows, context, _zeros(hidden_size, layers, 1, jnp.float32))
         return {
             "network": weights,
@@ -103,7 +109,7 @@ def lstm(
         observe=observe,
         hidden=lambda theta, n: _zeros(hidden_size, layers, n, coordinates.dtype_of(theta)),
         propose=propose,
-        features=(*(names[i] for i in shown), "nominal step", "θ"),
+        features=(*names, "θ"),
     )
     return coordinates.optimizer(init, rule)
 
