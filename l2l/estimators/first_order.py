@@ -47,6 +47,14 @@ def first_order(
 ) -> base.MetaGradient:
     """Truncated first-order meta-gradients of an optimizer that has a `rule`."""
     rule, family = inner.optimizer.rule, inner.family
+    if rule is None:
+        raise ValueError(
+            "This optimizer has no rule that acts coordinate by coordinate, which the first-order "
+            "engine needs: use the estimator autodiff.truncated."
+        )
+    if block is not None:  # The states of inner runs must come in the same blocks.
+        own = inner.optimizer._replace(bind=lambda theta: coordinates.bind(rule, theta, block))
+        inner = inner._replace(optimizer=own)
     on_train, on_validation = objective.shares
 
     def init(keys, theta, stage):
@@ -64,13 +72,9 @@ def first_order(
 
         def step(carry, _):
             state, teaching = carry
-            loss, gradient = gradient_of(
-                state.params, state.problem, batch_at(family, state, data)
-            )
+            loss, gradient = gradient_of(state.params, state.problem, batch_at(family, state, data))
             g, p = flat(gradient), flat(state.params)
-            updates, opt_state = coordinates.advance(
-                rule, theta, g, p, state.opt_state, state.told
-            )
+            updates, opt_state = coordinates.advance(rule, theta, g, p, state.opt_state, state.told)
             taught = ()
             if teacher is not None:
                 taught, teaching = _teach(teacher, g, teaching, state.step)

@@ -1,0 +1,179 @@
+"""Truncated meta-gradients by plain automatic differentiation: for any optimizer, and of any order.
+
+A window of K steps is differentiated as it stands; the state before it enters as a constant (the
+truncation). `first_order` gives the same numbers as order "first" for optimizers that have a rule,
+in a fraction of the memory; order "exact" and optimizers without a rule need this file.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2l import base
+from l2l.estimators.first_order import Teacher, over_problems
+from l2l.estimators.objective import Objective
+from l2l.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew, unroll
+
+
+class AutodiffState(NamedTuple):
+    """teacher: the state of the imitated Adam, or ()."""
+
+    inner: base.InnerState
+    teacher: base.PyTree
+
+
+class Imitation(NamedTuple):
+    """The optax state of an optimizer beside its teacher; miss: Σ (u − u_Adam)² / its rate²."""
+
+    student: base.PyTree
+    teacher: base.PyTree
+    miss: jax.Array
+
+
+def truncated(
+    inner: Inner,
+    objective: Objective,
+    *,
+    order: str = "first",
+    segments: bool = True,
+    teacher: Teacher | None = None,
+) -> base.MetaGradient:
+    """The gradient of a window's meta-loss in theta, inner states persisting between windows.
+
+    With gₜ = ∇ℓₜ(θₜ), sₜ the optimizer's state and θₜ₊₁ = θₜ + u(φ; gₜ, θₜ, sₜ), the estimate is
+    dL/dφ of L = Σₖ wₖ ρ(ℓₖ(θₖ)) (`Objective`) for fixed θ₀, s₀.
+
+    Args:
+      order: "first" holds gₜ and θₜ constant where the optimizer observes them (Andrychowicz et
+        al. 2016, section 2.1); "exact" differentiates through them and through the moments, which
+        takes second derivatives of the task, and an optimizer with eps_root > 0.
+      segments: keep only the states between √K segments of the window and compute each segment
+        again when the backward pass comes to it: memory grows with √K, not K, for one more forward
+        pass (Chen et al. 2016, arXiv 1604.06174).
+      teacher: adds the imitation term of `first_order.Teacher`, the teacher held constant.
+
+    An optimizer whose `init` copies theta into its state (`optax.inject_hyperparams`) gets no
+    gradient through that copy: state is constant.
+    """
+    if order not in ("first", "exact"):
+        raise ValueError(f"Unknown order of meta-gradient {order!r}: choose first or exact.")
+    frozen = jax.lax.stop_gradient if order == "first" else lambda tree: tree
+
+    def start_teacher(params):
+        return () if teacher is None else _adam(teacher).init(params)
+
+    def init(keys, theta, stage):
+        def one(key):
+            state = first(inner, key, theta, stage)
+            return AutodiffState(state, start_teacher(state.params))
+
+        return jax.vmap(one)(keys)
+
+    def one_problem(theta, state, data, stage):
+        run = renew(inner, state.inner, theta, stage)
+        teaching = jax.tree.map(lambda x: jnp.where(run.step == 0, 0, x), state.teacher)
+
+        def loss(theta):
+            transform, begin = inner.optimizer.bind(theta), run
+            if teacher is not None:
+                transform = _beside(transform, teacher)
+                begin = run._replace(opt_state=Imitation(run.opt_state, teaching, jnp.zeros(())))
+            after, value, metrics = window(
+                inner, objective, transform, begin, data, frozen=frozen, segments=segments
+            )
+            if teacher is None:
+                return value, (AutodiffState(after, ()), metrics)
+            student, taught, miss = after.opt_state
+            value += stage.imitation * miss / (base.count(run.params) * inner.length)
+            return value, (AutodiffState(after._replace(opt_state=student), taught), metrics)
+
+        gradient, (state, metrics) = jax.grad(loss, has_aux=True)(theta)
+        return gradient, state, metrics
+
+    def estimate(theta, state, data, stage):
+        return over_problems(lambda s: one_problem(theta, s, data, stage), state)
+
+    return base.MetaGradient(init, estimate)
+
+
+def window(
+    inner: Inner,
+    objective: Objective,
+    transform: optax.GradientTransformationExtraArgs,
+    state: base.InnerState,
+    data,
+    *,
+    frozen: Callable = lambda tree: tree,
+    segments: bool = False,
+) -> tuple[base.InnerState, jax.Array, dict[str, jax.Array]]:
+    """One window of inner training: (state after it, its meta-loss, metrics), differentiable."""
+    family = inner.family
+    on_train, on_validation = objective.shares
+
+    def steps(state, length):
+        if not on_validation:
+            state, losses = unroll(state, data, family, transform, length, frozen)
+            return state, (losses, ())
+
+        def step(state, _):
+            state, losses = unroll(state, data, family, transform, 1, frozen)
+            batch = batch_at(family, state, data, VALIDATION)
+            return state, (losses[0], family.loss(state.params, state.problem, batch))
+
+        return jax.lax.scan(step, state, None, length)
+
+    run = _in_segments(steps) if segments else steps
+    state, (losses, held_out) = run(state, inner.length)
+    last = family.loss(state.params, state.problem, batch_at(family, state, data, TRAIN))
+    following = jnp.concatenate([losses[1:], last[None]])
+    value = jnp.zeros((), losses.dtype)
+    if on_train:
+        value += on_train * objective.value(following)
+    if on_validation:
+        value += on_validation * objective.value(held_out)
+    capped = jnp.mean((following > objective.cap).astype(losses.dtype))
+    return state, value, {"meta_loss": value, "loss": last, "capped": capped}
+
+
+def _in_segments(steps: Callable) -> Callable:
+    """The same steps, in ⌈√K⌉ at a time that are computed again in the backward pass."""
+
+    def run(state, length):
+        size = math.isqrt(length - 1) + 1
+        whole, rest = divmod(length, size)
+        # A loop keeps the compiler from merging the two computations: no barrier is needed.
+        segment = jax.checkpoint(lambda state: steps(state, size), prevent_cse=False)
+        state, out = jax.lax.scan(lambda state, _: segment(state), state, None, whole)
+        out = jax.tree.map(lambda x: x.reshape(whole * size, *x.shape[2:]), out)
+        if rest:
+            state, tail = jax.checkpoint(lambda state: steps(state, rest))(state)
+            out = jax.tree.map(lambda *x: jnp.concatenate(x), out, tail)
+        return state, out
+
+    return run
+
+
+def _adam(teacher):
+    return optax.scale_by_adam(b1=teacher.b1, b2=teacher.b2, eps_root=teacher.eps_root)
+
+
+def _beside(student, teacher):
+    """The student's updates, and in the state how far they are from the teacher's."""
+
+    def update(updates, state, params=None, **extra_args):
+        # Held constant: the student is to come to the teacher, not the teacher to the student.
+        gradient = jax.lax.stop_gradient(updates)
+        out, inside = student.update(updates, state.student, params, **extra_args)
+        direction, taught = _adam(teacher).update(gradient, state.teacher)
+        off = jax.tree.map(lambda u, d: u / teacher.learning_rate + d, out, direction)
+        miss = sum(jnp.sum(x * x) for x in jax.tree.leaves(off))
+        return out, Imitation(inside, taught, state.miss + miss)
+
+    def init(params):
+        return Imitation(student.init(params), _adam(teacher).init(params), jnp.zeros(()))
+
+    return optax.GradientTransformationExtraArgs(init, update)

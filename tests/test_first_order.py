@@ -1,0 +1,165 @@
+"""The blocked engine against plain automatic differentiation of the same estimator."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2l import base
+from l2l.estimators import autodiff
+from l2l.estimators.first_order import Teacher, first_order
+from l2l.estimators.objective import Objective
+from l2l.optimizers import coordinates
+from l2l.optimizers.lstm import dm, lstm, rnnprop
+from l2l.tasks import augment
+from l2l.unroll import Inner
+
+NUM_PROBLEMS, NUM_WINDOWS, LENGTH = 3, 3, 4
+
+# Compiling is what these tests spend their time on, and the answers need no fast code.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+OPTIMIZERS = {
+    "lstm": lambda: lstm(hidden_size=3),
+    "lstm two layers, scale, decayed": lambda: lstm(
+        hidden_size=3, layers=2, output="scale", weight_decay=0.1, decays=(0.5, 0.9)
+    ),
+    "lstm residual, all inputs": lambda: lstm(
+        hidden_size=3, output="residual", inputs=("momentum", "gradient", "parameter", "scale")
+    ),
+    "lstm decayed, gradient alone": lambda: lstm(
+        hidden_size=3, weight_decay=0.1, inputs=("gradient",)
+    ),
+    "dm": lambda: dm(hidden_size=3),
+    "rnnprop": lambda: rnnprop(hidden_size=3),
+}
+PLAIN = Objective("train", "log")
+# Training and validation losses enter linearly: both of them, in every form, and each alone.
+OBJECTIVES = [
+    Objective("both", "plain"),
+    Objective("both", "log", share=0.8),
+    Objective("both", "last"),
+    Objective("validation", "plain", cap=2.0),
+    Objective("train", "last"),
+]
+
+
+def ragged() -> base.TaskFamily:
+    """Regression with batch noise by 44 parameters in a scalar, an empty leaf and odd sizes.
+
+    It draws uniform numbers, few at a time: most of a test's time goes to compiling them.
+    """
+    shapes = {"a": (), "b": (0,), "c": (5,), "v": (17, 1), "w": (3, 7)}
+
+    def init(key, problem):
+        flat = jax.random.uniform(key, (44,), minval=-1.0)
+        return coordinates.unflatten(flat, {n: jnp.zeros(s, flat.dtype) for n, s in shapes.items()})
+
+    def loss(params, problem, batch):
+        hidden = jnp.tanh(batch @ params["w"])  # [4, 7]
+        out = hidden @ params["v"][:7, 0] * params["a"] + jnp.sum(params["b"])
+        rest = jnp.sum((params["c"] - problem) ** 2) + jnp.sum(params["v"][7:] ** 4)
+        return jnp.mean((out - batch[:, 0] ** 2) ** 2) + 0.1 * rest
+
+    def batch(key, problem, data, split):
+        size = 1.5 if split == "train" else 2.0
+        return size * jax.random.uniform(key, (4, 3), minval=-1.0)
+
+    return base.TaskFamily(
+        sample=lambda key: jnp.linspace(-1.0, 1.0, 5), init=init, batch=batch, loss=loss
+    )
+
+
+def thetas(optimizer, dtype):
+    """Weights far from the untrained ones, so that no part of the network is silent."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(optimizer.init, jax.random.key(1))
+    theta = jax.tree.map(lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), dtype), shapes)
+    if "log_learning_rate" in theta:
+        theta["log_learning_rate"] = jnp.asarray(np.log(0.03), dtype)
+    return theta
+
+
+def windows(make, optimizer, *, length=LENGTH, imitation=0.0):
+    """Meta-gradients and metrics [windows, problems, ...] of runs that are cut and renewed."""
+
+    def run(theta, keys):
+        stage = base.Stage(jnp.asarray(length), jnp.asarray(3 * length), jnp.asarray(imitation))
+        estimator = make(optimizer)
+
+        def step(state, _):
+            gradient, state, metrics = estimator.estimate(theta, state, (), stage)
+            return state, (gradient, metrics)
+
+        return jax.lax.scan(step, estimator.init(keys, theta, stage), None, NUM_WINDOWS)[1]
+
+    return jax.jit(run, compiler_options=QUICK)
+
+
+def check_equal(optimizer, dtype, *, family=None, objective=PLAIN, teacher=None, imitation=0.0):
+    inner = Inner(family or ragged(), optimizer, LENGTH, hide=0.3)
+    theta = thetas(optimizer, dtype)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(NUM_PROBLEMS))
+    # Blocks of 16: three of them for 44 parameters, the last with 12.
+    ours = windows(
+        lambda o: first_order(inner, objective, teacher, block=16), optimizer, imitation=imitation
+    )(theta, keys)
+    plain = windows(
+        lambda o: autodiff.truncated(inner, objective, teacher=teacher, segments=False),
+        optimizer,
+        imitation=imitation,
+    )(theta, keys)
+    tolerance = 1e-10 if dtype == jnp.float64 else 1e-5
+    assert jax.tree.leaves(ours)[0].dtype == dtype
+    # Equal zeros would prove nothing; a window whose losses are all capped has them.
+    assert np.mean(np.linalg.norm(rows(plain[0]), axis=1) > 1e-4) > 0.5
+    for one, other in zip(rows(ours[0]), rows(plain[0]), strict=True):
+        assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
+    assert ours[1].keys() == plain[1].keys()
+    for name, value in ours[1].items():
+        np.testing.assert_allclose(value, plain[1][name], rtol=tolerance, atol=tolerance)
+
+
+def rows(gradients):
+    """One flat meta-gradient a window and problem."""
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(gradients)]
+    return np.concatenate([x.reshape(NUM_WINDOWS * NUM_PROBLEMS, -1) for x in leaves], 1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_autodiff_in_float64(name):
+    with jax.enable_x64(True):
+        check_equal(OPTIMIZERS[name](), jnp.float64)
+
+
+@pytest.mark.parametrize("name", ["lstm", "dm", "rnnprop"])
+def test_equals_autodiff_in_float32(name):
+    check_equal(OPTIMIZERS[name](), jnp.float32)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.on} {o.form}")
+def test_equals_autodiff_for_every_meta_loss(objective):
+    with jax.enable_x64(True):
+        check_equal(OPTIMIZERS["lstm"](), jnp.float64, objective=objective)
+
+
+def test_equals_autodiff_under_augmentation():
+    with jax.enable_x64(True):
+        family = augment.rescale(ragged(), magnitude=1.0)
+        family = augment.rescale(family, per="tensor", magnitude=1.0, probability=0.5)
+        family = augment.noise(augment.convex(family, dimension=3), scale=0.1)
+        check_equal(OPTIMIZERS["lstm"](), jnp.float64, family=family, objective=Objective("both"))
+
+
+def test_equals_autodiff_with_a_teacher():
+    with jax.enable_x64(True):
+        check_equal(
+            OPTIMIZERS["lstm"](), jnp.float64, teacher=Teacher(learning_rate=0.03), imitation=0.7
+        )
+
+
+def test_an_optimizer_without_a_rule_is_refused():
+    inner = Inner(ragged(), base.fixed(optax.sgd(0.1)), LENGTH)
+    with pytest.raises(ValueError, match=r"no rule.*\n?.*use the estimator autodiff"):
+        first_order(inner, Objective())
