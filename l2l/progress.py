@@ -41,8 +41,9 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
     bar = None
     if terminal:
         bar = tqdm.tqdm(total=steps, initial=start, unit="step", file=stream, dynamic_ncols=True)
-    began = time.monotonic()
-    last = [-10.0]
+    # The time left is told from the pace since the first sign of life: compiling comes before it.
+    marks: list[tuple[float, int]] = []
+    last = [0.0]
 
     def say(sentence):
         if bar is not None:
@@ -62,15 +63,16 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
             bar.set_postfix_str(f"meta-loss {meta_loss:.4f}, horizon {stage}, {comparison}")
             bar.update(step - bar.n)
             return
-        now = time.monotonic() - began
-        if now - last[0] < 10 and step < steps:
+        now = time.monotonic()
+        if not marks:
+            marks.append((now, step))
+        elif now - last[0] < 10 and step < steps:
             return
         last[0] = now
-        left = now / max(step - start, 1) * (steps - step)
-        say(
-            f"meta-step {step}/{steps}, meta-loss {meta_loss:.4f}, horizon {stage}, "
-            f"{comparison}, {clock(left)} left"
-        )
+        began, done = marks[0][0], step - marks[0][1]
+        left = f", {clock((now - began) / done * (steps - step))} left" if done else ""
+        numbers = f"meta-loss {meta_loss:.4f}, horizon {stage}, {comparison}{left}"
+        say(f"meta-step {step}/{steps}, {numbers}")
 
     def close():
         if rows.closed:
