@@ -37,8 +37,8 @@ class Saver(NamedTuple):
 
     save:    (step, tree) -> None. Returns once the arrays are copied; they are written behind.
     restore: (like, shardings) -> (tree, step) or None where there is no checkpoint. `like` and
-             `shardings` are pytrees of jax.ShapeDtypeStruct and of NamedShardings. A checkpoint that
-             cannot be read is set aside (renamed) and the one before it is taken.
+             `shardings` are pytrees of jax.ShapeDtypeStruct and of NamedShardings. A checkpoint
+             that cannot be read is set aside (renamed) and the one before it is taken.
     close:   () -> None, when all is on the disk; more than once if you like.
     """
 

@@ -137,7 +137,8 @@ def stages(
         )
         sentence = (
             f"No better on {test(memory)} steps for {patience} validations: "
-            f"back to the best weights ({memory.best:.4g}), on to {horizons[following.index]} steps."
+            f"back to the best weights ({memory.best:.4g}), "
+            f"on to {horizons[following.index]} steps."
         )
         return following, memory.theta, sentence
 
