@@ -13,6 +13,9 @@ from l2l import base, features
 from l2l.optimizers import coordinates
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
+# The rate of a coordinate stays within a factor exp(±REACH) of the common one.
+REACH = 3.0
+
 
 def lstm(
     *,
@@ -33,7 +36,8 @@ def lstm(
 
         u = −exp(λ) · (exp(a) · (m̂/(√(v̂ + eps_root) + eps) + b · r) + weight_decay · θ)
 
-    where r are the normalised moments at every decay and the normalised gradient: the correction
+    where |a| < REACH and |b| < 1 (each through a tanh of slope 1 at 0: without bounds a few runs in
+    a hundred jump), and r are the normalised moments at every decay and the normalised gradient: the correction
     is a mixture of directions in which the loss has been seen to fall.
 
     Args:
@@ -85,10 +89,10 @@ def lstm(
         out, hidden = network.apply(theta["network"], shown, context, hidden)
         step = rows[0]
         if output == "mixture":
-            step = step + jnp.sum(out[1:] * rows[:num_directions], 0)
+            step = step + jnp.sum(jnp.tanh(out[1:]) * rows[:num_directions], 0)
         elif output == "residual":
-            step = step + out[1]
-        step = jnp.exp(out[0]) * step
+            step = step + jnp.tanh(out[1])
+        step = jnp.exp(REACH * jnp.tanh(out[0] / REACH)) * step
         if weight_decay:
             step = step + weight_decay * rows[-1]
         return -jnp.exp(theta["log_learning_rate"]) * step, hidden
