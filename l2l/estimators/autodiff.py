@@ -112,10 +112,10 @@ def window(
 ) -> tuple[base.InnerState, jax.Array, dict[str, jax.Array]]:
     """One window of inner training: (state after it, its meta-loss, metrics), differentiable."""
     family = inner.family
-    on_train, on_validation = objective.shares
+    on_train, on_validation = objective.shares(state.step, state.num_steps)
 
     def steps(state, length):
-        if not on_validation:
+        if not objective.reads_validation:
             state, losses = unroll(state, data, family, transform, length, frozen)
             return state, (losses, ())
 
@@ -131,9 +131,9 @@ def window(
     last = family.loss(state.params, state.problem, batch_at(family, state, data, TRAIN))
     following = jnp.concatenate([losses[1:], last[None]])
     value = jnp.zeros((), losses.dtype)
-    if on_train:
+    if objective.reads_train:
         value += on_train * objective.value(following)
-    if on_validation:
+    if objective.reads_validation:
         value += on_validation * objective.value(held_out)
     capped = jnp.mean((following > objective.cap).astype(losses.dtype))
     return state, value, {"meta_loss": value, "loss": last, "capped": capped}

@@ -55,7 +55,6 @@ def first_order(
     if block is not None:  # The states of inner runs must come in the same blocks.
         own = inner.optimizer._replace(bind=lambda theta: coordinates.bind(rule, theta, block))
         inner = inner._replace(optimizer=own)
-    on_train, on_validation = objective.shares
 
     def init(keys, theta, stage):
         def one(key):
@@ -69,6 +68,7 @@ def first_order(
         dtype = coordinates.dtype_of(theta)
         flat = lambda tree: coordinates.cut(coordinates.flatten(tree, dtype), block)  # noqa: E731
         gradient_of = jax.value_and_grad(family.loss)
+        on_train, on_validation = objective.shares(state.step, state.num_steps)
 
         def step(carry, _):
             state, teaching = carry
@@ -82,7 +82,7 @@ def first_order(
             params = jax.tree.map(jnp.add, state.params, change)
             state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
             held_out = ()
-            if on_validation:
+            if objective.reads_validation:
                 value, pull = gradient_of(
                     params, state.problem, batch_at(family, state, data, VALIDATION)
                 )
@@ -100,12 +100,12 @@ def first_order(
 
         pulls = jnp.zeros_like(g)
         meta_loss = jnp.zeros((), losses.dtype)
-        if on_train:
+        if objective.reads_train:
             weights = weighted(following, on_train)
             # Shifted by one: the loss that follows update t is met at step t + 1.
             pulls = jnp.concatenate([weights[:-1] * g[1:], weights[-1:] * flat(pull)[None]])
             meta_loss += on_train * objective.value(following)
-        if on_validation:
+        if objective.reads_validation:
             pulls += weighted(held_out[0], on_validation) * held_out[1]
             meta_loss += on_validation * objective.value(held_out[0])
         blame = jnp.flip(jnp.cumsum(jnp.flip(pulls, 0), 0), 0)

@@ -15,8 +15,10 @@ class Objective(NamedTuple):
 
     on:   "train" (the batches the optimizer will see next), "validation" (held-out batches) or
           "both".
-    share: of the validation losses under "both". A meta-loss on training batches alone teaches an
-          optimizer to memorise.
+    share, late_share: the weight of the validation losses under "both" when a run begins and when
+          it ends, linear in t/T between (late_share None: the same throughout). A meta-loss on
+          training batches alone teaches an optimizer to memorise; one on validation batches alone,
+          to stop.
     form: "plain" (ρ = ℓ, mean over the window; Andrychowicz et al. 2016 sum), "log" (ρ = log ℓ,
           scale-free) or "last" (ρ = ℓ at the end of the window alone; Lv et al. 2017).
     cap:  losses above it count as `cap` and pull no gradient; the share of capped losses is
@@ -27,11 +29,22 @@ class Objective(NamedTuple):
     form: str = "log"
     cap: float = 1e4
     share: float = 0.5
+    late_share: float | None = None
 
     @property
-    def shares(self) -> tuple[float, float]:
-        """The weights of (training, validation) losses."""
-        validation = {"train": 0.0, "validation": 1.0, "both": self.share}[self.on]
+    def reads_train(self) -> bool:
+        return self.on != "validation"
+
+    @property
+    def reads_validation(self) -> bool:
+        return self.on != "train"
+
+    def shares(self, step: jax.Array, num_steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The weights of (training, validation) losses in a window that begins at `step`."""
+        if self.on != "both":
+            return jnp.float32(self.on == "train"), jnp.float32(self.on == "validation")
+        late = self.share if self.late_share is None else self.late_share
+        validation = self.share + (late - self.share) * (step / num_steps).astype(jnp.float32)
         return 1.0 - validation, validation
 
     def value(self, losses: jax.Array) -> jax.Array:
@@ -43,13 +56,19 @@ class Objective(NamedTuple):
 
 
 def objective(
-    *, on: str = "train", form: str = "log", cap: float = 1e4, share: float = 0.5
+    *,
+    on: str = "train",
+    form: str = "log",
+    cap: float = 1e4,
+    share: float = 0.5,
+    late_share: float | None = None,
 ) -> Objective:
     """An `Objective`; raises ValueError for an unknown `on` or `form` or a share outside [0, 1]."""
     if on not in ("train", "validation", "both"):
         raise ValueError(f"Unknown meta-loss split {on!r}: choose train, validation or both.")
     if form not in ("plain", "log", "last"):
         raise ValueError(f"Unknown form of meta-loss {form!r}: choose plain, log or last.")
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"share={share} of the validation losses is outside [0, 1].")
-    return Objective(on, form, cap, share)
+    for value in (share, share if late_share is None else late_share):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"A share {value} of the validation losses is outside [0, 1].")
+    return Objective(on, form, cap, share, late_share)
