@@ -120,7 +120,11 @@ def first_order(
         """Σ over blocks of the window's meta-gradient; nothing outlives its block."""
         steps = start.step + jnp.arange(inner.length)
 
-        def block_loss(theta, statistics, hidden, window):
+        num_blocks, width = window[0].shape[1:]
+        # Nobody teaches the padding of the last block, which some optimizers move.
+        real = (jnp.arange(num_blocks * width) < size).reshape(num_blocks, width)
+
+        def block_loss(theta, statistics, hidden, window, real):
             def step(carry, xs):
                 statistics, hidden = carry
                 g, p, blame, taught, step = xs
@@ -129,20 +133,20 @@ def first_order(
                 updates, hidden = rule.propose(theta, rows, context, hidden)
                 out = jnp.vdot(blame, updates)
                 if teacher is not None:
-                    off = (updates - taught) / teacher.learning_rate
+                    off = jnp.where(real, updates - taught, 0) / teacher.learning_rate
                     out += imitation * jnp.vdot(off, off) / (size * inner.length)
                 return (statistics, hidden), out
 
             return jnp.sum(jax.lax.scan(step, (statistics, hidden), (*window, steps))[1])
 
         def one_block(total, xs):
-            statistics, hidden, window = xs
-            gradient = jax.grad(block_loss)(theta, statistics, hidden, window)
+            statistics, hidden, window, real = xs
+            gradient = jax.grad(block_loss)(theta, statistics, hidden, window, real)
             return jax.tree.map(jnp.add, total, gradient), None
 
         zeros = jax.tree.map(jnp.zeros_like, theta)
         by_block = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), window)
-        return jax.lax.scan(one_block, zeros, (start.statistics, start.hidden, by_block))[0]
+        return jax.lax.scan(one_block, zeros, (start.statistics, start.hidden, by_block, real))[0]
 
     def one_problem(theta, state, data, stage):
         run = renew(inner, state.inner, theta, stage)
