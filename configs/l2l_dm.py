@@ -24,13 +24,13 @@ def get_config() -> ConfigDict:
     config.horizon = dict(name="log_uniform", shortest=100, longest=100, start=100, growth=0.0)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=1e-3)
     config.meta = dict(
-        steps=2000,
-        num_problems=16,
-        group=50,
+        steps=1200,
+        num_problems=2,
+        group=20,
         clip=1e6,
         max_bad=20,
         optimizer=dict(name="adam", learning_rate=1e-3),
     )
-    config.evaluation = dict(horizons=(100, 200), num_problems=8, every=500)
+    config.evaluation = dict(horizons=(100, 200), num_problems=4, every=0)
     config.checkpoint = dict(every=200, keep=3)
     return config

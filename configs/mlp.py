@@ -19,18 +19,16 @@ def get_config() -> ConfigDict:
         batch_size=128,
     )
     config.augmentations = ()
-    config.optimizer = dict(
-        name="lstm", hidden_size=8, layers=1, learning_rate=3e-3, eps_root=1e-8, output="residual"
-    )
-    config.objective = dict(on="both", form="log", cap=1e4)
-    config.inner = dict(length=20, stagger=True, hide=0.0)
+    config.optimizer = dict(name="lstm", hidden_size=8, layers=1, learning_rate=3e-3, eps_root=1e-8)
+    config.objective = dict(on="both", form="log", cap=1e4, share=0.98)
+    config.inner = dict(length=50, stagger=True, hide=0.25)
     config.estimator = dict(name="first_order")
     config.horizon = dict(name="log_uniform", shortest=100, longest=2000, start=200, growth=0.5)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=1e-3)
     config.meta = dict(
-        steps=2000,
+        steps=1200,
         num_problems=16,
-        group=50,
+        group=20,
         clip=1.0,
         max_bad=20,
         # The schedule lasts for meta.steps unless it says otherwise.

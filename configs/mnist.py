@@ -15,24 +15,22 @@ def get_config() -> ConfigDict:
         name="mnist", hidden=(20,), activation="sigmoid", batch_size=128, stddev=0.01
     )
     config.augmentations = (dict(name="rescale", per="tensor", magnitude=1.5, probability=0.5),)
-    config.optimizer = dict(
-        name="lstm", hidden_size=8, layers=1, learning_rate=3e-3, eps_root=1e-8, output="residual"
-    )
-    config.objective = dict(on="both", form="log", cap=1e4)
-    config.inner = dict(length=20, stagger=True, hide=0.0)
+    config.optimizer = dict(name="lstm", hidden_size=8, layers=1, learning_rate=3e-3, eps_root=1e-8)
+    config.objective = dict(on="both", form="log", cap=1e4, share=0.98)
+    config.inner = dict(length=50, stagger=True, hide=0.25)
     config.estimator = dict(name="first_order")
     config.horizon = dict(name="log_uniform", shortest=100, longest=2000, start=200, growth=0.5)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=1e-3)
     config.meta = dict(
-        steps=1000,
-        num_problems=16,
-        group=50,
+        steps=400,
+        num_problems=8,
+        group=20,
         clip=1.0,
         max_bad=20,
         optimizer=dict(
             name="adam", learning_rate=dict(name="cosine_decay_schedule", init_value=3e-3)
         ),
     )
-    config.evaluation = dict(horizons=(100, 1000), num_problems=8, every=500)
+    config.evaluation = dict(horizons=(100, 1000), num_problems=4, every=0)
     config.checkpoint = dict(every=200, keep=3)
     return config

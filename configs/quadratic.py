@@ -11,9 +11,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.task = dict(name="quadratic", dimension=10, batch_size=128, stddev=0.01)
     config.augmentations = ()
-    config.optimizer = dict(
-        name="lstm", hidden_size=8, layers=1, learning_rate=3e-3, eps_root=1e-8, output="residual"
-    )
+    config.optimizer = dict(name="lstm", hidden_size=8, layers=1, learning_rate=3e-3, eps_root=1e-8)
     config.objective = dict(on="train", form="log", cap=1e4)
     config.inner = dict(length=20, stagger=True, hide=0.0)
     config.estimator = dict(name="first_order")

@@ -1,14 +1,17 @@
-"""What JAX reads when it starts: to be set before anything imports it."""
+"""What JAX reads at its first use: to be set before it."""
 
+import logging
 import os
+import sys
 from pathlib import Path
 
 
-def prepare(num_problems: int) -> None:
-    """Settings that JAX reads when it starts: a CPU device a core, as many as divide the problems,
-    and a place to keep compiled programs between runs."""
+def prepare(num_problems: int | None = None) -> None:
+    """One CPU device a core (or as many as divide `num_problems`), and a place where compiled
+    programs are kept between runs. What the user has set stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = max(n for n in range(1, (cores or 1) + 1) if num_problems % n == 0)
+    cores = cores or 1
+    devices = max(n for n in range(1, cores + 1) if (num_problems or n) % n == 0)
     given = os.environ.get("XLA_FLAGS", "")
     for flag, value in (
         ("--xla_force_host_platform_device_count", devices),
@@ -20,3 +23,8 @@ def prepare(num_problems: int) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "l2l" / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    if "jax" in sys.modules:  # It read the environment when it was imported.
+        config = sys.modules["jax"].config
+        config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    # That a backend is not installed is news to nobody, and looks like an error to a newcomer.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)

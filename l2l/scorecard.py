@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from l2l import base, evaluate, report, tuning
+from l2l import base, evaluate, host, report, tuning
 from l2l.optimizers import baselines
 
 
@@ -343,14 +343,6 @@ def main(argv) -> int:
 
 def run() -> None:
     """The command: one device a core on a CPU, then `main`."""
-    given = os.environ.get("XLA_FLAGS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for flag, value in (
-        ("--xla_force_host_platform_device_count", cores),
-        ("--xla_cpu_multi_thread_eigen", "false"),
-    ):
-        if flag not in given:
-            given += f" {flag}={value}"
-    os.environ["XLA_FLAGS"] = given.strip()  # JAX is imported already, but reads this at first use.
+    host.prepare()  # JAX is imported already, but reads this at its first use.
     _define_flags()
     app.run(main)

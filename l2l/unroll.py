@@ -28,7 +28,7 @@ class Inner(NamedTuple):
 
 
 def fresh(inner: Inner, key: jax.Array, theta, stage: base.Stage) -> base.InnerState:
-    """A new inner run, all of it decided by `key`; its horizon is log-uniform in the stage's range."""
+    """A new inner run, all of it decided by `key`; its horizon is log-uniform in the range."""
     fold = lambda use: jax.random.fold_in(key, use)  # noqa: E731
     problem = inner.family.sample(fold(SAMPLE))
     params = inner.family.init(fold(INIT), problem)
@@ -64,9 +64,7 @@ def renew(inner: Inner, state: base.InnerState, theta, stage: base.Stage) -> bas
 
     Called between windows only: inside them there is nothing to mask.
     """
-    finite = jnp.all(
-        jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state.params)])
-    )
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state.params)]))
     over = (state.step >= state.num_steps) | ~finite
     following = jax.random.fold_in(state.key, NEXT)
     return jax.lax.cond(over, lambda: fresh(inner, following, theta, stage), lambda: state)

@@ -26,7 +26,7 @@ def lstm(
     second_decay: float = 0.999,
     eps_root: float = 1e-8,
     weight_decay: float = 0.0,
-    inputs: Sequence[str] = ("momentum", "gradient", "parameter"),
+    inputs: Sequence[str] = ("momentum", "gradient"),
     output: str = "mixture",
 ) -> base.LearnedOptimizer:
     """A small LSTM that corrects a nominal Adam step (after STAR, Harrison et al. 2022).
@@ -37,8 +37,8 @@ def lstm(
         u = −exp(λ) · (exp(a) · (m̂/(√(v̂ + eps_root) + eps) + b · r) + weight_decay · θ)
 
     where |a| < REACH and |b| < 1 (each through a tanh of slope 1 at 0: without bounds a few runs in
-    a hundred jump), and r are the normalised moments at every decay and the normalised gradient: the correction
-    is a mixture of directions in which the loss has been seen to fall.
+    a hundred jump), and r are the normalised moments at every decay and the normalised gradient:
+    the correction is a mixture of directions in which the loss has been seen to fall.
 
     Args:
       hidden_size, layers: of the LSTM; each coordinate carries 2 · hidden_size · layers numbers.
