@@ -36,6 +36,12 @@ def get_config() -> ConfigDict:
             name="adam", learning_rate=dict(name="cosine_decay_schedule", init_value=3e-3)
         ),
     )
-    config.evaluation = dict(horizons=(500, 1000), num_problems=12, every=500)
+    whole = dict(initial_scale=(1.0, 1.0), subset=(1.0, 1.0))
+    config.evaluation = dict(
+        horizons=(500, 1000),
+        num_problems=10,
+        every=400,
+        tasks=tuple(dict(activations=(a,), **whole) for a in ("relu", "tanh", "sigmoid")),
+    )
     config.checkpoint = dict(every=200, keep=3)
     return config

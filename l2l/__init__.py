@@ -1,6 +1,6 @@
 """l2l: learned optimizers that install, train and load.
 
-    optimizer = l2l.load("my-run/export.safetensors")  # an optax transformation
+    optimizer = l2l.load("checkpoints/mlp")  # an optax transformation
 
 Names are imported when they are first used, so that `import l2l` costs nothing.
 """

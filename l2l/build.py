@@ -97,12 +97,15 @@ class Evaluation(NamedTuple):
     horizons:     of the final comparison, in inner steps.
     num_problems: unseen problems of the final comparison (seeds), for each horizon.
     every:        meta-steps between comparisons on the way; 0 for none. They take the shortest
-                  horizon and a quarter of the problems.
+                  horizon and the first of the tasks.
+    tasks:        what to compare on: settings that replace some of section `task`, or several such
+                  dicts; {} is that section itself. Always without augmentations.
     """
 
     horizons: Sequence[int] = (500, 1000)
     num_problems: int = 12
     every: int = 500
+    tasks: Any = MappingProxyType({})
 
 
 class Saving(NamedTuple):
@@ -119,6 +122,7 @@ class Experiment(NamedTuple):
     specification: the part of it that rebuilds the optimizer.
     families:      what is trained on: one, or several that make a mixture.
     reads:         for each family, which entry of `data()` is its own.
+    judged:        what the optimizer is compared with Adam on: (name, family) pairs.
     """
 
     config: dict
@@ -126,7 +130,9 @@ class Experiment(NamedTuple):
     seed: int
     families: tuple[base.TaskFamily, ...]
     reads: tuple[int, ...]
+    judged: tuple[tuple[str, base.TaskFamily], ...]
     optimizer: base.LearnedOptimizer
+    inners: tuple[Inner, ...]
     meta: Meta
     curriculum: curriculum.Curriculum
     running: Running
@@ -180,8 +186,11 @@ def experiment(config: Mapping) -> Experiment:
     specification = config.get("optimizer", {"name": "lstm"})
     learned = optimizer(specification)
     imitation = checks.fill("imitation", curriculum.Imitation, config.get("imitation", {}))
+    evaluation = checks.fill("evaluation", Evaluation, config.get("evaluation", {}))
     families, weights, sources = _mixture(config)
-    estimators = [_estimator(config, family, learned, imitation) for family in families]
+    estimators, inners = zip(
+        *(_estimator(config, family, learned, imitation) for family in families), strict=True
+    )
     reads = tuple(list(dict.fromkeys(sources)).index(source) for source in sources)
     single = len(families) == 1
     horizons = config.get("horizon", {"name": "log_uniform"})
@@ -191,9 +200,11 @@ def experiment(config: Mapping) -> Experiment:
         seed=checks.fits("config", "seed", config.get("seed", 0), int),
         families=families,
         reads=reads,
+        judged=_judged(config, evaluation.tasks),
         optimizer=learned,
+        inners=inners,
         meta=Meta(
-            estimators[0] if single else mixture.mixture(estimators, weights, reads=reads),
+            estimators[0] if single else mixture.mixture(list(estimators), weights, reads=reads),
             learned,
             meta_optimizer(running.optimizer, running.steps),
             running.num_problems,
@@ -203,7 +214,7 @@ def experiment(config: Mapping) -> Experiment:
             "horizon", HORIZONS, horizons, {"steps": running.steps, "imitation": imitation}
         ),
         running=running,
-        evaluation=checks.fill("evaluation", Evaluation, config.get("evaluation", {})),
+        evaluation=evaluation,
         saving=checks.fill("checkpoint", Saving, config.get("checkpoint", {})),
     )
 
@@ -224,13 +235,30 @@ def _mixture(config):
     return tuple(families), weights, sources
 
 
+def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
+    """The plain families of section `task`, each with each of the changes of settings."""
+    sections = config.get("task", {"name": "mlp"})
+    out = []
+    for section in _several(sections):
+        plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
+        for change in _several(changes):
+            family = task({**plain, **change})
+            values = " ".join(
+                "-".join(map(str, v if isinstance(v, tuple | list) else [v]))
+                for k, v in change.items()
+                if sum(change[k] != other.get(k) for other in _several(changes))
+            )
+            out.append((" ".join(filter(None, (family.name, values))), family))
+    return tuple(out)
+
+
 def _default(name: str, key: str):
     """The default of a task's setting; of what has none, the task's name."""
     parameters = inspect.signature(TASKS[name]).parameters if name in TASKS else {}
     return parameters[key].default if key in parameters else name
 
 
-def _estimator(config, family, learned, imitation) -> base.MetaGradient:
+def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, Inner]:
     settings = {"length": LENGTH, **config.get("inner", {})}
     hidden = ("family", "optimizer")  # The program's, not the user's.
     inner = Inner(family, learned, **checks.check("inner", Inner, settings, hidden))
@@ -251,7 +279,7 @@ def _estimator(config, family, learned, imitation) -> base.MetaGradient:
                 f"Estimator {section['name']!r} cannot imitate Adam: set imitation.weight to 0."
             )
         given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
-    return make("estimator", ESTIMATORS, section, given)
+    return make("estimator", ESTIMATORS, section, given), inner
 
 
 def task(settings: Mapping, augmentations: Sequence[Mapping] = ()) -> base.TaskFamily:

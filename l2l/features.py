@@ -13,7 +13,7 @@ import optax
 
 
 class Moments(NamedTuple):
-    """First moments at J decays, mu [J, n], and one second moment, nu [n], not yet bias-corrected."""
+    """First moments at J decays, mu [J, n], and one second moment, nu [n], not bias-corrected."""
 
     mu: jax.Array
     nu: jax.Array

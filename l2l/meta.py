@@ -28,7 +28,7 @@ class Meta(NamedTuple):
 
 
 def devices_for(num_problems: int, devices: Sequence[jax.Device] | None = None) -> list:
-    """All devices, checked to divide the problems; ValueError names the nearest numbers that fit."""
+    """All devices, checked to divide the problems; ValueError names the nearest that fit."""
     devices = list(jax.devices() if devices is None else devices)
     n = len(devices)
     if num_problems < 1 or num_problems % n:
@@ -127,7 +127,7 @@ def compile_steps(meta: Meta, group: int, devices: Sequence[jax.Device]) -> Call
 
 
 def spread(state: base.MetaState, devices: Sequence[jax.Device]) -> base.MetaState:
-    """[num_problems, ...] to the layout of `compile_steps`, [devices, num_problems/devices, ...]."""
+    """[num_problems, ...] to `compile_steps`' layout, [devices, num_problems/devices, ...]."""
     n = len(devices)
     split = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), state.estimator)
     return state._replace(estimator=split)

@@ -12,18 +12,17 @@ SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finishe
 
 
 def comparison(
-    experiment: build.Experiment, data, directory, key: jax.Array, say: Callable[[str], None]
+    experiment: build.Experiment, directory, key: jax.Array, say: Callable[[str], None]
 ) -> Callable:
     """Makes (theta) -> (numbers for the log, a phrase), at the shortest horizon of section
-    `evaluation` and on its number of problems of the first family. Adam is tuned at the first call.
-    """
+    `evaluation` and on the first of its tasks. Adam is tuned at the first call."""
     settings = experiment.evaluation
-    horizon, family = min(settings.horizons), experiment.families[0]
-    own = experiment.data_of(data, 0)
+    horizon, (name, family) = min(settings.horizons), experiment.judged[0]
+    own = family.data()
     made = []
 
     def make():
-        say(f"Tuning Adam on {family.name}, {horizon} steps, to compare with.")
+        say(f"Tuning Adam on {name}, {horizon} steps, to compare with.")
         tuned = tuning.tune(
             *(key, "adam", family, own, settings.num_problems, (horizon,)),
             eps_roots=eps_roots(experiment),
@@ -48,7 +47,7 @@ def comparison(
     return compare
 
 
-def conclude(experiment: build.Experiment, theta, data, directory, key, snapshot) -> str:
+def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> str:
     """Exports theta, scores it beside tuned Adam and writes table, JSON and figure; returns the
     summary that a user is shown."""
     directory = Path(directory)
@@ -57,10 +56,7 @@ def conclude(experiment: build.Experiment, theta, data, directory, key, snapshot
     path = checkpoint.export(
         directory / checkpoint.EXPORT, experiment.specification, theta, about(experiment, snapshot)
     )
-    cells = [
-        scorecard.Cell(family.name, family, experiment.data_of(data, i))
-        for i, family in enumerate(experiment.families)
-    ]
+    cells = [scorecard.Cell(name, family, family.data()) for name, family in experiment.judged]
     score = scorecard.score(
         key,
         [scorecard.Entry(experiment.specification["name"], experiment.optimizer, theta)],

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from l2l import base, build, checkpoint, curriculum, meta, outcome
 from l2l.directory import Signals, claim, lock
+from l2l.estimators import diagnose
 from l2l.progress import clock, progress
 
 # What `run` returns and the command exits with. Any other code is an error that a user can mend
@@ -98,7 +99,7 @@ def _run(experiment, directory, devices, signals) -> int:
                 theta = experiment.curriculum.finish(snapshot.memory, snapshot.state.theta)
                 key = jax.random.fold_in(key, FINAL)
                 out.close()
-                print(outcome.conclude(experiment, theta, data, directory, key, snapshot))
+                print(outcome.conclude(experiment, theta, directory, key, snapshot))
             return code
         finally:
             out.close()
@@ -115,9 +116,7 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
     state = jax.jit(spread, out_shardings=shardings)(state)
     gather = jax.jit(meta.gather, out_shardings=shardings)
     steps = meta.compile_steps(experiment.meta, running.group, layout.devices)
-    compare = outcome.comparison(
-        experiment, data, directory, jax.random.fold_in(key, COMPARE), out.say
-    )
+    compare = outcome.comparison(experiment, directory, jax.random.fold_in(key, COMPARE), out.say)
     validate = functools.lru_cache(
         lambda horizon: curriculum.validation(
             experiment.families[0], experiment.optimizer, plan.num_problems, horizon
@@ -145,7 +144,7 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
         metrics = jax.tree.map(lambda x: np.concatenate(x, 1), jax.device_get(metrics))
         row = _summary(metrics, state, stage, seconds)
         out.log(step, row)
-        _report(metrics, before, state, step, experiment, data, out.say)
+        _report(metrics, lambda: gather(before), state, step, experiment, data, out.say)
         if int(state.bad) >= running.max_bad:
             return NOT_FINITE, Snapshot(state, memory, seconds)
         if passed(plan.every):
@@ -254,11 +253,26 @@ def _opening(experiment, directory, devices, like, start) -> str:
 
 
 def _report(metrics, before, state, step, experiment, data, say) -> None:
-    """Says which meta-steps were skipped, and where the non-finite numbers began."""
+    """Says which meta-steps were skipped and, of the first of a row, where it began. `before` is
+    the state before the group, in the layout of checkpoints, as a function."""
     fine = metrics["finite"]  # [group, num_problems]
-    for i in np.flatnonzero(~fine.all(1))[:3]:
+    skipped = np.flatnonzero(~fine.all(1))
+    for i in skipped[:3]:
         problems = ", ".join(map(str, np.flatnonzero(~fine[i])[:8]))
         say(
             f"Meta-step {step - len(fine) + i + 1} skipped: the meta-gradient of problem "
             f"{problems} is not finite ({int(state.skipped)} skipped so far)."
+        )
+    if len(skipped) and int(state.bad) <= len(fine):
+        several = len(experiment.families) > 1
+        say(
+            diagnose.explain(
+                experiment.meta,
+                experiment.inners,
+                before(),
+                data,
+                int(skipped[0]) + 1,
+                order=experiment.config.get("estimator", {}).get("order", "first"),
+                reads=experiment.reads if several else None,
+            )
         )

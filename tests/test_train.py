@@ -19,7 +19,7 @@ from l2l.directory import lock
 def no_comparison(monkeypatch):
     """The final comparison with tuned Adam costs more than all else here, and has its own tests."""
 
-    def conclude(experiment, theta, data, directory, key, snapshot):
+    def conclude(experiment, theta, directory, key, snapshot):
         about = outcome.about(experiment, snapshot)
         path = checkpoint.export(
             directory / checkpoint.EXPORT, experiment.specification, theta, about
