@@ -1,0 +1,181 @@
+"""Blocks: the layout, the loop over them, its derivatives, memory and compile time."""
+
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2l import base
+from l2l.optimizers import coordinates
+from l2l.optimizers.lstm import dm, lstm
+from l2l.optimizers.partition import adam, by_parameter
+
+# Compiling is what these tests spend their time on, and most answers need no fast code.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+SIZE = 90
+TREE = {
+    "a": jnp.ones(()),
+    "e": jnp.ones((0, 3)),
+    "h": jnp.ones(3, jnp.bfloat16),
+    "w": (jnp.ones((2, 5)),),
+}
+
+
+def shaken(learned, seed=0):
+    """A theta with no zeros in it, so that every path through the network carries something."""
+    theta = learned.init(jax.random.key(seed))
+    keys = jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(theta)))
+    keys = jax.tree.unflatten(jax.tree.structure(theta), list(keys))
+    return jax.tree.map(lambda x, k: x + 0.2 * jax.random.normal(k, x.shape), theta, keys)
+
+
+LSTM = lstm(hidden_size=3)
+THETA = shaken(LSTM)
+PARAMS = jax.random.normal(jax.random.key(5), (SIZE,))
+
+
+def run(theta, params, block, rule=LSTM.rule, steps=3, **settings):
+    """Parameters after some steps down a bowl, and the state."""
+    transform = coordinates.bind(rule, theta, block, **settings)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = transform.update(jnp.sin(params), state, params, num_steps=10)
+        return (params + updates, state), None
+
+    return jax.lax.scan(step, (params, transform.init(params)), None, steps)[0]
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 512, 513, 1_000_001])
+@pytest.mark.parametrize("block", [16, 512, None])
+def test_blocks_hold_all_coordinates_and_little_else(size, block):
+    num_blocks, width = coordinates.block_shape(size, block)
+    assert width % coordinates.LANES == 0
+    assert size <= num_blocks * width < size + coordinates.LANES * num_blocks
+    assert width <= (block or coordinates.CPU_BLOCK)
+
+
+def test_flatten_and_back():
+    flat = coordinates.flatten(TREE, jnp.float32)
+    assert flat.shape == (base.count(TREE),) and flat.dtype == jnp.float32
+    padded = jnp.concatenate([flat, jnp.full((7,), jnp.nan)])
+    back = coordinates.unflatten(padded, TREE)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), back) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), TREE
+    )
+    jax.tree.map(np.testing.assert_array_equal, back, TREE)
+
+
+def test_cut_pads_with_zeros_and_keeps_order():
+    rows = jnp.arange(1.0, 41).reshape(2, 20)
+    blocks = coordinates.cut(rows, 16)
+    assert blocks.shape == (2, 2, 16)
+    joined = jnp.moveaxis(blocks, 0, 1).reshape(2, -1)
+    np.testing.assert_array_equal(joined[:, :20], rows)
+    np.testing.assert_array_equal(joined[:, 20:], 0)
+
+
+def test_result_does_not_depend_on_the_block():
+    whole = jax.jit(lambda: run(THETA, PARAMS, 512)[0])()
+    for block in (16, 48):
+        blocked = jax.jit(lambda block=block: run(THETA, PARAMS, block)[0])()
+        np.testing.assert_allclose(blocked, whole, rtol=1e-6, atol=1e-7)
+
+
+def test_padding_touches_nobody():
+    short = jax.jit(lambda: run(THETA, PARAMS[:33], 16)[0])()
+    whole = jax.jit(lambda: run(THETA, PARAMS, 16)[0])()
+    np.testing.assert_allclose(short, whole[:33], rtol=1e-6, atol=1e-7)
+
+
+def gradients_through(loop, rule, theta, cotangent):
+    """Of a linear function of two steps' updates, in theta and in the observed gradient."""
+
+    def value(theta, gradient):
+        state = coordinates.start(rule, theta, PARAMS, 48)
+        g, p = coordinates.cut(gradient, 48), coordinates.cut(PARAMS, 48)
+        total = 0.0
+        for step in range(2):
+            context = rule.context(jnp.int32(step), jnp.int32(9))
+            blocks = (g, p, state.statistics, state.hidden)
+            u, statistics, hidden = loop(rule, theta, context, jnp.int32(step), blocks)
+            state = coordinates.LearnedState(state.step + 1, statistics, hidden)
+            total = total + jnp.vdot(u.reshape(-1)[:SIZE], cotangent)
+        return total
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def both(*arguments):
+        ways = jax.tree.map(jnp.ones_like, arguments)
+        return jax.grad(value, (0, 1))(*arguments), jax.jvp(value, arguments, ways)[1]
+
+    return both(theta, jnp.sin(PARAMS))
+
+
+@pytest.mark.parametrize(
+    "learned",
+    [
+        LSTM,
+        by_parameter({"x": lstm(hidden_size=2), "y": adam(learned=True)}, [("", "x"), ("y", "y")]),
+    ],
+    ids=["lstm", "by_parameter"],
+)
+def test_derivatives_are_those_of_the_plain_loop(learned):
+    """Of the loop that writes in place: reverse and forward mode, integers in the state."""
+    theta, cotangent = shaken(learned), jnp.cos(PARAMS)
+    ours = gradients_through(coordinates._through, learned.rule, theta, cotangent)
+    plain = gradients_through(coordinates._scanned, learned.rule, theta, cotangent)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, plain)
+    assert all(np.any(np.asarray(x) != 0) for x in jax.tree.leaves(ours[0][1]))
+
+
+def test_half_of_the_hidden_state_and_nearly_the_same_run():
+    (full, wide), (half, narrow) = (
+        jax.jit(lambda dtype=dtype: run(THETA, PARAMS, 48, state_dtype=dtype, steps=20))()
+        for dtype in (None, jnp.bfloat16)
+    )
+    dtypes = {x.dtype for x in jax.tree.leaves(narrow.hidden)}
+    assert dtypes == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(narrow.statistics)} == {jnp.dtype(jnp.float32)}
+    assert jax.tree.map(jnp.shape, wide) == jax.tree.map(jnp.shape, narrow)
+    moved = np.abs(full - PARAMS)
+    assert np.mean(np.abs(full - half)) < 0.01 * np.mean(moved)
+
+
+@pytest.mark.parametrize("state_dtype, most", [(None, 96), (jnp.bfloat16, 48)])
+def test_bytes_of_state(state_dtype, most):
+    learned = lstm()
+    theta = learned.init(jax.random.key(0))
+    params = jax.ShapeDtypeStruct((200 * coordinates.CPU_BLOCK,), jnp.float32)
+    transform = coordinates.bind(learned.rule, theta, state_dtype=state_dtype)
+    state = jax.eval_shape(transform.init, params)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
+    assert size / params.size <= most
+
+
+def test_memory_of_a_step_beside_the_state_is_flat_copies_and_one_block():
+    """Gradient, parameters and updates laid end to end: 12 bytes a coordinate, whatever the width
+    of the network. With parameters of one tensor the compiler shares two of the three."""
+
+    def temporary(size):
+        learned = lstm()
+        theta = learned.init(jax.random.key(0))
+        transform = learned.bind(theta)
+        params = jax.ShapeDtypeStruct((size,), jnp.float32)
+        state = jax.eval_shape(transform.init, params)
+        step = jax.jit(lambda g, s, p: transform.update(g, s, p), donate_argnums=(0, 1))
+        return step.lower(params, state, params).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = 64 * 512, 512 * 512
+    assert temporary(large) - temporary(small) <= 12 * (large - small)
+
+
+def test_five_hundred_tensors_compile_in_seconds():
+    params = {f"t{i:03d}": jnp.zeros((1 + i % 5,)) for i in range(500)}
+    learned = dm(hidden_size=2)
+    transform = learned.bind(learned.init(jax.random.key(0)))
+    begun = time.process_time()
+    jax.jit(transform.update).lower(params, transform.init(params), params).compile()
+    assert time.process_time() - begun < 20
