@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import base
+from l2l import base, meta, unroll
 from l2l.estimators import autodiff
 from l2l.estimators.first_order import Teacher, first_order
 from l2l.estimators.objective import Objective
@@ -165,3 +165,56 @@ def test_an_optimizer_without_a_rule_is_refused():
     inner = Inner(ragged(), base.fixed(optax.sgd(0.1)), LENGTH)
     with pytest.raises(ValueError, match=r"no rule.*\n?.*use the estimator autodiff"):
         first_order(inner, Objective())
+
+
+def noisy_bowls() -> base.TaskFamily:
+    """½ Σ a x² in 8 dimensions under gradient noise: steps must be large first, then small."""
+
+    def loss(params, problem, batch):
+        x = params["x"]
+        return 0.5 * jnp.sum(problem * x**2) + jnp.sum(batch * (x - jax.lax.stop_gradient(x)))
+
+    def uniform(key):
+        return jax.random.uniform(key, (8,), minval=-1.0)
+
+    return base.TaskFamily(
+        sample=lambda key: jnp.exp(uniform(key)),
+        init=lambda key, problem: {"x": uniform(key)},
+        batch=lambda key, problem, data, split: uniform(key),
+        loss=loss,
+    )
+
+
+def test_learns_to_optimize():
+    """150 meta-steps through windows of 8 of runs of 64: below the best constant Adam.
+
+    Final losses, mean logarithm over 64 unseen problems: untrained -0.18, Adam at the best of six
+    rates -3.37, here -3.4 to -4.6 over seeds and versions. On purpose broken it gave +13.7 with the
+    sign of the gradient turned, -0.65 at best when inner states were not carried over, -0.18 with
+    the gradient stopped.
+    """
+    horizon, optimizer = 64, lstm(hidden_size=4, learning_rate=0.003)
+    stage = base.Stage(jnp.float32(horizon), jnp.float32(horizon), jnp.float32(0))
+    estimator = first_order(Inner(noisy_bowls(), optimizer, 8), PLAIN)
+    made = meta.Meta(estimator, optimizer, optax.adam(0.03), num_problems=8)
+
+    @jax.jit
+    def trained(state):
+        return jax.lax.scan(lambda s, _: meta.meta_step(made, s, ()), state, None, 150)[0]
+
+    @jax.jit
+    def final(theta, keys):
+        inner = Inner(noisy_bowls(), optimizer, horizon, stagger=False)
+
+        def one(key):
+            run = unroll.fresh(inner, key, theta, stage)
+            run, _ = unroll.unroll(run, (), inner.family, optimizer.bind(theta), horizon)
+            return jnp.log(inner.family.loss(run.params, run.problem, jnp.zeros(8)))
+
+        return jnp.mean(jax.vmap(one)(keys))
+
+    state = trained(meta.meta_init(jax.random.key(0), made, stage))
+    assert not int(state.skipped)
+    keys = jax.random.split(jax.random.key(9), 64)
+    assert final(optimizer.init(jax.random.key(0)), keys) > -0.5
+    assert final(state.theta, keys) < -2.5
