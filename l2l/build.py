@@ -18,7 +18,7 @@ import optax
 from l2l import base, checks, curriculum, tasks
 from l2l.estimators import autodiff, first_order, mixture, objective, pes
 from l2l.meta import Meta
-from l2l.optimizers import baselines, lstm
+from l2l.optimizers import baselines, lstm, partition
 from l2l.unroll import Inner
 
 TASKS = {
@@ -36,7 +36,14 @@ TASKS = {
     "transformer": tasks.transformer,
 }
 AUGMENTATIONS = {"convex": tasks.convex, "noise": tasks.noise, "rescale": tasks.rescale}
+def by_parameter(parts: Mapping, labels: Sequence) -> base.LearnedOptimizer:
+    """`partition.by_parameter` of the optimizers that `parts`, {label: section}, describe."""
+    return partition.by_parameter({label: optimizer(part) for label, part in parts.items()}, labels)
+
+
 OPTIMIZERS = {
+    "adam": partition.adam,
+    "by_parameter": by_parameter,
     "dm": lstm.dm,
     "learned_adam": baselines.learned_adam,
     "lstm": lstm.lstm,
@@ -273,10 +280,10 @@ def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, I
             "not: choose 'truncated' or 'pes'."
         )
     given = {"inner": inner, "objective": losses, "teacher": None}
-    if imitation.weight:
+    if imitation.weight or imitation.final:
         if "teacher" not in inspect.signature(factory).parameters:
             raise ValueError(
-                f"Estimator {section['name']!r} cannot imitate Adam: set imitation.weight to 0."
+                f"Estimator {section['name']!r} cannot imitate Adam: set imitation.weight and imitation.final to 0."
             )
         given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
     return make("estimator", ESTIMATORS, section, given), inner

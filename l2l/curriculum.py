@@ -15,14 +15,16 @@ from l2l import base, unroll
 
 
 class Imitation(NamedTuple):
-    """Section `imitation`: of Adam, with a weight that falls from `weight` to 0 along a straight
-    line during the first `until` of the meta-steps; 0 for none.
+    """Section `imitation`: of Adam, with a weight that goes from `weight` to `final` along a
+    straight line during the first `until` of the meta-steps; 0 for none.
 
+    final:         0 anneals it away; above 0 it stays as a regulariser.
     learning_rate: of the Adam that is imitated.
     """
 
     weight: float = 0.0
     until: float = 0.5
+    final: float = 0.0
     learning_rate: float = 1e-3
 
 
@@ -183,4 +185,5 @@ def validation(
 
 def _stage(shortest, longest, imitation, progress) -> base.Stage:
     left = max(0.0, 1.0 - progress / imitation.until) if imitation.until > 0 else 0.0
-    return base.Stage(float(shortest), float(longest), imitation.weight * left)
+    weight = imitation.final + (imitation.weight - imitation.final) * left
+    return base.Stage(float(shortest), float(longest), weight)

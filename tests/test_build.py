@@ -5,9 +5,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from l2l import build
+from l2l import build, checkpoint
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -113,3 +115,33 @@ def test_a_users_own_task_is_a_file(tmp_path):
     assert float(experiment.families[0].loss(jnp.ones(3), (), ())) == 6.0
     with pytest.raises(ValueError, match="Did you mean 'scale'"):
         build.experiment({"task": {"name": name, "scael": 2.0}})
+
+
+def test_two_optimizers_by_parameter_survive_their_export(tmp_path):
+    section = {
+        "name": "by_parameter",
+        "parts": {"net": {"name": "dm", "hidden_size": 2}, "adam": {"name": "adam"}},
+        "labels": (("x_0", "net"), ("x_1", "adam")),
+    }
+    theta = build.optimizer(section).init(jax.random.key(0))
+    path = checkpoint.export(tmp_path / "multi.safetensors", section, theta)
+    loaded = checkpoint.load(path)
+    params = {"x_0": jnp.ones(2), "x_1": jnp.ones(3)}
+    updates, _ = loaded.update(params, loaded.init(params), params)
+    adam = optax.adam(1e-3, eps_root=1e-8)
+    expected, _ = adam.update(params["x_1"], adam.init(params["x_1"]))
+    np.testing.assert_allclose(updates["x_1"], expected, rtol=1e-6)
+    assert not np.allclose(updates["x_0"], expected[0])
+
+
+def test_tasks_to_be_judged_on_replace_settings_and_lose_augmentations():
+    experiment = build.experiment(
+        {
+            "task": {"name": "mlp", "hidden": (4,)},
+            "augmentations": {"name": "rescale"},
+            "evaluation": {"tasks": ({"activations": ("relu",)}, {"activations": ("tanh",)})},
+        }
+    )
+    names = [name for name, _ in experiment.judged]
+    assert names == ["mlp-digits-4 relu", "mlp-digits-4 tanh"]
+    assert "rescale" in experiment.families[0].name

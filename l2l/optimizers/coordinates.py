@@ -131,21 +131,46 @@ def _through(rule, theta, context, step, blocks):
         def at(tree):
             return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), tree)
 
-        written, statistics, hidden = at(carry)
+        def go(block):
+            written, params, statistics, bits = block
+            block = (written, params, statistics, _from_bits(bits, hidden))
+            out, after, kept = _one_block(rule, theta, context, step, block)
+            return out, after, _to_bits(kept)
+
+        written, *state = at(carry)
         # The condition always holds. It keeps the compiler from merging the reads of the block
         # with the arithmetic: it could then not see that they precede the writes, and would copy
         # the whole state in every round of the loop.
         out = jax.lax.cond(
             step >= 0,
-            lambda block: _one_block(rule, theta, context, step, block),
+            go,
             lambda block: (block[0], block[2], block[3]),
-            (written, at(params), statistics, hidden),
+            (written, at(params), *state),
         )
         return jax.tree.map(
             lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, 0), carry, out
         )
 
-    return jax.lax.fori_loop(0, gradient.shape[0], body, (gradient, statistics, hidden))
+    start = (gradient, statistics, _to_bits(hidden))
+    updates, statistics, bits = jax.lax.fori_loop(0, gradient.shape[0], body, start)
+    return updates, statistics, _from_bits(bits, hidden)
+
+
+def _to_bits(tree):
+    """bfloat16 as integers: a CPU has no such floats, and the compiler would turn the whole state
+    into float32 and back around every write of a block."""
+    return jax.tree.map(
+        lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x,
+        tree,
+    )
+
+
+def _from_bits(tree, like):
+    return jax.tree.map(
+        lambda x, y: jax.lax.bitcast_convert_type(x, y.dtype) if x.dtype != y.dtype else x,
+        tree,
+        like,
+    )
 
 
 @_through.defjvp
@@ -167,11 +192,11 @@ def bind(
     `update` takes `params` (a learned optimizer looks at them) and, optionally, `num_steps`: the
     horizon of the run. Other extra arguments are left to other links of the chain.
 
-    `state_dtype` (jnp.bfloat16) is that in which the recurrent state is kept between steps: 48 bytes
-    a parameter for the default optimizer in place of 80. Arithmetic and statistics stay in theta's:
-    bfloat16 has 8 bits, and an average with decay 0.999 that is rounded to them after every step
-    stops moving. Measured on digits MLPs after 2,000 steps, the final loss is the same to 1 % with
-    the recurrent state in bfloat16 and, of Adam, 1.8 times as high with the moments in it.
+    `state_dtype` (jnp.bfloat16) is that in which the recurrent state is kept between steps: of the
+    default optimizer, 48 bytes a parameter in place of 80. Arithmetic and statistics stay in
+    theta's: bfloat16 has 8 bits, and an average with decay 0.999 that is rounded to them after
+    every step stops moving. Measured on digits MLPs after 2,000 steps, the final loss is the same
+    to 3 % with the recurrent state in bfloat16, and 1.8 times as high with the moments of Adam.
     """
     dtype = dtype_of(theta)
 
