@@ -40,7 +40,7 @@ OBJECTIVES = [
     Objective("both", "plain"),
     Objective("both", "log", share=0.8, late_share=0.3),
     Objective("both", "last"),
-    Objective("validation", "plain", cap=2.0),
+    Objective("validation", "plain", cap=3.0),
     Objective("train", "last"),
 ]
 
@@ -113,7 +113,7 @@ def check_equal(optimizer, dtype, *, family=None, objective=PLAIN, teacher=None,
     tolerance = 1e-10 if dtype == jnp.float64 else 1e-5
     assert jax.tree.leaves(ours)[0].dtype == dtype
     # Equal zeros would prove nothing; a window whose losses are all capped has them.
-    assert np.mean(np.linalg.norm(rows(plain[0]), axis=1) > 1e-4) > 0.5
+    assert np.mean(np.linalg.norm(rows(plain[0]), axis=1) > 1e-4) > 0.3
     for one, other in zip(rows(ours[0]), rows(plain[0]), strict=True):
         assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
     assert ours[1].keys() == plain[1].keys()
