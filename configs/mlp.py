@@ -20,14 +20,14 @@ def get_config() -> ConfigDict:
     )
     config.augmentations = ()
     config.optimizer = dict(name="lstm", hidden_size=8, layers=1, learning_rate=3e-3, eps_root=1e-8)
-    config.objective = dict(on="both", form="log", cap=1e4, share=0.98, late_share=0.8)
+    config.objective = dict(on="both", form="log", cap=1e4, share=0.98, late_share=0.75)
     config.inner = dict(length=50, stagger=True, hide=0.25)
     config.estimator = dict(name="first_order")
     config.horizon = dict(name="log_uniform", shortest=100, longest=2000, start=200, growth=0.5)
     # Without it the first hundred steps are so long that test accuracy never recovers.
     config.imitation = dict(weight=0.3, until=1.0, final=0.3, learning_rate=0.015)
     config.meta = dict(
-        steps=600,
+        steps=400,
         num_problems=16,
         group=20,
         clip=1.0,
