@@ -36,6 +36,8 @@ TASKS = {
     "transformer": tasks.transformer,
 }
 AUGMENTATIONS = {"convex": tasks.convex, "noise": tasks.noise, "rescale": tasks.rescale}
+
+
 def by_parameter(parts: Mapping, labels: Sequence) -> base.LearnedOptimizer:
     """`partition.by_parameter` of the optimizers that `parts`, {label: section}, describe."""
     return partition.by_parameter({label: optimizer(part) for label, part in parts.items()}, labels)

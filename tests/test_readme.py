@@ -41,10 +41,7 @@ def test_own_task_and_config_run_as_written(run):
     assert "rosenbrock" in (run / "runs/rosenbrock/table.md").read_text()
 
 
-def test_the_four_lines_train(run, monkeypatch):
-    monkeypatch.chdir(run)
-    (run / "checkpoints").mkdir()
-    (run / "checkpoints/mlp").symlink_to(run / "runs/rosenbrock")
+def test_the_four_lines_train():
     lines = block("l2l.load(").splitlines()
     loading = [line for line in lines if "load(" in line or line.startswith("import")]
     stepping = [line for line in lines if "optimizer.update" in line or "apply_updates" in line]
@@ -55,7 +52,7 @@ def test_the_four_lines_train(run, monkeypatch):
     for _ in range(100):
         scope["gradients"] = jax.grad(loss)(scope["params"])
         exec("\n".join(stepping), scope)
-    assert loss(scope["params"]) < 0.5 * loss({"w": jnp.zeros(3)})
+    assert loss(scope["params"]) < 0.5 * 3.0
 
 
 def test_no_placeholder_is_left():
