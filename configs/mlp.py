@@ -2,9 +2,10 @@
 
 python -m l2l.launch --config=configs/mlp.py
 
-3 minutes of meta-training on 2 cores of a busy Xeon, and one for the comparison. Final training loss
-over that of tuned Adam, ten unseen seeds, geometric mean over ReLU, tanh and sigmoid: 0.22 at 500
-steps, 0.087 at 1,000, 0.037 at 5,000; test accuracy 0.54, 0.56 and 0.84 points below the best Adam's.
+3 minutes of meta-training on 2 cores of a busy Xeon, and one for the comparison. Final training
+loss over that of tuned Adam, ten unseen seeds, geometric mean over ReLU, tanh and sigmoid: 0.22 at
+500 steps, 0.087 at 1,000, 0.037 at 5,000; test accuracy 0.54, 0.56 and 0.84 points below the best
+Adam's.
 """
 
 from ml_collections import ConfigDict

@@ -285,7 +285,8 @@ def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, I
     if imitation.weight or imitation.final:
         if "teacher" not in inspect.signature(factory).parameters:
             raise ValueError(
-                f"Estimator {section['name']!r} cannot imitate Adam: set imitation.weight and imitation.final to 0."
+                f"Estimator {section['name']!r} cannot imitate Adam: "
+                "set imitation.weight and imitation.final to 0."
             )
         given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
     return make("estimator", ESTIMATORS, section, given), inner
