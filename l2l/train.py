@@ -15,9 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l2l import base, build, checkpoint, curriculum, meta, outcome
+from l2l import base, build, checkpoint, curriculum, diagnose, meta, outcome
 from l2l.directory import Signals, claim, lock
-from l2l.estimators import diagnose
 from l2l.progress import clock, progress
 
 # What `run` returns and the command exits with. Any other code is an error that a user can mend

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from l2l import base, meta, unroll
-from l2l.estimators import autodiff, diagnose, first_order, mixture, pes
+from l2l import base, diagnose, meta, unroll
+from l2l.estimators import autodiff, first_order, mixture, pes
 from l2l.estimators.objective import Objective
 from l2l.optimizers.lstm import lstm
 from l2l.unroll import Inner

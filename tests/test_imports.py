@@ -19,7 +19,7 @@ LAYERS = [
     ("unroll",),
     ("estimators",),
     ("meta", "evaluate", "curriculum"),
-    ("report", "tuning", "build"),
+    ("report", "tuning", "build", "diagnose"),
     ("checkpoint", "directory", "progress", "scorecard"),
     ("outcome",),
     ("train",),
