@@ -155,6 +155,11 @@ def count(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def finite(tree: PyTree) -> jax.Array:
+    """Whether every number in a pytree is finite: a boolean scalar."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
 def as_steps(steps) -> jax.Array:
     """An int32 scalar; None becomes 0, which says that the horizon is unknown."""
     return jnp.asarray(0 if steps is None else steps, jnp.int32)

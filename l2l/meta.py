@@ -67,11 +67,6 @@ def meta_init(key: jax.Array, meta: Meta, stage: base.Stage) -> base.MetaState:
     return build(key, stage)
 
 
-def finite(tree) -> jax.Array:
-    """Whether every number in a pytree is finite: a boolean scalar."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
-
-
 def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x: x):
     """One update of theta: (state, metrics). `mean` averages over devices (`pmean` under pmap).
 
@@ -81,7 +76,7 @@ def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x
     gradients, estimator, metrics = meta.estimator.estimate(
         state.theta, state.estimator, data, state.stage
     )
-    fine = jax.vmap(finite)(gradients)
+    fine = jax.vmap(base.finite)(gradients)
     norms = jax.vmap(optax.tree.norm)(gradients)
     shrink = jnp.minimum(1.0, meta.clip / jnp.maximum(norms, 1e-30))
     local = jax.tree.map(
@@ -90,7 +85,7 @@ def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x
     gradient = mean(local)  # The only numbers that devices exchange.
     updates, opt_state = meta.meta_optimizer.update(gradient, state.opt_state, state.theta)
     theta = optax.apply_updates(state.theta, updates)
-    good = finite(gradient) & finite(theta)
+    good = base.finite(gradient) & base.finite(theta)
     keep = partial(jax.tree.map, partial(jnp.where, good))
     one = jnp.where(good, 0, 1).astype(jnp.int32)
     state = state._replace(
@@ -122,7 +117,6 @@ def compile_steps(meta: Meta, group: int, devices: Sequence[jax.Device]) -> Call
         in_axes=(axes, None),
         out_axes=(axes, 0),
         devices=devices,
-        donate_argnums=(),
     )
 
 

@@ -64,8 +64,7 @@ def renew(inner: Inner, state: base.InnerState, theta, stage: base.Stage) -> bas
 
     Called between windows only: inside them there is nothing to mask.
     """
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state.params)]))
-    over = (state.step >= state.num_steps) | ~finite
+    over = (state.step >= state.num_steps) | ~base.finite(state.params)
     following = jax.random.fold_in(state.key, NEXT)
     return jax.lax.cond(over, lambda: fresh(inner, following, theta, stage), lambda: state)
 

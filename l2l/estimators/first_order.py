@@ -63,7 +63,7 @@ def first_order(
 
         return jax.vmap(one)(keys)
 
-    def forward(theta, state, teaching, data, imitating):
+    def forward(theta, state, teaching, data):
         """K steps; what the backward pass needs of them, each [K, num_blocks, B]."""
         dtype = coordinates.dtype_of(theta)
         flat = lambda tree: coordinates.cut(coordinates.flatten(tree, dtype), block)  # noqa: E731
@@ -153,7 +153,7 @@ def first_order(
         teaching = state.teacher
         if teacher is not None:
             teaching = jax.tree.map(lambda x: jnp.where(run.step == 0, 0, x), teaching)
-        after, teaching, window, metrics = forward(theta, run, teaching, data, stage.imitation)
+        after, teaching, window, metrics = forward(theta, run, teaching, data)
         gradient = backward(
             theta, run.opt_state, run.told, window, stage.imitation, base.count(run.params)
         )

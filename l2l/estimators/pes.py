@@ -94,8 +94,7 @@ def pes(
         return gradient, PesState(pair, xi), {k: jnp.mean(v) for k, v in metrics.items()}
 
     def _renew(pair, theta, stage):
-        leaves = jax.tree.leaves(pair.params)
-        alive = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+        alive = base.finite(pair.params)
         # A run that is over by its step is renewed, its twin by the same step too.
         pair = pair._replace(step=jnp.where(alive, pair.step, pair.num_steps))
         return over_problems(lambda run: unroll.renew(inner, run, theta, stage), pair)

@@ -16,7 +16,7 @@ import optax
 from l2l import base
 
 # Columns in a block. On a CPU a block and its LSTM gates should stay in the second-level cache;
-# on an accelerator a block must fill the chip. `python benchmarks/engine.py --sweep` prints both.
+# on an accelerator a block must fill the chip.
 CPU_BLOCK = 512
 ACCELERATOR_BLOCK = 1 << 20
 # Vector registers hold 16 float32: a small network is padded to this, not to a whole block.
