@@ -211,15 +211,15 @@ def _slopes_by_theta(inner, theta, run, data):
 
 
 def _update(inner, theta, run, gradient):
-    """(updates, optimizer's state), whatever the blocks the state comes in."""
+    """(updates, optimizer's state)."""
     rule = inner.optimizer.rule
     if rule is None:
         return inner.optimizer.bind(theta).update(
             gradient, run.opt_state, run.params, num_steps=run.told
         )
-    g, p = (_in_blocks(tree, theta, run) for tree in (gradient, run.params))
+    g, p = _flat(theta, gradient), _flat(theta, run.params)
     updates, opt_state = coordinates.advance(rule, theta, g, p, run.opt_state, run.told)
-    return coordinates.unflatten(updates.reshape(-1), run.params), opt_state
+    return coordinates.unflatten(updates, run.params), opt_state
 
 
 def _features(inner, theta, run, gradient):
@@ -227,22 +227,17 @@ def _features(inner, theta, run, gradient):
     rule = inner.optimizer.rule
     if rule is None:
         return {}
-    g, p = (_in_blocks(tree, theta, run) for tree in (gradient, run.params))
     state = run.opt_state
-    observe = jax.vmap(rule.observe, in_axes=(0, 0, 0, None))
-    rows = jnp.moveaxis(observe(g, state.statistics, p, state.step)[0], 1, 0)  # [F, blocks, B]
+    g, p = _flat(theta, gradient), _flat(theta, run.params)
+    rows = rule.observe(g, state.statistics, p, state.step)[0]
     return {
-        name: coordinates.unflatten(row.reshape(-1), run.params)
+        name: coordinates.unflatten(row, run.params)
         for name, row in zip(rule.features, rows, strict=True)
     }
 
 
-def _in_blocks(tree, theta, run):
-    """A pytree like the parameters in the blocks of the run's own state."""
-    leaf = jax.tree.leaves((run.opt_state.hidden, run.opt_state.statistics))[0]
-    flat = coordinates.flatten(tree, coordinates.dtype_of(theta))
-    shape = (leaf.shape[0], leaf.shape[-1])
-    return jnp.pad(flat, (0, shape[0] * shape[1] - flat.size)).reshape(shape)
+def _flat(theta, tree):
+    return coordinates.flatten(tree, coordinates.dtype_of(theta))
 
 
 def _runs(state, problem):

@@ -50,33 +50,45 @@ def run(theta, params, block, rule=LSTM.rule, steps=3, **settings):
     return jax.lax.scan(step, (params, transform.init(params)), None, steps)[0]
 
 
-@pytest.mark.parametrize("size", [1, 15, 16, 17, 512, 513, 1_000_001])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 33, 512, 513, 100_001])
 @pytest.mark.parametrize("block", [16, 512, None])
-def test_blocks_hold_all_coordinates_and_little_else(size, block):
-    num_blocks, width = coordinates.block_shape(size, block)
-    assert width % coordinates.LANES == 0
-    assert size <= num_blocks * width < size + coordinates.LANES * num_blocks
-    assert width <= (block or coordinates.CPU_BLOCK)
+def test_every_coordinate_is_fresh_in_one_block(size, block):
+    blocks = coordinates.blocks_of(size, block)
+    assert blocks.width <= (block or size)
+    assert (blocks.count - 1) * blocks.width < size  # None is left over.
+    numbers, seen = jnp.arange(size), []
+    for i in range(blocks.count):
+        part, fresh = blocks.cut(numbers, i), blocks.fresh(i)
+        assert part.shape == (blocks.width,)
+        seen.append(np.asarray(part)[np.asarray(fresh)])
+    np.testing.assert_array_equal(np.concatenate(seen), numbers)
+
+
+def test_put_writes_what_is_fresh():
+    blocks = coordinates.blocks_of(44, 16)
+    rows = jnp.arange(88.0).reshape(2, 44)
+    got = blocks.put(rows, -jnp.ones((2, 16)), 2)
+    np.testing.assert_array_equal(got[:, :32], rows[:, :32])
+    np.testing.assert_array_equal(got[:, 32:], -1)
+
+
+def test_blocks_of_the_way_back_shrink_with_the_recurrent_state():
+    """Of 8 units (16 numbers a coordinate), of two layers of 20 (80), and of none."""
+    widths = [
+        coordinates.width(learned.rule.hidden(learned.init(jax.random.key(0)), 1))
+        for learned in (lstm(), dm(), adam())
+    ]
+    assert widths == [512, 128, 512] and coordinates.width() == 512
 
 
 def test_flatten_and_back():
     flat = coordinates.flatten(TREE, jnp.float32)
     assert flat.shape == (base.count(TREE),) and flat.dtype == jnp.float32
-    padded = jnp.concatenate([flat, jnp.full((7,), jnp.nan)])
-    back = coordinates.unflatten(padded, TREE)
+    back = coordinates.unflatten(flat, TREE)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), back) == jax.tree.map(
         lambda x: (x.shape, x.dtype), TREE
     )
     jax.tree.map(np.testing.assert_array_equal, back, TREE)
-
-
-def test_cut_pads_with_zeros_and_keeps_order():
-    rows = jnp.arange(1.0, 41).reshape(2, 20)
-    blocks = coordinates.cut(rows, 16)
-    assert blocks.shape == (2, 2, 16)
-    joined = jnp.moveaxis(blocks, 0, 1).reshape(2, -1)
-    np.testing.assert_array_equal(joined[:, :20], rows)
-    np.testing.assert_array_equal(joined[:, 20:], 0)
 
 
 def test_result_does_not_depend_on_the_block():
@@ -86,7 +98,7 @@ def test_result_does_not_depend_on_the_block():
         np.testing.assert_allclose(blocked, whole, rtol=1e-6, atol=1e-7)
 
 
-def test_padding_touches_nobody():
+def test_neighbours_touch_nobody():
     short = jit(lambda: run(THETA, PARAMS[:33], 16)[0])()
     whole = jit(lambda: run(THETA, PARAMS, 16)[0])()
     np.testing.assert_allclose(short, whole[:33], rtol=1e-6, atol=1e-7)
@@ -96,15 +108,14 @@ def gradients_through(loop, rule, theta, cotangent):
     """Of a linear function of two steps' updates, in theta and in the observed gradient."""
 
     def value(theta, gradient):
-        state = coordinates.start(rule, theta, PARAMS, 48)
-        g, p = coordinates.cut(gradient, 48), coordinates.cut(PARAMS, 48)
+        state = coordinates.start(rule, theta, PARAMS)
         total = 0.0
         for step in range(2):
             context = rule.context(jnp.int32(step), jnp.int32(9))
-            blocks = (g, p, state.statistics, state.hidden)
-            u, statistics, hidden = loop(rule, theta, context, jnp.int32(step), blocks)
+            arrays = (gradient, PARAMS, state.statistics, state.hidden)
+            u, statistics, hidden = loop(theta, context, jnp.int32(step), arrays)
             state = coordinates.LearnedState(state.step + 1, statistics, hidden)
-            total = total + jnp.vdot(u.reshape(-1)[:SIZE], cotangent)
+            total = total + jnp.vdot(u, cotangent)
         return total
 
     @jit
@@ -115,13 +126,16 @@ def gradients_through(loop, rule, theta, cotangent):
     return both(theta, jnp.sin(PARAMS))
 
 
-def test_derivatives_are_those_of_the_plain_loop():
+def test_derivatives_are_those_of_all_coordinates_at_once():
     """Of the loop that writes in place: reverse and forward mode, integers in the state."""
     parts = {"x": lstm(hidden_size=2), "y": adam(learned=True)}
     learned = by_parameter(parts, [("no such", "y"), ("", "x")])
     theta, cotangent = shaken(learned), jnp.cos(PARAMS)
-    ours = gradients_through(coordinates._through, learned.rule, theta, cotangent)
-    plain = gradients_through(coordinates._scanned, learned.rule, theta, cotangent)
+    loops = (
+        partial(coordinates._through, learned.rule, 48),
+        partial(coordinates._whole, learned.rule),
+    )
+    ours, plain = (gradients_through(loop, learned.rule, theta, cotangent) for loop in loops)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, plain)
     assert all(np.any(np.asarray(x) != 0) for x in jax.tree.leaves(ours[0][0]["x"]))
 
@@ -143,7 +157,7 @@ def test_half_of_the_hidden_state_and_nearly_the_same_run():
 def test_bytes_of_state(state_dtype, most):
     learned = lstm()
     theta = learned.init(jax.random.key(0))
-    params = jax.ShapeDtypeStruct((200 * coordinates.CPU_BLOCK,), jnp.float32)
+    params = jax.ShapeDtypeStruct((200 * coordinates.FORWARD_BLOCK,), jnp.float32)
     transform = coordinates.bind(learned.rule, theta, state_dtype=state_dtype)
     state = jax.eval_shape(transform.init, params)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)

@@ -190,7 +190,7 @@ def test_explains_the_failing_problem():
     inner = Inner(plain_family(), optimizer, 4, stagger=False)
     made, state = failing(first_order.first_order(inner, Objective()), optimizer)
     run = state.estimator.inner
-    nu = run.opt_state.statistics.nu.at[1, 0, 3].set(jnp.nan)
+    nu = run.opt_state.statistics.nu.at[1, 3].set(jnp.nan)
     opt_state = run.opt_state._replace(statistics=run.opt_state.statistics._replace(nu=nu))
     estimator = state.estimator._replace(inner=run._replace(opt_state=opt_state))
     sentence = diagnose.explain(made, [inner], state._replace(estimator=estimator), numbers(), 3)

@@ -8,7 +8,7 @@ import pytest
 
 from l2l import base, meta, unroll
 from l2l.estimators import autodiff
-from l2l.estimators.first_order import Teacher, first_order
+from l2l.estimators.first_order import SEGMENT, Teacher, first_order
 from l2l.estimators.objective import Objective
 from l2l.optimizers import coordinates
 from l2l.optimizers.lstm import dm, lstm, rnnprop
@@ -97,17 +97,23 @@ def windows(make, optimizer, *, length=LENGTH, imitation=0.0):
     return jax.jit(run, compiler_options=QUICK)
 
 
-def check_equal(optimizer, dtype, *, family=None, objective=PLAIN, teacher=None, imitation=0.0):
-    inner = Inner(family or ragged(), optimizer, LENGTH, hide=0.3)
+def check_equal(
+    optimizer, dtype, *, family=None, objective=PLAIN, teacher=None, imitation=0.0, length=LENGTH
+):
+    inner = Inner(family or ragged(), optimizer, length, hide=0.3)
     theta = thetas(optimizer, dtype)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(NUM_PROBLEMS))
-    # Blocks of 16: three of them for 44 parameters, the last with 12.
+    # Blocks of 16: three of them for 44 parameters, the last of which shares 4 with the second.
     ours = windows(
-        lambda o: first_order(inner, objective, teacher, block=16), optimizer, imitation=imitation
+        lambda o: first_order(inner, objective, teacher, block=16),
+        optimizer,
+        length=length,
+        imitation=imitation,
     )(theta, keys)
     plain = windows(
         lambda o: autodiff.truncated(inner, objective, teacher=teacher, segments=False),
         optimizer,
+        length=length,
         imitation=imitation,
     )(theta, keys)
     tolerance = 1e-10 if dtype == jnp.float64 else 1e-5
@@ -154,10 +160,19 @@ def test_equals_autodiff_under_augmentation():
 
 @pytest.mark.parametrize("name", ["lstm", "dm"])
 def test_equals_autodiff_with_a_teacher(name):
-    """Also where an optimizer moves the padding of a block (`dm` does), which no teacher taught."""
+    """No coordinate of two blocks counts twice, or is taught twice."""
     with jax.enable_x64(True):
         check_equal(
             OPTIMIZERS[name](), jnp.float64, teacher=Teacher(learning_rate=0.03), imitation=0.7
+        )
+
+
+def test_equals_autodiff_over_a_window_of_several_segments():
+    """Two whole ones and a rest, each computed a second time on the way back."""
+    length = 2 * SEGMENT + 3
+    with jax.enable_x64(True):
+        check_equal(
+            OPTIMIZERS["lstm"](), jnp.float64, length=length, teacher=Teacher(), imitation=0.5
         )
 
 

@@ -1,8 +1,9 @@
 """All coordinates of a pytree, in blocks: the one place where a `Rule` meets arrays.
 
-The parameters of an optimizee are laid end to end and cut into blocks [num_blocks, B]; a block goes
-through the statistics, the features and the network while it is in the cache, so that memory does
-not grow with the network's width, and the program does not grow with the number of tensors.
+The parameters of an optimizee are laid end to end, [P], and a block of them at a time goes through
+the statistics, the features and the network while it is in the cache: memory does not grow with the
+network's width, nor the program with the number of tensors. State is kept flat, [..., P], so that
+it is the same on every machine, whatever the blocks there.
 """
 
 import math
@@ -15,41 +16,79 @@ import optax
 
 from l2l import base
 
-# Columns in a block. On a CPU a block and its LSTM gates should stay in the second-level cache;
-# on an accelerator a block must fill the chip.
-CPU_BLOCK = 512
-ACCELERATOR_BLOCK = 1 << 20
-# Vector registers hold 16 float32: a small network is padded to this, not to a whole block.
+# Columns in a block on a CPU; an accelerator takes all of them at once, which is what fills the
+# chip. A step forward has the best of it at 512 (M coordinate-steps a second: 2xLSTM-20 4.8 at 128,
+# 5.1 at 256, 5.4 at 512; 1xLSTM-8 29.5 at 256, 31.8 at 512). The way back through a window stores
+# some seven times the recurrent state a step, and is fastest while that of one step of a block is
+# 8,192 numbers, 32 KB (2xLSTM-20 1.42 at 128, 1.13 at 256, 1.08 at 512; 1xLSTM-8 9.0 at 256, 9.1 at
+# 512).
+FORWARD_BLOCK = 512
+STATE_OF_A_BLOCK = 8192
+# Vector registers hold 16 float32.
 LANES = 16
 
 
+def width(hidden: base.PyTree | None = None) -> int | None:
+    """Columns in a block on this machine, None for all: of a step forward or, if the recurrent
+    state `hidden` [..., P] is given, of the way back through a window."""
+    if jax.default_backend() != "cpu":
+        return None
+    if hidden is None:
+        return FORWARD_BLOCK
+    rows = sum(math.prod(x.shape[:-1]) for x in jax.tree.leaves(hidden))
+    fitting = 1 << (STATE_OF_A_BLOCK // max(rows, 1)).bit_length() - 1
+    return min(max(fitting, 128), FORWARD_BLOCK)
+
+
 class LearnedState(NamedTuple):
-    """The optax state of a bound rule: the step, and statistics and hidden in blocks
-    [num_blocks, ..., B]."""
+    """The optax state of a bound rule: the step, and statistics and hidden, leaves [..., P]."""
 
     step: jax.Array
     statistics: base.PyTree
     hidden: base.PyTree
 
 
-def block_shape(size: int, block: int | None = None) -> tuple[int, int]:
-    """(num_blocks, B) for `size` coordinates; the last block may be padded."""
-    if block is None:
-        block = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
-    if not size:
-        return 0, LANES
-    # The coordinates are spread evenly, so that the last block is not mostly padding.
-    num_blocks = math.ceil(size / block)
-    return num_blocks, LANES * math.ceil(size / num_blocks / LANES)
+class Blocks(NamedTuple):
+    """How `size` coordinates are cut: `count` blocks of `width`, the last of them moved forward so
+    that it ends with the coordinates. Those it shares with the block before are not `fresh`."""
+
+    size: int
+    count: int
+    width: int
+
+    def start(self, i):
+        return jnp.minimum(i * self.width, self.size - self.width)
+
+    def fresh(self, i):
+        return self.start(i) + jnp.arange(self.width) >= i * self.width
+
+    @property
+    def overlap(self) -> bool:
+        return self.count * self.width > self.size
+
+    def cut(self, tree, i):
+        """Block i of arrays [..., P]: [..., width]."""
+        at = partial(jax.lax.dynamic_slice_in_dim, start_index=self.start(i), axis=-1)
+        return jax.tree.map(lambda x: at(x, slice_size=self.width), tree)
+
+    def put(self, tree, parts, i):
+        """Writes block i of arrays [..., P]; coordinates that are not fresh stay as they are."""
+
+        def write(whole, new):
+            if self.overlap:
+                new = jnp.where(self.fresh(i), new, self.cut(whole, i))
+            return jax.lax.dynamic_update_slice_in_dim(whole, new, self.start(i), -1)
+
+        return jax.tree.map(write, tree, parts)
 
 
-def cut(flat: jax.Array, block: int | None = None) -> jax.Array:
-    """[..., P] to [num_blocks, ..., B], padded with zeros."""
-    size = flat.shape[-1]
-    num_blocks, width = block_shape(size, block)
-    padding = [(0, 0)] * (flat.ndim - 1) + [(0, num_blocks * width - size)]
-    flat = jnp.pad(flat, padding)
-    return jnp.moveaxis(flat.reshape(*flat.shape[:-1], num_blocks, width), -2, 0)
+def blocks_of(size: int, block: int | None) -> Blocks:
+    """`size` coordinates in blocks of at most `block`; None for one block."""
+    if block is None or size <= block:
+        return Blocks(size, 1, size)
+    # Spread evenly, so that the last block is not mostly the one before.
+    count = math.ceil(size / block)
+    return Blocks(size, count, LANES * math.ceil(size / count / LANES))
 
 
 def flatten(tree: base.PyTree, dtype) -> jax.Array:
@@ -59,7 +98,7 @@ def flatten(tree: base.PyTree, dtype) -> jax.Array:
 
 
 def unflatten(flat: jax.Array, like: base.PyTree) -> base.PyTree:
-    """The inverse of `flatten`, with the shapes and dtypes of `like`; padding at the end is cut."""
+    """The inverse of `flatten`, with the shapes and dtypes of `like`."""
     leaves, treedef = jax.tree.flatten(like)
     out, start = [], 0
     for leaf in leaves:
@@ -68,18 +107,15 @@ def unflatten(flat: jax.Array, like: base.PyTree) -> base.PyTree:
     return jax.tree.unflatten(treedef, out)
 
 
-def start(
-    rule: base.Rule, theta, params, block: int | None = None, state_dtype=None
-) -> LearnedState:
+def start(rule: base.Rule, theta, params, state_dtype=None) -> LearnedState:
     """The state before the first step; hidden is kept in `state_dtype`, or that of theta."""
-    dtype = dtype_of(theta)
-    statistics = jax.tree.map(lambda x: cut(x, block), rule.statistics(params, dtype))
-    num_blocks, width = block_shape(base.count(params), block)
-    hidden = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (num_blocks, *x.shape)).astype(state_dtype or x.dtype),
-        rule.hidden(theta, width),
+    hidden = rule.hidden(theta, base.count(params))
+    return LearnedState(
+        step=jnp.zeros((), jnp.int32),
+        statistics=rule.statistics(params, dtype_of(theta)),
+        # Copies: leaves that share a buffer could not be donated.
+        hidden=jax.tree.map(lambda x: jnp.array(x, state_dtype or x.dtype), hidden),
     )
-    return LearnedState(jnp.zeros((), jnp.int32), statistics, hidden)
 
 
 def advance(
@@ -89,55 +125,45 @@ def advance(
     params: jax.Array,
     state: LearnedState,
     num_steps: jax.Array,
+    block: int | None = None,
 ) -> tuple[jax.Array, LearnedState]:
-    """One step of a rule for gradient and params [num_blocks, B]: (updates, state)."""
+    """One step of a rule for gradient and params [P]: (updates [P], state)."""
     context = rule.context(state.step, num_steps).astype(gradient.dtype)
-    blocks = (gradient, params, state.statistics, state.hidden)
-    updates, statistics, hidden = _through(rule, theta, context, state.step, blocks)
+    arrays = (gradient, params, state.statistics, state.hidden)
+    updates, statistics, hidden = _through(rule, block, theta, context, state.step, arrays)
     return updates, LearnedState(state.step + 1, statistics, hidden)
 
 
-def _one_block(rule, theta, context, step, block):
-    """(gradient [B], params [B], statistics, hidden) to (updates [B], statistics, hidden)."""
-    gradient, params, statistics, kept = block
+def _whole(rule, theta, context, step, arrays):
+    """(gradient [n], params [n], statistics, hidden) to (updates [n], statistics, hidden)."""
+    gradient, params, statistics, kept = arrays
     rows, statistics = rule.observe(gradient, statistics, params, step)
     hidden = jax.tree.map(lambda x: x.astype(gradient.dtype), kept)
     updates, hidden = rule.propose(theta, rows, context, hidden)
     return updates, statistics, jax.tree.map(lambda x, y: x.astype(y.dtype), hidden, kept)
 
 
-def _scanned(rule, theta, context, step, blocks):
-    """All blocks, results in new arrays: what automatic differentiation goes through."""
-    if blocks[0].shape[0] == 1:  # A loop of one would keep the compiler from fusing around it.
-        out = _one_block(rule, theta, context, step, jax.tree.map(lambda x: x[0], blocks))
-        return jax.tree.map(lambda x: x[None], out)
-    return jax.lax.scan(
-        lambda _, block: (None, _one_block(rule, theta, context, step, block)), None, blocks
-    )[1]
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _through(rule, block, theta, context, step, arrays):
+    """`_whole`, one block at a time, each result written over what it was made from: no second copy
+    of the state.
 
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _through(rule, theta, context, step, blocks):
-    """All blocks, each result written over what it was made from: no second copy of the state.
-
-    Twice as fast as `_scanned` on a large network, but its transpose would touch the whole state
-    once a block, so derivatives go through `_scanned`.
+    The transpose of such a loop would touch the whole state once a block: derivatives go through
+    `_whole`.
     """
-    gradient, params, statistics, hidden = blocks
-    if gradient.shape[0] == 1:
-        return _scanned(rule, theta, context, step, blocks)
+    gradient, params, statistics, hidden = arrays
+    blocks = blocks_of(gradient.size, block or width())
+    if blocks.count == 1:
+        return _whole(rule, theta, context, step, arrays)
 
     def body(i, carry):
-        def at(tree):
-            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), tree)
-
         def go(block):
             written, params, statistics, bits = block
             block = (written, params, statistics, _from_bits(bits, hidden))
-            out, after, kept = _one_block(rule, theta, context, step, block)
+            out, after, kept = _whole(rule, theta, context, step, block)
             return out, after, _to_bits(kept)
 
-        written, *state = at(carry)
+        written, *state = blocks.cut(carry, i)
         # The condition always holds. It keeps the compiler from merging the reads of the block
         # with the arithmetic: it could then not see that they precede the writes, and would copy
         # the whole state in every round of the loop.
@@ -145,14 +171,12 @@ def _through(rule, theta, context, step, blocks):
             step >= 0,
             go,
             lambda block: (block[0], block[2], block[3]),
-            (written, at(params), *state),
+            (written, blocks.cut(params, i), *state),
         )
-        return jax.tree.map(
-            lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, 0), carry, out
-        )
+        return blocks.put(carry, out, i)
 
     start = (gradient, statistics, _to_bits(hidden))
-    updates, statistics, bits = jax.lax.fori_loop(0, gradient.shape[0], body, start)
+    updates, statistics, bits = jax.lax.fori_loop(0, blocks.count, body, start)
     return updates, statistics, _from_bits(bits, hidden)
 
 
@@ -174,8 +198,8 @@ def _from_bits(tree, like):
 
 
 @_through.defjvp
-def _through_jvp(rule, primals, tangents):
-    return jax.jvp(partial(_scanned, rule), primals, tangents)
+def _through_jvp(rule, block, primals, tangents):
+    return jax.jvp(partial(_whole, rule), primals, tangents)
 
 
 def dtype_of(theta) -> jnp.dtype:
@@ -202,7 +226,7 @@ def bind(
 
     def init(params):
         check_leaves(params)
-        return start(rule, theta, params, block, state_dtype)
+        return start(rule, theta, params, state_dtype)
 
     def update(updates, state, params=None, *, num_steps=None, **extra_args):
         del extra_args
@@ -213,10 +237,10 @@ def bind(
             )
         if base.count(updates) == 0:
             return updates, state
-        gradient = cut(flatten(updates, dtype), block)
-        position = cut(flatten(params, dtype), block)
-        out, state = advance(rule, theta, gradient, position, state, base.as_steps(num_steps))
-        return unflatten(out.reshape(-1), updates), state
+        gradient, position = flatten(updates, dtype), flatten(params, dtype)
+        steps = base.as_steps(num_steps)
+        out, state = advance(rule, theta, gradient, position, state, steps, block)
+        return unflatten(out, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

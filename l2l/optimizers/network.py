@@ -39,9 +39,13 @@ class FeatureMajorLSTM(hk.RNNCore):
         if num_context:
             b = b + context @ w[num_inputs : num_inputs + num_context]
             w = jnp.concatenate([w[:num_inputs], w[num_inputs + num_context :]])
-        columns = jnp.concatenate([inputs, prev_state.hidden])
-        i, g, f, o = jnp.split(w.T @ columns + b[:, None], 4)
-        cell = jax.nn.sigmoid(f + 1) * prev_state.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+        b = b + jnp.repeat(jnp.asarray([0, 0, 1, 0], b.dtype), size)
+        # The bias is a further row of the product: its gradient then is part of a product too,
+        # where on its own it would be a slow sum over the columns.
+        ones = jnp.ones((1, inputs.shape[1]), inputs.dtype)
+        columns = jnp.concatenate([inputs, prev_state.hidden, ones])
+        i, g, f, o = jnp.split(jnp.concatenate([w, b[None]]).T @ columns, 4)
+        cell = jax.nn.sigmoid(f) * prev_state.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
         hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
         return hidden, hk.LSTMState(hidden, cell)
 
