@@ -3,15 +3,17 @@
 A checkpoint holds the whole `MetaState` in the layout of `meta.gather`, free of the number of
 devices, and what else the loop needs. An export is one file: theta and the specification that
 rebuilds its optimizer. Neither is ever executed: an export's optimizer is looked up in
-`build.OPTIMIZERS`, and its shapes are checked before memory is taken.
+`build.OPTIMIZERS`, and what it says is checked (`strangers.py`) before memory is taken.
 """
 
+import contextlib
+import errno
 import functools
 import hashlib
 import json
 import logging
 import os
-import tempfile
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +24,11 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from l2l import base, build, checks
+from l2l import base, build, checks, files, strangers
+from l2l.files import write
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
 FORMAT = 1
-# No export of ours comes near: what is larger is not one, and is not read.
-LARGEST_HEADER = 1 << 20
-LARGEST_NUMBER = 4096
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -56,13 +56,18 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
     """Opens (or creates) a directory of checkpoints, of which the last `keep` are kept.
 
     Raises:
-      OSError: the directory cannot be written.
+      OSError: the directory cannot be written; from `save` and `close` too, which is where it is
+        heard that an earlier checkpoint could not be written.
       ValueError: from `restore`, where there are checkpoints and none can be read.
     """
     import orbax.checkpoint as ocp  # A second and a half, which `load` does not need.
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every file it writes.
+    # Orbax tells every file it writes, and its threads every error that `writing` tells as well.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     directory = Path(directory).absolute()
+    directory.mkdir(exist_ok=True)
+    opened = os.stat(directory)
     policies = ocp.checkpoint_managers
     manager = ocp.CheckpointManager(
         directory,
@@ -70,6 +75,8 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             save_decision_policy=policies.FixedIntervalPolicy(1),  # The loop decides.
             preservation_policy=policies.LatestN(keep),
             enable_async_checkpointing=True,
+            # Else a thread of Orbax waits five minutes for a folder that could not be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         ),
     )
 
@@ -77,7 +84,11 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
         tree = _to_data(tree)
         stored = _Stored(tree, checksum(tree))
         # Orbax knows a NamedTuple by its keys; a plain list needs no class to be read.
-        manager.save(step, args=ocp.args.StandardSave(_leaves(stored)))
+        with _writing(directory):
+            # Orbax would make it anew, without what else the run had there.
+            if not os.path.samestat(opened, os.stat(directory)):
+                raise FileNotFoundError(errno.ENOENT, "another is in its place", str(directory))
+            manager.save(step, args=ocp.args.StandardSave(_leaves(stored)))
 
     def restore(like, shardings):
         failed = {}
@@ -120,10 +131,35 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
 
     @functools.cache
     def close():
-        manager.wait_until_finished()
-        manager.close()
+        with _writing(directory):
+            manager.wait_until_finished()
+            manager.close()
 
     return Saver(save, restore, close)
+
+
+@contextlib.contextmanager
+def _writing(directory):
+    """What Orbax and TensorStore raise for a checkpoint that cannot be written, as an OSError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        # The error holds on to half-done writes, which would complain when the program ends.
+        error.__traceback__ = None
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number == errno.ENOENT or not directory.is_dir():
+            raise OSError(
+                f"{directory} is gone: it was removed, or its file system unmounted, while the run "
+                f"was at work. Bring it back if you can and {files.AGAIN} there, or from the start."
+            ) from error
+        if number:
+            raise OSError(number, os.strerror(number), str(directory)) from error
+        reason = " ".join(str(error).split())[:300]
+        raise OSError(
+            f"No checkpoint could be written under {directory} ({reason}). Those before it are "
+            f"kept: mend the cause, then {files.AGAIN}."
+        ) from error
 
 
 def _leaves(tree):
@@ -158,22 +194,6 @@ def checksum(tree) -> jax.Array:
     return total
 
 
-def write(path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def export(path, specification: dict, theta, metadata: dict | None = None) -> Path:
     """Writes theta [pytree of arrays] and its optimizer's specification as one safetensors file.
 
@@ -197,56 +217,60 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     }
     content = save(tensors, {"l2l": json.dumps(header)})
     read_bytes = 8 + int.from_bytes(content[:8], "little")
-    if read_bytes > LARGEST_HEADER:
+    if read_bytes > strangers.LARGEST_HEADER:
         raise ValueError(f"The metadata of {path} take {read_bytes} bytes: leave some out.")
     write(path, content)
     return Path(path)
 
 
 def read(path) -> tuple[base.LearnedOptimizer, Any, dict]:
-    """An export as (optimizer, theta, metadata). Executes nothing that the file brings.
+    """An export, local or remote, as (optimizer, theta, metadata). Executes nothing that it brings.
 
     Raises:
       ValueError: the file is no export, or not a whole one.
       OSError: it cannot be opened.
     """
-    from safetensors import SafetensorError, safe_open
+    path = files.readable(path)
+    with files.copied(path) as local, open(local, "rb") as file:
+        try:
+            return _read(local, file)
+        except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+            reason = files.printable(reason)[:300].rstrip(". ")
+            raise ValueError(f"{path} is no whole export of l2l: {reason}.") from error
 
-    path = Path(path)
-    with open(path, "rb") as file:  # Missing files and directories fail here, by name.
-        length = int.from_bytes(file.read(8), "little")
-    if length > LARGEST_HEADER:
-        raise ValueError(f"{path} is no export of l2l: it declares a header of {length} bytes.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = json.loads((file.metadata() or {})["l2l"])
-            _check(metadata["format"] == FORMAT, f"format {metadata['format']} is not {FORMAT}")
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
-            types = {name: x.get_dtype() for name, x in slices.items()}
-            stored = metadata["optimizer"]
-            _check(isinstance(stored["name"], str), "the optimizer's name is no text")
-            _plausible(stored["settings"], len(shapes))
-            optimizer = build.optimizer({**stored["settings"], "name": stored["name"]})
-            like = jax.eval_shape(optimizer.init, jax.random.key(0))
-            paths, treedef = jax.tree_util.tree_flatten_with_path(like)
-            expected = {_name(p): x for p, x in paths}
-            _check(set(expected) == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
-            for name, x in expected.items():
-                _check(
-                    x.shape == shapes[name] and str(x.dtype) == _TYPES.get(types[name]),
-                    f"{name} is {types[name]} {shapes[name]}, not {x.dtype} {x.shape}",
-                )
-            tensors = {name: file.get_tensor(name) for name in expected}
-        _check(_digest(tensors) == metadata["sha256"], "its numbers are not those written")
-        _check(
-            all(np.isfinite(x.astype(np.float32)).all() for x in tensors.values()),
-            "not all of its numbers are finite",
-        )
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-        raise ValueError(f"{path} is no whole export of l2l: {reason[:300]}.") from error
-    theta = jax.tree.unflatten(treedef, [jnp.asarray(tensors[name]) for name in expected])
+
+def _read(path, file):
+    from safetensors import safe_open
+
+    check = strangers.check
+    about = strangers.header(file).get("__metadata__")
+    check(isinstance(about, dict), "it has no metadata")
+    metadata = strangers.table(about["l2l"])
+    check(metadata["format"] == FORMAT, f"format {metadata['format']} is not {FORMAT}")
+    stored = metadata["optimizer"]
+    check(isinstance(stored, dict), "its optimizer is no table")
+    check(isinstance(stored["name"], str), "the optimizer's name is no text")
+    with safe_open(path, framework="numpy") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
+        types = {name: x.get_dtype() for name, x in slices.items()}
+        strangers.plausible(stored["settings"], len(shapes))
+        optimizer = build.optimizer({**stored["settings"], "name": stored["name"]})
+        like = jax.eval_shape(optimizer.init, jax.random.key(0))
+        paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+        expected = {_name(p): x for p, x in paths}
+        check(set(expected) == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
+        for name, x in expected.items():
+            check(
+                x.shape == shapes[name] and str(x.dtype) == _TYPES.get(types[name]),
+                f"{name} is {types[name]} {shapes[name]}, not {x.dtype} {x.shape}",
+            )
+        found = {name: tensors.get_tensor(name) for name in expected}
+    check(_digest(found) == metadata["sha256"], "its numbers are not those written")
+    fine = all(np.isfinite(x.astype(np.float32)).all() for x in found.values())
+    check(fine, "not all of its numbers are finite")
+    theta = jax.tree.unflatten(treedef, [jnp.asarray(found[name]) for name in expected])
     return optimizer, theta, metadata
 
 
@@ -255,7 +279,7 @@ def load(name_or_path, *, num_steps: int | None = None) -> optax.GradientTransfo
 
     Args:
       name_or_path: a released optimizer (`released()` lists them), an export, or the directory of a
-        run that has ended.
+        run that has ended; also at gs:// or s3://, where etils can read those.
       num_steps: the horizon to tell the optimizer where `update` is not given one.
 
     Raises:
@@ -272,15 +296,17 @@ def load(name_or_path, *, num_steps: int | None = None) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(bound.init, update)
 
 
-def locate(name_or_path) -> Path:
-    """The file of an export: from a released name, a file or a run directory; or a ValueError."""
-    path = Path(name_or_path)
-    if path.is_dir() and (path / EXPORT).is_file():
-        return path / EXPORT
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise ValueError(f"{path} has no {EXPORT} yet: it is written when its training ends.")
+def locate(name_or_path):
+    """The path of an export, for `read`: from a released name, a file or a run directory (remote
+    ones too); or a ValueError."""
+    path = files.readable(name_or_path)
+    with files.reached(path):
+        if path.is_dir() and (path / EXPORT).is_file():
+            return path / EXPORT
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise ValueError(f"{path} has no {EXPORT} yet: it is written when its training ends.")
     names = released()
     if str(name_or_path) in names:
         return names[str(name_or_path)]
@@ -312,28 +338,3 @@ def _digest(tensors: dict[str, np.ndarray]) -> str:
         total.update(f"{name} {x.dtype} {x.shape}\n".encode())
         total.update(x.tobytes())
     return total.hexdigest()
-
-
-def _check(fine: bool, reason: str) -> None:
-    if not fine:
-        raise ValueError(reason)
-
-
-def _plausible(settings, num_tensors: int) -> None:
-    """Settings come from strangers: before anything is built, no number in them may be one that
-    takes long to build."""
-    _check(isinstance(settings, dict) and "name" not in settings, "its settings are no table")
-    layers = settings.get("layers", 1)
-    _check(not isinstance(layers, int) or layers <= num_tensors, f"layers={layers} is too many")
-
-    def visit(value, depth):
-        _check(depth < 6, "its settings are too deep")
-        if isinstance(value, int | float):
-            _check(abs(value) <= LARGEST_NUMBER, f"{value} is too large a setting")
-        if isinstance(value, list):
-            _check(len(value) <= 64, f"{len(value)} values are too many for a setting")
-        children = value.values() if isinstance(value, dict) else value
-        for child in children if isinstance(value, dict | list) else ():
-            visit(child, depth + 1)
-
-    visit(settings, 0)

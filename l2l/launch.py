@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from l2l import host
+from l2l import files, host
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run; by default checkpoints/<config>.")
@@ -46,7 +46,7 @@ def main(argv) -> int:
 
 
 def _fail(error) -> int:
-    print("l2l:", " ".join(str(error).replace("\\n", " ").split()), file=sys.stderr)
+    print("l2l:", files.sentence(error), file=sys.stderr)
     return 2
 
 

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from l2l import files
+
+FLUSH = 10  # Seconds between writes of TensorBoard's file, which waits for the disk.
+
 
 class Progress(NamedTuple):
     """say:   (sentence) -> None, at once.
@@ -28,15 +32,15 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
     Rows of metrics.jsonl beyond `start` are dropped: they will come again. On a terminal there is
     a bar; elsewhere a dated line at most every ten seconds.
     """
-    import tensorboardX
     import tqdm
 
     stream = sys.stderr if stream is None else stream
     directory = Path(directory)
     path = directory / "metrics.jsonl"
-    _rewind(path, start)
-    rows = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    board = tensorboardX.SummaryWriter(str(directory), purge_step=start + 1 if start else None)
+    with files.naming(path):
+        _rewind(path, start)
+        rows = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    board = _board(directory, start)
     terminal = stream.isatty()
     bar = None
     if terminal:
@@ -52,11 +56,10 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
             print(time.strftime("%Y-%m-%d %H:%M:%S ") + sentence, file=stream, flush=True)
 
     def log(step, numbers):
-        rows.write(json.dumps({"step": step, **numbers}) + "\n")
-        rows.flush()
-        for name, value in numbers.items():
-            if isinstance(value, int | float):
-                board.add_scalar(name, value, step)
+        with files.naming(path):
+            rows.write(json.dumps({"step": step, **numbers}) + "\n")
+            rows.flush()
+        board.add(step, numbers)
 
     def show(step, meta_loss, stage, comparison):
         if bar is not None:
@@ -79,12 +82,56 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
             return
         if bar is not None:
             bar.close()
-        rows.flush()
-        os.fsync(rows.fileno())
-        rows.close()
+        with files.naming(path):
+            try:
+                rows.flush()
+                os.fsync(rows.fileno())
+            finally:
+                rows.close()
         board.close()
 
     return Progress(say, log, show, close)
+
+
+class _Board(NamedTuple):
+    """add:   (step, numbers) -> None. close: () -> None."""
+
+    add: Callable[[int, dict], None]
+    close: Callable[[], None]
+
+
+def _board(directory: Path, start: int) -> _Board:
+    """TensorBoard's events, written by the caller's own thread: that of tensorboardX dies of a full
+    disk in silence, and then whoever adds to its queue waits for ever."""
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
+
+    # The name has the second of the clock, which may have been that of an earlier run too.
+    before = len(list(directory.glob("events.out.tfevents.*")))
+    flushed = [time.monotonic()]
+    with files.naming(directory):
+        writer = EventsWriter(str(directory / "events"), f".{before}")
+        if start:  # What earlier runs said of later steps is hidden.
+            log = SessionLog(status=SessionLog.START)
+            writer.write_event(Event(wall_time=time.time(), step=start + 1, session_log=log))
+        writer.flush()
+
+    def add(step, numbers):
+        with files.naming(directory):
+            for name, value in numbers.items():
+                if isinstance(value, int | float):
+                    summary = scalar(name, value)
+                    writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            if time.monotonic() - flushed[0] > FLUSH:
+                flushed[0] = time.monotonic()
+                writer.flush()
+
+    def close():
+        with files.naming(directory):
+            writer.close()
+
+    return _Board(add, close)
 
 
 def clock(seconds: float) -> str:
@@ -103,6 +150,4 @@ def _rewind(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # The last line of a killed run may be half a line.
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    files.write(path, "".join(kept).encode())

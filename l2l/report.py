@@ -1,5 +1,6 @@
 """Tables, figures and JSON of what was measured: plain data in, text and files out."""
 
+import io
 import json
 import math
 import os
@@ -7,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from l2l import files
 
 # Okabe and Ito (2008), without yellow, which is faint on white: told apart by the colour-blind.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -70,9 +73,10 @@ def figure(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     axes[0, 0].legend(fontsize="small")
-    path = Path(path)
-    canvas.savefig(path, dpi=150)
-    return path
+    image = io.BytesIO()
+    canvas.savefig(image, format="png", dpi=150)
+    files.write(path, image.getvalue())
+    return Path(path)
 
 
 def spread(losses) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -91,9 +95,8 @@ def spread(losses) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 def write_json(path: str | os.PathLike, content) -> Path:
     """Writes plain data and NumPy arrays as JSON; what is not finite becomes null or "inf"."""
-    path = Path(path)
-    path.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
-    return path
+    files.write(path, json.dumps(plain(content), indent=1, allow_nan=False).encode() + b"\n")
+    return Path(path)
 
 
 def plain(content):

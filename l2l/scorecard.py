@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from l2l import base, evaluate, host, report, tuning
+from l2l import base, evaluate, files, host, report, tuning
 from l2l.optimizers import baselines
 
 
@@ -169,7 +169,7 @@ def write(directory: str | os.PathLike, result: Score, about: dict | None = None
         text += "\nOver all tasks:\n\n" + report.table(result.summary)
     text += "".join(f"\n{note}\n" for note in result.notes)
     paths = [directory / "table.md"]
-    paths[0].write_text(text)
+    files.write(paths[0], text.encode())
     runs = [
         {"task": task, "steps": steps, "optimizer": name, **run._replace(losses=None)._asdict()}
         for (task, steps), field in result.curves.items()
@@ -319,12 +319,13 @@ def main(argv) -> int:
         if not all(x.strip().isdecimal() for x in values.horizons):
             raise ValueError(f"--horizons={','.join(values.horizons)} are no steps: try 500,1000.")
         horizons = [int(x) for x in values.horizons]
+        output = files.local(values.output, "--output")
         began = time.monotonic()
         result = score(
             *(jax.random.key(values.seed), entries, cells, horizons, values.seeds),
             kinds=kinds,
             eps_roots=(0.0, values.eps_root),
-            cache_dir=Path(values.output) / "cache",
+            cache_dir=output / "cache",
             progress=watch(),
         )
         about = dict(
@@ -334,9 +335,9 @@ def main(argv) -> int:
             seconds=round(time.monotonic() - began, 1),
             versions={"jax": jax.__version__},
         )
-        print(write(values.output, result, about))
+        print(write(output, result, about))
     except (ValueError, OSError) as error:
-        print(f"l2l: {error}", file=sys.stderr)
+        print(f"l2l: {files.sentence(error)}", file=sys.stderr)
         return 2
     return 0
 

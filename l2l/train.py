@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l2l import base, build, checkpoint, curriculum, diagnose, meta, outcome
+from l2l import base, build, checkpoint, curriculum, diagnose, files, meta, outcome
 from l2l.directory import Signals, claim, lock
 from l2l.progress import clock, progress
 
@@ -59,7 +58,7 @@ def run(
         the devices do not divide the problems.
       OSError: the directory cannot be written.
     """
-    directory = Path(directory)
+    directory = files.local(directory)
     devices = meta.devices_for(experiment.running.num_problems, devices)
     directory.mkdir(parents=True, exist_ok=True)
     with lock(directory):

@@ -203,9 +203,13 @@ def test_the_cache_saves_the_work_and_knows_other_work(tmp_path, monkeypatch):
     assert len(set(tmp_path.iterdir())) == 3
     assert other.points[0].train_loss != first.points[0].train_loss
     assert momentum.points[0].train_loss != first.points[0].train_loss
-    next(iter(files)).write_text('{"half')
-    # Compared as text: there is no accuracy, and NaN is not NaN.
-    assert str(tune(jax.random.key(0))) == str(first)  # Damaged: computed anew.
+    (file,) = files
+    whole = file.read_text()
+    for damaged in (whole[: len(whole) // 2], whole[:-9].replace("0", "1") + whole[-9:]):
+        file.write_text(damaged)
+        # Compared as text: there is no accuracy, and NaN is not NaN.
+        assert str(tune(jax.random.key(0))) == str(first)  # Computed anew.
+        assert file.read_text() == whole
     monkeypatch.setattr(evaluate, "compile_evaluation", lambda *a, **k: None)  # Not called now.
     assert str(tune(jax.random.key(0))) == str(first)
 

@@ -13,8 +13,8 @@ ROOT = Path(l2l.__file__).parent
 # Each layer imports from those before it (and from itself). `tuning` is what evaluation compares
 # with, `scorecard` what `python -m l2l.evaluate` runs.
 LAYERS = [
-    ("base", "host"),
-    ("datasets", "features", "checks", "tasks"),
+    ("base", "files", "host"),
+    ("datasets", "features", "checks", "strangers", "tasks"),
     ("optimizers",),
     ("unroll",),
     ("estimators",),
