@@ -29,6 +29,7 @@ from l2l.files import write
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
 FORMAT = 1
+_TIMES = "_CHECKPOINT_METADATA"  # Orbax's name.
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -69,16 +70,21 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
     directory.mkdir(exist_ok=True)
     opened = os.stat(directory)
     policies = ocp.checkpoint_managers
-    manager = ocp.CheckpointManager(
-        directory,
-        options=ocp.CheckpointManagerOptions(
-            save_decision_policy=policies.FixedIntervalPolicy(1),  # The loop decides.
-            preservation_policy=policies.LatestN(keep),
-            enable_async_checkpointing=True,
-            # Else a thread of Orbax waits five minutes for a folder that could not be made.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        ),
+    options = ocp.CheckpointManagerOptions(
+        save_decision_policy=policies.FixedIntervalPolicy(1),  # The loop decides.
+        preservation_policy=policies.LatestN(keep),
+        enable_async_checkpointing=True,
+        # Else a thread of Orbax waits five minutes for a folder that could not be made.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
+    try:
+        manager = ocp.CheckpointManager(directory, options=options)
+    except OSError:
+        raise
+    except Exception:  # Of the times in any of these files, without which it opens them as well.
+        for file in directory.glob(f"*/{_TIMES}"):
+            file.rename(file.with_name("damaged" + _TIMES))
+        manager = ocp.CheckpointManager(directory, options=options)
 
     def save(step, tree):
         tree = _to_data(tree)
@@ -96,7 +102,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             try:
                 tree = _open(step, like, shardings)
             except Exception as error:  # Orbax and what is below it raise all kinds.
-                failed[step] = " ".join(str(error).split())[:200]
+                failed[step] = " ".join(files.printable(str(error)).split())[:200]
                 continue
             # Moved only now that another is found to be good: where none is, nothing is touched.
             for bad, reason in failed.items():

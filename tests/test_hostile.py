@@ -29,6 +29,9 @@ _heard = None
 def _hear(event, arguments):
     if _heard is None:
         return
+    # Libraries import of Python's own what they turn out to need.
+    if event == "import" and arguments[0].split(".")[0] in sys.stdlib_module_names:
+        return
     wrote = event in WRITES or (event == "open" and "w" in str(arguments[1]))
     if wrote or event in RUNS:
         _heard.append((wrote, f"{event} {arguments!r}"[:200]))
