@@ -1,6 +1,7 @@
 """What a run says while it runs: a bar on a terminal, dated lines elsewhere, and two logs."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -15,12 +16,14 @@ FLUSH = 10  # Seconds between writes of TensorBoard's file, which waits for the 
 
 class Progress(NamedTuple):
     """say:   (sentence) -> None, at once.
+    start: (step) -> None. The first meta-step begins: the pace is told from here.
     log:   (step, numbers) -> None, to metrics.jsonl and TensorBoard.
     show:  (step, meta-loss, stage, comparison) -> None: moves the bar, or prints a line.
     close: () -> None; more than once if you like.
     """
 
     say: Callable[[str], None]
+    start: Callable[[int], None]
     log: Callable[[int, dict], None]
     show: Callable[[int, float, str, str], None]
     close: Callable[[], None]
@@ -45,15 +48,19 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
     bar = None
     if terminal:
         bar = tqdm.tqdm(total=steps, initial=start, unit="step", file=stream, dynamic_ncols=True)
-    # The time left is told from the pace since the first sign of life: compiling comes before it.
-    marks: list[tuple[float, int]] = []
-    last = [0.0]
+    began = [time.monotonic(), start]
+    last = [-math.inf]
 
     def say(sentence):
         if bar is not None:
             bar.write(sentence, file=stream)
         else:
             print(time.strftime("%Y-%m-%d %H:%M:%S ") + sentence, file=stream, flush=True)
+
+    def begin(step):
+        began[:] = time.monotonic(), step
+        if bar is not None:
+            bar.unpause()
 
     def log(step, numbers):
         with files.naming(path):
@@ -67,13 +74,10 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
             bar.update(step - bar.n)
             return
         now = time.monotonic()
-        if not marks:
-            marks.append((now, step))
-        elif now - last[0] < 10 and step < steps:
+        if now - last[0] < 10 and step < steps:
             return
         last[0] = now
-        began, done = marks[0][0], step - marks[0][1]
-        left = f", {clock((now - began) / done * (steps - step))} left" if done else ""
+        left = f", {clock((now - began[0]) / (step - began[1]) * (steps - step))} left"
         numbers = f"meta-loss {meta_loss:.4f}, horizon {stage}, {comparison}{left}"
         say(f"meta-step {step}/{steps}, {numbers}")
 
@@ -90,7 +94,7 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
                 rows.close()
         board.close()
 
-    return Progress(say, log, show, close)
+    return Progress(say, begin, log, show, close)
 
 
 class _Board(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l2l import base, build, checkpoint, curriculum, diagnose, files, meta, outcome
+from l2l import base, build, checkpoint, curriculum, diagnose, files, meta, outcome, preflight
 from l2l.directory import Signals, claim, lock
 from l2l.progress import clock, progress
 
@@ -129,6 +129,9 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
             saver.save(step, Snapshot(gather(state), memory, jnp.float32(seconds)))
             saved = step
 
+    steps, sentence = preflight.prepare(steps, state, data)
+    out.say(sentence + preflight.remaining(seconds, step, running.steps))
+    out.start(step)
     while step < running.steps:
         passed = functools.partial(_passed, step, step + running.group)
         began = time.monotonic()
@@ -246,7 +249,7 @@ def _opening(experiment, directory, devices, like, start) -> str:
     return (
         f"{doing} in {directory}: {names}, {experiment.specification['name']} with "
         f"{base.count(like.state.theta)} weights, {experiment.running.num_problems} problems on "
-        f"{kind}. Compiling the meta-step; the first line of progress follows."
+        f"{kind}. Compiling the meta-step."
     )
 
 

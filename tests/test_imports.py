@@ -21,6 +21,7 @@ LAYERS = [
     ("meta", "evaluate", "curriculum"),
     ("report", "tuning", "build", "diagnose"),
     ("checkpoint", "directory", "progress", "scorecard"),
+    ("preflight",),
     ("outcome",),
     ("train",),
     ("launch",),
