@@ -19,7 +19,9 @@ def claim(directory: Path, config: dict) -> None:
         return
     try:
         theirs = json.loads(path.read_text())
-    except ValueError as error:
+        if not isinstance(theirs, dict):
+            raise ValueError("it is no table")
+    except (RecursionError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): restore it, or choose another directory."
         ) from error

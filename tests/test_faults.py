@@ -1,16 +1,24 @@
 """Disks fill, directories vanish, clocks step back: one sentence, and what was good stays good."""
 
 import errno
+import io
+import itertools
+import json
 import os
 import re
 import resource
 import shutil
+import signal
+import struct
 import subprocess
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from l2l import build, checkpoint, files, outcome, train
+from l2l import build, checkpoint, datasets, files, outcome, report, train
+from l2l.progress import progress
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +165,9 @@ def test_a_directory_that_vanishes(tiny, tmp_path, monkeypatch, expected, gone):
     directory = tmp_path / "run"
     said = befalls(tiny, directory, monkeypatch, lambda: shutil.rmtree(directory / gone))
     assert said.startswith(f"{directory}/checkpoints is gone")
-    goes_on(tiny, directory, expected)
+    assert not list(directory.glob("checkpoints/*"))  # Not made anew behind the user's back.
+    if gone:
+        goes_on(tiny, directory, expected)
 
 
 def test_a_directory_that_turns_read_only(tiny, tmp_path, monkeypatch, expected, read_only):
@@ -171,3 +181,182 @@ def test_a_directory_that_turns_read_only(tiny, tmp_path, monkeypatch, expected,
     read_only(folder, False)
     assert saved(directory) == [3]
     goes_on(tiny, directory, expected)
+
+
+@pytest.mark.parametrize("where", ["metrics.jsonl", "events"])
+def test_logs_that_cannot_be_written(tmp_path, where):
+    """Of either log: the caller hears of it, and neither waits for ever."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = progress(tmp_path, 100, stream=io.StringIO())
+    out.log(1, {"loss": 1.0})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
+        numbers = {"note": "x" * 500} if where == "metrics.jsonl" else {"x" * 500: 1.0, "y": 2.0}
+        with pytest.raises(OSError) as error:
+            for step in range(2, 100):
+                out.log(step, numbers)
+            out.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert re.fullmatch(rf"{tmp_path}\S*: File too large. Raise the limit.*", sentence_of(error))
+    out = progress(tmp_path, 100, start=1, stream=io.StringIO())  # The half line is dropped.
+    out.log(2, {"loss": 2.0})
+    out.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+
+
+def sentence_of(error):
+    return files.sentence(error.value)
+
+
+def test_an_export_that_does_not_fit_leaves_the_old_one(tmp_path):
+    path = tmp_path / checkpoint.EXPORT
+    specification = {"name": "lstm", "hidden_size": 2}
+    theta = build.optimizer(specification).init(jax.random.key(0))
+    before = checkpoint.export(path, specification, theta).read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        with pytest.raises(OSError) as error:
+            checkpoint.export(path, specification, theta)
+        with pytest.raises(OSError) as figure:
+            report.figure({"a": {"b": np.ones((2, 9))}}, tmp_path / "curves.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sentence_of(error).startswith(f"{path}: File too large.")
+    assert sentence_of(figure).startswith(f"{tmp_path}/curves.png: File too large.")
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_half_written_export_of_a_run_is_written_anew(tiny, tmp_path, monkeypatch, expected):
+    conclude = outcome.conclude
+
+    def dies(experiment, theta, directory, key, snapshot):
+        (directory / checkpoint.EXPORT).write_bytes(expected(tiny)[:200])
+        raise OSError(errno.EIO, "Input/output error", str(directory))
+
+    expected(tiny)
+    monkeypatch.setattr(outcome, "conclude", dies)
+    with pytest.raises(OSError) as error:
+        train.run(build.experiment(tiny), tmp_path)
+    assert "The disk may be failing" in sentence_of(error)
+    with pytest.raises(ValueError, match="no whole export"):
+        checkpoint.load(tmp_path)
+    monkeypatch.setattr(outcome, "conclude", conclude)
+    goes_on(tiny, tmp_path, expected)
+
+
+def test_a_clock_that_steps_back(tiny, tmp_path, monkeypatch, expected, capsys):
+    """An hour back in the middle of a run, and a day at its resumption: steps decide, not times."""
+    now, shift = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + shift[0])
+
+    def back():
+        shift[0] = -3600.0
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, back)
+        assert train.run(build.experiment(tiny), tmp_path) == train.TERMINATED
+    shift[0] = -86400.0
+    goes_on(tiny, tmp_path, expected)
+    assert saved(tmp_path) == [6, 9, 12]
+    assert not re.search(r"-\d+:\d\d:\d\d left", capsys.readouterr().err)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(rows))
+    assert len(list(tmp_path.glob("events.*"))) == 2  # The second did not overwrite the first.
+
+
+def test_data_that_is_damaged_later_leaves_the_run_as_it_was(tiny, tmp_path, monkeypatch):
+    """A run stops; its data file is cut; the same command says so and touches no checkpoint."""
+    directory, data = tmp_path / "run", tmp_path / "data" / "mnist"
+    data.mkdir(parents=True)
+    for part, count in (("train", 60), ("t10k", 20)):
+        pixels = struct.pack(">4B3I", 0, 0, 8, 3, count, 28, 28) + bytes(count * 784)
+        (data / f"{part}-images-idx3-ubyte").write_bytes(pixels)
+        labels = struct.pack(">4BI", 0, 0, 8, 1, count) + bytes(count)
+        (data / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path / "data"))
+    experiment = build.experiment(tiny)  # Of quadratics, which read this data and leave it.
+    family = experiment.families[0]._replace(data=lambda: datasets.load("mnist14")[:0])
+    experiment = experiment._replace(families=(family,))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train.run(experiment, directory) == train.TERMINATED
+    datasets._load.cache_clear()
+    images = data / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"-ubyte has 46,940 bytes .* promises 47,040: .*fetch it"):
+        train.run(experiment, directory)
+    assert saved(directory) == [3]
+
+
+@pytest.mark.parametrize("damaged", ["{", "[" * 100_000, "[1]", "\xff\xfe"])
+def test_a_damaged_config_is_told_of_and_kept(tiny, tmp_path, damaged):
+    (tmp_path / "config.json").write_bytes(damaged.encode("latin1"))
+    with pytest.raises(ValueError, match="restore it, or choose another directory"):
+        train.run(build.experiment(tiny), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == damaged.encode("latin1")
+
+
+# --- remote paths ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
+def test_a_remote_workdir_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"is remote.*mount the bucket"):
+        train.run(build.experiment(tiny), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_remote_export_is_loaded_through_etils(tmp_path, monkeypatch):
+    """From a store in memory, which stands in for the cloud below etils and fsspec."""
+    fsspec = pytest.importorskip("fsspec")
+    backend = pytest.importorskip("etils.epath.backend")
+    specification = {"name": "lstm", "hidden_size": 2}
+    theta = build.optimizer(specification).init(jax.random.key(0))
+    local = checkpoint.export(tmp_path / checkpoint.EXPORT, specification, theta)
+    store = fsspec.filesystem("memory")
+    monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: Cloud(store))
+    store.pipe("/bucket/run/" + checkpoint.EXPORT, local.read_bytes())
+    store.pipe("/bucket/half", local.read_bytes()[:99])
+    for path in ("s3://bucket/run", f"s3://bucket/run/{checkpoint.EXPORT}"):
+        jax.tree.map(
+            np.testing.assert_array_equal, checkpoint.read(checkpoint.locate(path))[1], theta
+        )
+    with pytest.raises(ValueError, match="s3://bucket/half is no whole export"):
+        checkpoint.load("s3://bucket/half")
+    with pytest.raises(ValueError, match="Unknown optimizer 's3://bucket/nothing'"):
+        checkpoint.load("s3://bucket/nothing")
+
+
+class Cloud:
+    """A store in memory under s3://."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        return lambda path, **more: getattr(self.store, name)(str(path)[len("s3:/") :], **more)
+
+
+def test_what_a_remote_path_lacks_is_said(monkeypatch):
+    backend = pytest.importorskip("etils.epath.backend")
+
+    def fails(error):
+        def fs(self, path):
+            raise error
+
+        monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", fs)
+
+    fails(ImportError("Please install gcsfs"))
+    with pytest.raises(ValueError, match=r"\(Please install gcsfs\): pip install gcsfs"):
+        checkpoint.load("gs://bucket/run")
+    fails(RuntimeError("no credentials"))
+    with pytest.raises(OSError, match=r"gs://bucket/run could not be read \(no credentials\)"):
+        checkpoint.load("gs://bucket/run")
+    with pytest.raises(ValueError, match="of remote paths there is gs://, s3://"):
+        checkpoint.load("ftp://host/run")

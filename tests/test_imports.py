@@ -24,7 +24,8 @@ LAYERS = [
     ("preflight",),
     ("outcome",),
     ("train",),
-    ("launch",),
+    ("launch", "fleet_summary"),
+    ("fleet",),
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

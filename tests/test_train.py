@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from l2l import build, checkpoint, outcome, train
+from l2l import build, checkpoint, outcome, preflight, train
 from l2l.directory import lock
 
 
@@ -109,6 +110,29 @@ def test_devices_make_no_difference_and_may_change(tiny, whole, tmp_path, monkey
         )
         for one, other in zip(rows_of(whole), rows_of(directory), strict=True):
             assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_the_meta_step_is_compiled_once_and_told_of_before_it_runs(tiny, tmp_path, capsys):
+    """Over stages, saves and a resumption in the same directory: once a run."""
+    experiment, traced = build.experiment(tiny | {"horizon": STAGES}), []
+    family = experiment.meta.estimator
+
+    def estimate(*arguments):
+        traced.append(len(traced))
+        return family.estimate(*arguments)
+
+    meta = experiment.meta._replace(estimator=family._replace(estimate=estimate))
+    train.run(experiment._replace(meta=meta), tmp_path)
+    assert len(traced) == 1
+    compiled, first = capsys.readouterr().err.splitlines()[1:3]
+    assert re.search(r"Compiled in .* s. Estimated memory: \S+ [kM]B a device", compiled)
+    assert "meta-step 3/12" in first and first.endswith("left")
+
+
+def test_a_run_that_goes_on_knows_the_time_left_before_its_first_step():
+    # 30 s for 10 of 40 steps: 90 s for the other 30.
+    assert preflight.remaining(30.0, 10, 40) == " 0:01:30 left at the pace so far."
+    assert preflight.remaining(0.0, 0, 40) == ""
 
 
 def test_a_finished_run_says_so(tiny, whole, capsys):

@@ -1,0 +1,186 @@
+"""Several seeds, or a sweep over fields of a configuration, as one command and one summary.
+
+    python -m l2l.fleet --config=configs/mlp.py --workdir=runs/fleet --seeds=5
+    python -m l2l.fleet --config=configs/mlp.py --sweep=optimizer.learning_rate=1e-3,3e-3 --seeds=2
+    python -m l2l.fleet ... --index=3    # one member: `$SLURM_ARRAY_TASK_ID` of an array job
+    python -m l2l.fleet ... --gather     # the summary alone, of what there is
+
+Each member is a run of `l2l.launch` in a directory below --workdir, one after another in processes
+of their own. The same command goes on where it left off: finished members are not run again. One
+that fails is told of and the others go on; Ctrl-C and SIGTERM reach the member at work, which
+saves, and end the fleet. Exit codes: those of `l2l.launch`; where members failed, the first one's.
+"""
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+from l2l import files, fleet_summary
+
+INTERRUPTED = (130, 143)
+COMMAND = (sys.executable, "-m", "l2l.launch")
+
+
+class Member(NamedTuple):
+    """One run. setting: what the sweep gives it, as text; arguments: of `l2l.launch`."""
+
+    setting: str
+    seed: int
+    directory: Path
+    arguments: tuple[str, ...]
+
+
+def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Member]]:
+    """(the flags, the directory of all, the members) of a command line. All configurations are
+    built, so that a mistake in any of them shows before the first is trained.
+
+    Raises:
+      ValueError, OSError, flags.Error: a flag, key or value is wrong.
+    """
+    values = _flags(argv)
+    # What is not the fleet's own goes on to every member as it was typed.
+    own = re.compile(r"--?(workdir|seeds|sweep|index|gather)(=|$)")
+    passed = [text for text in argv[1:] if not own.match(text)]
+    rest = values(argv)[1:]
+    if rest:
+        raise flags.Error(f"unexpected arguments: {' '.join(rest)}; write flags as --name=value")
+    if values.config is None:
+        raise flags.Error("there is nothing to train: add --config=configs/mlp.py")
+    name = Path(config_flags.get_config_filename(values["config"])).stem
+    root = files.local(values.workdir or f"checkpoints/{name}-fleet")
+    first = values.config.get("seed", 0)
+    choices = [_choices(text) for text in values.sweep]
+    members = []
+    for chosen in itertools.product(*choices):
+        setting = ", ".join(chosen)
+        for seed in range(first, first + values.seeds):
+            folder = root.joinpath(*map(_plain, chosen), f"seed_{seed}")
+            overrides = [*(f"--config.{one}" for one in chosen), f"--config.seed={seed}"]
+            members.append(Member(setting, seed, folder, (*passed, *overrides)))
+    if len({member.directory for member in members}) < len(members):
+        raise flags.Error("two members of the sweep would share a directory: give each value once")
+    if values.index is not None and values.index >= len(members):
+        raise flags.Error(f"--index={values.index}: the members are 0 to {len(members) - 1}")
+    for member in members if values.index is None else members[values.index : values.index + 1]:
+        _check(member)
+    return values, root, members
+
+
+def _flags(argv):
+    values = flags.FlagValues()
+    own = dict(flag_values=values)
+    about = dict(lock_config=True, sys_argv=list(argv), **own)
+    config_flags.DEFINE_config_file("config", None, "A file of configs/.", **about)
+    flags.DEFINE_string(
+        "workdir", None, "Of all members; by default checkpoints/<config>-fleet.", **own
+    )
+    flags.DEFINE_integer("seeds", 1, "From that of the configuration on.", lower_bound=1, **own)
+    flags.DEFINE_multi_string("sweep", [], "field=value,value; several are multiplied.", **own)
+    flags.DEFINE_integer("index", None, "Runs this member alone.", lower_bound=0, **own)
+    flags.DEFINE_bool("gather", False, "Writes the summary alone.", **own)
+    return values
+
+
+def _choices(text: str) -> list[str]:
+    """["a.b=1", "a.b=2"] of "a.b=1,2"; commas in brackets part nothing."""
+    field, equals, values = text.partition("=")
+    found = re.findall(r"(?:[^,(\[]|\([^)]*\)|\[[^\]]*\])+", values)
+    if not equals or not found or not re.fullmatch(r"[\w.]+", field):
+        raise flags.Error(f"--sweep={text} sweeps nothing: write field=value,value")
+    if field == "seed":
+        raise flags.Error("--sweep=seed: use --seeds=5")
+    return [f"{field}={value.strip()}" for value in found]
+
+
+def _plain(text: str) -> str:
+    """Text as the name of a directory."""
+    return re.sub(r"[^\w.,=+-]", "_", text)
+
+
+def _check(member: Member) -> None:
+    from l2l import build  # It imports JAX: after `main` has kept it off the accelerator.
+
+    argv = ["fleet", *member.arguments]
+    values = _flags(argv)
+    values(argv)
+    build.experiment(values.config)
+
+
+def run(members: Sequence[Member], root: Path, environment, say=print) -> int:
+    """Runs the members that have not finished, one after another, and keeps the summary up to date:
+    the exit code."""
+    codes: dict[Path, int] = {}
+    for number, member in enumerate(members):
+        if not fleet_summary.finished(member.directory):
+            say(f"Member {number + 1} of {len(members)}: {member.directory}")
+            command = (*COMMAND, *member.arguments, f"--workdir={member.directory}")
+            codes[member.directory] = _wait(command, environment)
+            fleet_summary.write(root, members, codes)
+        code = codes.get(member.directory, 0)
+        if code in INTERRUPTED:
+            say("Interrupted. The same command goes on from there.")
+            return code
+        if code:
+            say(f"{member.directory} failed with code {code}; the others go on.")
+    say(fleet_summary.write(root, members, codes))
+    failed = [code for code in codes.values() if code]
+    if failed:
+        say(f"{len(failed)} of {len(members)} members failed; the same command tries them again.")
+    return failed[0] if failed else 0
+
+
+def _wait(command, environment) -> int:
+    """Runs a command to its end and hands on signals to it: its exit code."""
+    # In a group of its own, so that Ctrl-C reaches it through here, and once: a second signal
+    # makes a run leave unsaved.
+    process = subprocess.Popen(command, env=environment, process_group=0)
+    hand_on = lambda number, frame: process.send_signal(number)  # noqa: E731
+    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def main(argv) -> int:
+    environment = dict(os.environ)  # Of the members.
+    # This process only looks at configurations: it must not hold the memory of an accelerator.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        values, root, members = plan(argv)
+        if values.index is not None:
+            member = members[values.index]
+            arguments = (*COMMAND, *member.arguments, f"--workdir={member.directory}")
+            member.directory.parent.mkdir(parents=True, exist_ok=True)
+            os.execve(COMMAND[0], arguments, environment)
+        root.mkdir(parents=True, exist_ok=True)
+        if values.gather:
+            print(fleet_summary.write(root, members, {}))
+            return 0
+        return run(members, root, environment)
+    except KeyboardInterrupt:
+        return 130
+    except AttributeError as error:  # ml_collections' word for a key that is not there.
+        return _fail("no such key in this configuration: " + str(error).strip("'\"\\"))
+    except (OSError, TypeError, ValueError, flags.Error) as error:
+        return _fail(error)
+
+
+def _fail(error) -> int:
+    print("l2l:", files.sentence(error), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
