@@ -156,6 +156,7 @@ def test_mistakes_are_one_sentence_before_anything_is_run(place, capsys, argumen
 def test_two_real_members(place, monkeypatch):
     monkeypatch.setattr(fleet, "COMMAND", (sys.executable, "-m", "l2l.launch"))
     monkeypatch.setenv("PYTHONPATH", str(Path(l2l.__file__).parent.parent))
+    monkeypatch.setenv("XLA_FLAGS", "")  # The eight devices are the tests' own.
     assert start("--seeds=2") == 0
     (row,) = json.loads((place / "all/fleet.json").read_text())["results"]
     assert row["seeds"] == 2 and row["lowest"] < row["highest"]
