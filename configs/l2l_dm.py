@@ -21,13 +21,13 @@ def get_config() -> ConfigDict:
     config.objective = dict(on="train", form="plain", cap=1e4)
     config.inner = dict(length=20, stagger=False, hide=0.0)
     config.estimator = dict(name="first_order")
-    config.horizon = dict(name="log_uniform", shortest=100, longest=100, start=100, growth=0.0)
+    config.horizon = dict(name="stages", horizons=(100,), every=100, patience=3, num_problems=8)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=1e-3)
     config.meta = dict(
-        steps=1200,
+        steps=1600,
         num_problems=2,
         group=20,
-        clip=1e6,
+        clip=0.1,
         max_bad=20,
         optimizer=dict(name="adam", learning_rate=1e-3),
     )
