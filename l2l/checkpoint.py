@@ -1,6 +1,7 @@
 """The files of a run: checkpoints (Orbax) to go on from, and exports (safetensors) to give away.
 
-A checkpoint holds the whole `MetaState`, free of the number of devices and processes, and what else the loop needs. An export is one file: theta and the specification that
+A checkpoint holds the whole `MetaState`, free of the number of devices and processes, and what else
+the loop needs. An export is one file: theta and the specification that
 rebuilds its optimizer. Neither is ever executed: an export's optimizer is looked up in
 `build.OPTIMIZERS`, and its shapes are checked before memory is taken.
 """

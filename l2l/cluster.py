@@ -121,6 +121,10 @@ def join(arguments: Mapping | None) -> None:
     """
     if arguments is None:
         return
+    # Gloo writes to standard output, which is the result's: to the log with that.
+    output = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(output, "w", buffering=1)
     import jax
 
     try:

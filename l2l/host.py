@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def prepare(num_problems: int | None = None, processes: int = 1) -> None:
-    """One CPU device a core (or as many as divide a process's part of `num_problems`), and a place where compiled
-    programs are kept between runs. What the user has set stays."""
+    """One CPU device a core (or as many as divide one process's part of `num_problems`), and a
+    place where compiled programs are kept between runs. What the user has set stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     devices = max(n for n in range(1, cores + 1) if (num_problems or n) // processes % n == 0)
