@@ -127,20 +127,31 @@ def join(arguments: Mapping | None) -> None:
     sys.stdout = os.fdopen(output, "w", buffering=1)
     import jax
 
+    who = f"Process {arguments.get('process_id', '?')} of {arguments.get('num_processes', '?')}"
+    where = arguments.get("coordinator_address", "the address that the launcher gave")
+    failed = (
+        f"{who} could not join the others at {where} within {JOIN_SECONDS:g} s: check that "
+        "process 0 runs there, that its port is free and open, and that every process was started with a "
+        "number of its own."
+    )
+
+    def give_up():  # JAX itself would end the process with a stack trace and no advice.
+        print("l2l:", failed, file=sys.stderr, flush=True)
+        os._exit(2)
+
+    watch = threading.Timer(JOIN_SECONDS, give_up)
+    watch.daemon = True
+    watch.start()
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=JOIN_SECONDS,
+            initialization_timeout=2 * JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        who = f"Process {arguments.get('process_id', '?')} of {arguments.get('num_processes', '?')}"
-        where = arguments.get("coordinator_address", "the address that the launcher gave")
-        raise ValueError(
-            f"{who} could not join the run at {where} within {JOIN_SECONDS} s "
-            f"({str(error).splitlines()[0][:150]}): check that process 0 runs there, that its port "
-            "is free and open, and that every process was started with a number of its own."
-        ) from error
+        raise ValueError(f"{failed} ({str(error).splitlines()[0][:150]})") from error
+    finally:
+        watch.cancel()
     counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise ValueError(
@@ -285,8 +296,9 @@ def guard(run: Callable[[], int]) -> int:
                 f"l2l: Another process of this run is gone ({text[:150]}). The last finished "
                 "checkpoint is kept: the same command on all hosts goes on from there.",
                 file=sys.stderr,
+                flush=True,
             )
-            leave(LOST)
+            os._exit(LOST)  # No parting from those that are gone.
         traceback.print_exc()
         leave(1)
         raise
