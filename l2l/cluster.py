@@ -131,8 +131,8 @@ def join(arguments: Mapping | None) -> None:
     where = arguments.get("coordinator_address", "the address that the launcher gave")
     failed = (
         f"{who} could not join the others at {where} within {JOIN_SECONDS:g} s: check that "
-        "process 0 runs there, that its port is free and open, and that every process was started with a "
-        "number of its own."
+        "process 0 runs there, that its port is free and open, and that every process was started "
+        "with a number of its own."
     )
 
     def give_up():  # JAX itself would end the process with a stack trace and no advice.
