@@ -9,6 +9,7 @@ made the same on all of them: processes that call different programs wait for ea
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ VARIABLES = {
 JOIN_SECONDS = 300  # Hosts of a batch job do not start together.
 HEARTBEAT_SECONDS = 30  # Until a process that says nothing counts as dead, and the run ends.
 LEAVE_SECONDS = 10
-LOST = 4  # The exit code where another process is gone.
+WEEK = 7 * 24 * 3600
+LOST = 4  # The exit code where another process is gone, or has never come.
 # In what the collectives, barriers and heartbeats of JAX say then.
 _LOST = ("gloo", "connection", "barrier", "heartbeat", "unavailable", "coordination", "nccl")
 
@@ -137,7 +140,7 @@ def join(arguments: Mapping | None) -> None:
 
     def give_up():  # JAX itself would end the process with a stack trace and no advice.
         print("l2l:", failed, file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(LOST)
 
     watch = threading.Timer(JOIN_SECONDS, give_up)
     watch.daemon = True
@@ -213,7 +216,8 @@ def told(value):
 
 
 def together(action: Callable[[], Any]):
-    """What `action` returns, JSON-able, when process 0 calls it; where it fails, all fail.
+    """What `action` returns, JSON-able, when process 0 calls it, however long that takes; where it
+    fails, all fail.
 
     Raises:
       ValueError, OSError: on process 0, what `action` raised; `Elsewhere` on the others.
@@ -226,12 +230,26 @@ def together(action: Callable[[], Any]):
             result = action()
         except (ValueError, OSError) as error:
             failure = error
+    _meet()
     failed, result = told((failure is not None, result))
     if failure is not None:
         raise failure
     if failed:
         raise Elsewhere("Process 0 failed and says why.")
     return result
+
+
+def _meet() -> None:
+    """Waits for all processes, for a week if need be; gloo gives up after half an hour."""
+    from orbax.checkpoint import multihost
+
+    meet, key = multihost.get_barrier_sync_fn(), f"l2l/{next(_meetings)}"
+    # In a thread, so that signals are heard meanwhile.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(meet, key=key, timeout_ms=WEEK * 1000).result()
+
+
+_meetings = itertools.count()
 
 
 def stopped(got: int, step: int) -> int:

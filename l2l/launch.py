@@ -2,10 +2,9 @@
 
     python -m l2l.launch --config=configs/mlp.py [--workdir=runs/a] [--config.meta.num_problems=32]
 
-The same command in the same directory goes on where it left off. Started once a host under Slurm,
-Open MPI or on a Cloud TPU, or with the three flags below, the processes are one run. Exit codes: 0
-done, 2 an error to mend, 3 meta-gradients were not finite, 4 or 134 another process of the run is
-gone, 130 and 143 interrupted (Ctrl-C, SIGTERM) and saved.
+The same command in the same directory goes on where it left off. Exit codes: 0 done, 2 an error to
+mend, 3 meta-gradients were not finite, 4 or 134 another process of the run is gone, 130 and 143
+interrupted (Ctrl-C, SIGTERM) and saved.
 """
 
 import sys
@@ -18,13 +17,8 @@ from l2l import cluster, host
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run; by default checkpoints/<config>.")
-_MEMBER = {
-    "coordinator_address": flags.DEFINE_string(
-        "coordinator_address", None, "Process 0's host:port."
-    ),
-    "num_processes": flags.DEFINE_integer("num_processes", None, "That share this run."),
-    "process_id": flags.DEFINE_integer("process_id", None, "This process's number, from 0."),
-}
+for name, variable in cluster.VARIABLES.items():
+    flags.DEFINE_string(name, None, f"Of a run of several processes; by default ${variable}.")
 
 
 def parse(argv) -> list[str]:
@@ -35,7 +29,7 @@ def parse(argv) -> list[str]:
             raise flags.Error(f"unexpected arguments: {' '.join(rest[1:])}")
         if _CONFIG.value is None:
             raise flags.Error("there is nothing to train: add --config=configs/mlp.py")
-        member = cluster.find({name: flag.value for name, flag in _MEMBER.items()})
+        member = cluster.find({name: flags.FLAGS[name].value for name in cluster.VARIABLES})
         problems = _CONFIG.value.get("meta", {}).get("num_problems", 1)
         host.prepare(problems, (member or {}).get("num_processes", 1))
         cluster.join(member)  # After `prepare`, which sets what JAX reads when it starts.

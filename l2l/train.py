@@ -129,10 +129,7 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
     running, plan = experiment.running, experiment.curriculum
     state, memory, seconds = snapshot
     steps = meta.compile_steps(experiment.meta, running.group, layout.devices)
-    if cluster.first():
-        compare = outcome.comparison(
-            experiment, directory, jax.random.fold_in(key, COMPARE), out.say
-        )
+    compare = outcome.comparison(experiment, directory, jax.random.fold_in(key, COMPARE), out.say)
     validate = functools.lru_cache(
         lambda horizon: curriculum.validation(
             experiment.families[0], experiment.optimizer, plan.num_problems, horizon
@@ -182,8 +179,9 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
         if got := cluster.stopped(signals.got, step):
             save()
             return 128 + got, Snapshot(state, memory, seconds)
-        if passed(experiment.evaluation.every) and step < running.steps and cluster.first():
-            numbers, compared = compare(jax.device_get(state.theta))
+        if passed(experiment.evaluation.every) and step < running.steps:
+            theta = jax.device_get(state.theta)
+            numbers, compared = cluster.together(lambda: compare(theta))
             out.log(step, numbers)
         out.show(step, row["meta_loss"], name, compared)
     return DONE, Snapshot(state, memory, seconds)

@@ -86,7 +86,7 @@ cluster.join({{"coordinator_address": address, "num_processes": 2, "process_id":
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, timeout=HANG
     )
-    assert done.returncode == 2
+    assert done.returncode == cluster.LOST
     said = done.stderr.decode()
     assert said.startswith(f"l2l: Process {number} of 2 could not join") and said.count("\n") == 1
 
