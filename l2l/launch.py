@@ -2,9 +2,8 @@
 
     python -m l2l.launch --config=configs/mlp.py [--workdir=runs/a] [--config.meta.num_problems=32]
 
-The same command in the same directory goes on where it left off. Exit codes: 0 done, 2 an error to
-mend, 3 meta-gradients were not finite, 4 or 134 another process of the run is gone, 130 and 143
-interrupted (Ctrl-C, SIGTERM) and saved.
+The same command in the same directory goes on where it left off. launch/README.md says how several
+processes share a run, and what every exit code means.
 """
 
 import sys
@@ -30,9 +29,8 @@ def parse(argv) -> list[str]:
         if _CONFIG.value is None:
             raise flags.Error("there is nothing to train: add --config=configs/mlp.py")
         member = cluster.find({name: flags.FLAGS[name].value for name in cluster.VARIABLES})
-        problems = _CONFIG.value.get("meta", {}).get("num_problems", 1)
-        host.prepare(problems, (member or {}).get("num_processes", 1))
-        cluster.join(member)  # After `prepare`, which sets what JAX reads when it starts.
+        host.prepare(_CONFIG.value.get("meta", {}).get("num_problems", 1), member)
+        cluster.join(member)  # After `prepare`: it starts JAX.
         return rest
     except AttributeError as error:  # ml_collections' word for a key that is not there.
         sys.exit(_fail("no such key in this configuration: " + str(error).strip("'\"\\")))
@@ -46,8 +44,8 @@ def main(argv) -> int:
     try:
         from l2l import build, train  # After `host.prepare`: they import JAX.
 
-        directory = _WORKDIR.value or f"checkpoints/{name}"
-        return cluster.guard(lambda: train.run(build.experiment(_CONFIG.value), directory))
+        workdir = _WORKDIR.value or f"checkpoints/{name}"
+        return cluster.guard(lambda: train.run(build.experiment(_CONFIG.value), workdir))
     except (ValueError, OSError) as error:
         return _fail(error)
 

@@ -15,7 +15,7 @@ from together import Command, assert_same_theta, experiment
 from l2l import train
 
 KILLS = 25
-STEPS = 3000
+STEPS = 1200
 
 
 @pytest.mark.slow
@@ -39,12 +39,14 @@ def test_no_kill_costs_more_than_the_steps_since_the_last_save(tmp_path, request
 
     while kills < KILLS:
         with start() as run:
-            if kills and chance.random() < 0.25:
+            victims = run.processes
+            if kills and chance.random() < 0.25:  # All: one that never joins is waited for longer.
                 time.sleep(chance.uniform(0, 10))
             else:
                 run.until(lambda: (run.saved() or [0])[-1] > newest)
                 time.sleep(chance.uniform(0, 2))
-            victims = run.processes if chance.random() < 0.5 else [chance.choice(run.processes)]
+                if chance.random() < 0.7:
+                    victims = [chance.choice(run.processes)]
             for process in victims:
                 process.kill()
             began = time.monotonic()
