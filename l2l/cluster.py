@@ -252,14 +252,15 @@ def _meet() -> None:
 _meetings = itertools.count()
 
 
-def stopped(got: int, step: int) -> int:
+def stopped(got: int, turn: int) -> int:
     """The signal that any process has got by now, 0 for none; SIGTERM too where JAX's preemption
-    service has a notice. Called by all after the same meta-steps."""
+    service has a notice. Called by all, with turns that go up by one: JAX waits for the very next
+    turn after the latest that any process was at."""
     if count() == 1:
         return got
     from jax.experimental import multihost_utils
 
-    if multihost_utils.reached_preemption_sync_point(step):
+    if multihost_utils.reached_preemption_sync_point(turn):
         got = max(got, signal.SIGTERM)
     return int(largest(np.int32(got)))
 

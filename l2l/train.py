@@ -176,7 +176,7 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
         # While meta-gradients fail nothing is saved, so that good checkpoints stay.
         if (passed(experiment.saving.every) and not int(state.bad)) or step >= running.steps:
             save()
-        if got := cluster.stopped(signals.got, step):
+        if got := cluster.stopped(signals.got, step // running.group):
             save()
             return 128 + got, Snapshot(state, memory, seconds)
         if passed(experiment.evaluation.every) and step < running.steps:

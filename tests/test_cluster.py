@@ -148,6 +148,45 @@ def test_processes_share_a_run_bit_for_bit_through_kills_and_signals(tmp_path, c
     assert rows_of(whole) == rows_of(parts) == rows_of(back)
 
 
+@pytest.mark.slow
+def test_a_notice_that_only_jax_hears_stops_all(tmp_path):
+    """The loop runs in a thread, where Python installs no handler: JAX's preemption service hears
+    the signal, and tells the other process."""
+    program = f"""
+import sys, threading
+from l2l import cluster
+number = int(sys.argv[1])
+address = "127.0.0.1:{free_port()}"
+cluster.join({{"coordinator_address": address, "num_processes": 2, "process_id": number}})
+from l2l import train
+from together import experiment
+run = lambda: print("code", train.run(experiment(60000), {str(tmp_path / "run")!r}))
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+    places = [Path(l2l.__file__).parent.parent, Path(__file__).parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    start = lambda i: subprocess.Popen(  # noqa: E731
+        [sys.executable, "-c", program, str(i)], env=environment, text=True, stdout=subprocess.PIPE
+    )
+    processes = [start(0), start(1)]
+    try:
+        deadline = time.monotonic() + HANG
+        while not (tmp_path / "run" / "checkpoints" / "30").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGTERM)
+        assert ["code 143" in process.communicate(timeout=HANG)[0] for process in processes] == [
+            True,
+            True,
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def rows_of(directory):
     rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     return [{name: x for name, x in row.items() if name != "seconds"} for row in rows]
