@@ -47,14 +47,16 @@ def prepare(config: str, count: int | None = None):
     plan = experiment.curriculum
     theta = experiment.optimizer.init(jax.random.key(0))
     stage = jax.tree.map(jnp.float32, plan.stage(plan.start(theta), 0)[0])
-    state = meta.spread(meta.meta_init(jax.random.key(0), experiment.meta, stage), devices)
+    state = meta.meta_init(jax.random.key(0), experiment.meta, stage)
+    state = meta.spread(state, len(devices))
     layout = jax.tree.map(lambda _: everywhere, state)
     layout = layout._replace(estimator=jax.tree.map(lambda _: split, state.estimator))
     arguments = (
         jax.device_put(state, layout),
         jax.device_put(experiment.data(), everywhere),
     )
-    return devices, meta.compile_steps(experiment.meta, experiment.running.group, devices), arguments
+    program = meta.compile_steps(experiment.meta, experiment.running.group, devices)
+    return devices, program, arguments
 
 
 def in_fresh_process(function, *arguments):

@@ -1,7 +1,7 @@
 """The files of a run: checkpoints (Orbax) to go on from, and exports (safetensors) to give away.
 
-A checkpoint holds the whole `MetaState` in the layout of `meta.gather`, free of the number of
-devices, and what else the loop needs. An export is one file: theta and the specification that
+A checkpoint holds the whole `MetaState`, free of the number of devices and processes, and what else
+the loop needs. An export is one file: theta and the specification that
 rebuilds its optimizer. Neither is ever executed: an export's optimizer is looked up in
 `build.OPTIMIZERS`, and what it says is checked (`strangers.py`) before memory is taken.
 """
@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from l2l import base, build, checks, files, strangers
+from l2l import base, build, checks, cluster, files, strangers
 from l2l.files import write
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
@@ -98,15 +98,16 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
 
     def restore(like, shardings):
         failed = {}
-        for step in sorted(manager.all_steps(), reverse=True):
+        # Process 0's list: another host may see a new directory later, or an old one longer.
+        for step in cluster.together(lambda: sorted(manager.all_steps(), reverse=True)):
             try:
                 tree = _open(step, like, shardings)
             except Exception as error:  # Orbax and what is below it raise all kinds.
                 failed[step] = " ".join(files.printable(str(error)).split())[:200]
                 continue
             # Moved only now that another is found to be good: where none is, nothing is touched.
+            cluster.together(lambda: [_set_aside(step) for step in failed] and None)
             for bad, reason in failed.items():
-                (directory / str(bad)).rename(directory / f"damaged-{bad}")
                 say(f"Checkpoint {bad} cannot be read ({reason}): set aside for that of {step}.")
             if failed:
                 manager.reload()
@@ -128,12 +129,24 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             for x, s in zip(jax.tree.leaves(data), where, strict=True)
         ]
         target = {str(i): x for i, x in enumerate([*target, number])}
-        leaves = manager.restore(step, args=ocp.args.StandardRestore(target))
+        # Not through the manager: its processes wait for one another, also for one that failed.
+        leaves, failure = {}, None
+        try:
+            leaves = ocp.StandardCheckpointHandler().restore(
+                directory / str(step) / "default", args=ocp.args.StandardRestore(target)
+            )
+        except Exception as error:
+            failure = error
+        if cluster.largest(np.int32(failure is not None)):
+            raise failure or ValueError("another process cannot read its part")
         *leaves, expected = (leaves[str(i)] for i in range(len(target)))
         tree = jax.tree.unflatten(jax.tree.structure(data), leaves)
         if int(checksum(tree)) != int(expected):
             raise ValueError("its checksum is wrong")
         return _from_data(tree, like)
+
+    def _set_aside(step):
+        (directory / str(step)).rename(directory / f"damaged-{step}")
 
     @functools.cache
     def close():

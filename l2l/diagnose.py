@@ -3,7 +3,7 @@
 Nothing here runs while all is well. A training loop keeps the state from before a call of the
 compiled steps (with its stage); when metrics["finite"] shows a False it calls
 
-    explain(meta, inners, gather(before), data, group, order=…, objective=…, reads=…)
+    explain(meta, inners, before, data, group, order=…, objective=…, reads=…)
 
 which runs the same meta-steps again, one at a time on one device, and the failing window step by
 step on the host. That compiles a meta-step once more: enough for the first failure of a run.
@@ -47,7 +47,7 @@ def explain(
 
     Args:
       inners: one for each estimator of a mixture, or one alone.
-      state: from before those steps, in the layout of checkpoints (`meta.gather`).
+      state: from before those steps.
       order, objective: see `locate`.
       reads: where the estimator is a mixture, the mixture's own; None where it is not.
     """

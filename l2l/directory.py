@@ -5,9 +5,13 @@ import fcntl
 import json
 import signal
 import threading
+import time
+import zlib
 from pathlib import Path
 
-from l2l import checkpoint
+import numpy as np
+
+from l2l import checkpoint, cluster
 
 
 def claim(directory: Path, config: dict) -> None:
@@ -29,6 +33,30 @@ def claim(directory: Path, config: dict) -> None:
         raise ValueError(
             f"{directory} holds a run of another configuration ({'; '.join(different[:8])}). "
             "Choose another --workdir, or remove that directory."
+        )
+
+
+def shared(directory: Path, config: dict) -> None:
+    """Refuses a directory or a configuration that is not the same for all processes of a run.
+
+    Raises:
+      ValueError: on all of them.
+    """
+    if cluster.count() == 1:
+        return
+    mine = json.dumps(config, sort_keys=True).encode()
+    cluster.alike(
+        zlib.crc32(mine) & 0x7FFFFFFF,
+        "The processes were started with different configurations: give all the same command.",
+    )
+    # A network file system may show another host's file late.
+    deadline = time.monotonic() + 20
+    while not (seen := (directory / "config.json").exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if cluster.largest(np.int32(not seen)):
+        raise ValueError(
+            f"Not every process sees what process 0 wrote in {directory}: choose a --workdir on a "
+            "file system that all hosts share."
         )
 
 

@@ -2,8 +2,8 @@
 
     python -m l2l.launch --config=configs/mlp.py [--workdir=runs/a] [--config.meta.num_problems=32]
 
-The same command in the same directory goes on where it left off. Exit codes: 0 done, 2 an error to
-mend, 3 meta-gradients were not finite, 130 and 143 interrupted (Ctrl-C, SIGTERM) and saved.
+The same command in the same directory goes on where it left off. launch/README.md says how several
+processes share a run, and what every exit code means.
 """
 
 import sys
@@ -12,10 +12,12 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from l2l import files, host
+from l2l import cluster, files, host
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run; by default checkpoints/<config>.")
+for name, variable in cluster.VARIABLES.items():
+    flags.DEFINE_string(name, None, f"Of a run of several processes; by default ${variable}.")
 
 
 def parse(argv) -> list[str]:
@@ -26,7 +28,9 @@ def parse(argv) -> list[str]:
             raise flags.Error(f"unexpected arguments: {' '.join(rest[1:])}")
         if _CONFIG.value is None:
             raise flags.Error("there is nothing to train: add --config=configs/mlp.py")
-        host.prepare(_CONFIG.value.get("meta", {}).get("num_problems", 1))
+        member = cluster.find({name: flags.FLAGS[name].value for name in cluster.VARIABLES})
+        host.prepare(_CONFIG.value.get("meta", {}).get("num_problems", 1), member)
+        cluster.join(member)  # After `prepare`: it starts JAX.
         return rest
     except AttributeError as error:  # ml_collections' word for a key that is not there.
         sys.exit(_fail("no such key in this configuration: " + str(error).strip("'\"\\")))
@@ -40,13 +44,16 @@ def main(argv) -> int:
     try:
         from l2l import build, train  # After `host.prepare`: they import JAX.
 
-        return train.run(build.experiment(_CONFIG.value), _WORKDIR.value or f"checkpoints/{name}")
+        workdir = _WORKDIR.value or f"checkpoints/{name}"
+        return cluster.guard(lambda: train.run(build.experiment(_CONFIG.value), workdir))
     except (ValueError, OSError) as error:
         return _fail(error)
 
 
 def _fail(error) -> int:
-    print("l2l:", files.sentence(error), file=sys.stderr)
+    if not isinstance(error, cluster.Elsewhere):
+        print("l2l:", files.sentence(error), file=sys.stderr)
+    cluster.leave(2)
     return 2
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
@@ -68,7 +69,7 @@ def meta_init(key: jax.Array, meta: Meta, stage: base.Stage) -> base.MetaState:
 
 
 def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x: x):
-    """One update of theta: (state, metrics). `mean` averages over devices (`pmean` under pmap).
+    """One update of theta: (state, metrics). `mean` averages over devices.
 
     A meta-gradient with a non-finite number in it changes neither theta nor the meta-optimizer:
     the step is counted in `bad` and `skipped`, and metrics["finite"] [problems] says whose it was.
@@ -82,7 +83,7 @@ def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x
     local = jax.tree.map(
         lambda g: jnp.mean(g * shrink.reshape(-1, *[1] * (g.ndim - 1)), 0), gradients
     )
-    gradient = mean(local)  # The only numbers that devices exchange.
+    gradient = mean(local)  # The only numbers, but for the metrics, that devices exchange.
     updates, opt_state = meta.meta_optimizer.update(gradient, state.opt_state, state.theta)
     theta = optax.apply_updates(state.theta, updates)
     good = base.finite(gradient) & base.finite(theta)
@@ -101,33 +102,66 @@ def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x
 
 def compile_steps(meta: Meta, group: int, devices: Sequence[jax.Device]) -> Callable:
     """(state, data) -> (state, metrics [group, num_problems]): `group` meta-steps in one pmapped
-    call, problems split over `devices`, everything else replicated. The state is in the layout of
-    `spread`; metrics come back as global arrays on the host."""
-    axes = base.MetaState(None, None, None, 0, None, None, None)
+    call, the estimator's state split over `devices` and everything else replicated, metrics too.
+    The state is in the layout of `spread`. Once compiled (`.lower(…).compile()`) the call takes
+    global arrays and returns them, also where `devices` belong to several processes.
+
+    Devices exchange theta-sized numbers once a meta-step, and add them up in their own order:
+    however the same devices are shared out among processes, the result is the same to the bit,
+    which no all-reduce promises.
+    """
+    axes = split_of(None, 0)
+
+    def mean(tree):
+        flat, unravel = jax.flatten_util.ravel_pytree(tree)
+        return unravel(jnp.mean(jax.lax.all_gather(flat, AXIS), 0))
 
     def steps(state, data):
-        def one(state, _):
-            return meta_step(meta, state, data, partial(jax.lax.pmean, axis_name=AXIS))
-
-        return jax.lax.scan(one, state, None, group)
+        state, metrics = jax.lax.scan(
+            lambda state, _: meta_step(meta, state, data, mean), _typed(state), None, group
+        )
+        return _raw(state), jax.lax.all_gather(metrics, AXIS, axis=1, tiled=True)
 
     return jax.pmap(
-        steps,
-        axis_name=AXIS,
-        in_axes=(axes, None),
-        out_axes=(axes, 0),
-        devices=devices,
+        steps, axis_name=AXIS, in_axes=(axes, None), out_axes=(axes, None), devices=devices
     )
 
 
-def spread(state: base.MetaState, devices: Sequence[jax.Device]) -> base.MetaState:
+def spread(state: base.MetaState, num_devices: int) -> base.MetaState:
     """[num_problems, ...] to `compile_steps`' layout, [devices, num_problems/devices, ...]."""
-    n = len(devices)
-    split = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), state.estimator)
-    return state._replace(estimator=split)
+    split = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), state.estimator)
+    return _raw(state._replace(estimator=split))
 
 
 def gather(state: base.MetaState) -> base.MetaState:
     """The inverse of `spread`: the layout of checkpoints, the same for any number of devices."""
+    state = _typed(state)
     joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state.estimator)
     return state._replace(estimator=joined)
+
+
+class RawKey(NamedTuple):
+    """The numbers of random keys. `pmap` over several processes takes no keys that are global."""
+
+    data: jax.Array
+
+
+def _raw(state):
+    return jax.tree.map(lambda x: RawKey(jax.random.key_data(x)) if _is_key(x) else x, state)
+
+
+def _typed(state):
+    return jax.tree.map(
+        lambda x: jax.random.wrap_key_data(x.data) if isinstance(x, RawKey) else x,
+        state,
+        is_leaf=lambda x: isinstance(x, RawKey),
+    )
+
+
+def _is_key(x) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def split_of(same, problems) -> base.MetaState:
+    """What holds of a `MetaState`'s parts: `problems` of the inner problems, `same` of the rest."""
+    return base.MetaState(same, same, same, problems, same, same, same)

@@ -1,10 +1,12 @@
 """The only Python loop: meta-trains an experiment in a directory, from wherever it stands there."""
 
+import contextlib
 import functools
 import math
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,9 +16,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l2l import base, build, checkpoint, curriculum, diagnose, files, meta, outcome, preflight
-from l2l.directory import Signals, claim, lock
-from l2l.progress import clock, progress
+from l2l import (
+    base,
+    build,
+    checkpoint,
+    cluster,
+    curriculum,
+    diagnose,
+    files,
+    meta,
+    outcome,
+    preflight,
+)
+from l2l.directory import Signals, claim, lock, shared
+from l2l.progress import clock, progress, silence
 
 # What `run` returns and the command exits with. Any other code is an error that a user can mend
 # (2) or a bug (1).
@@ -47,7 +60,8 @@ def run(
     """Trains to the end, or until a signal; goes on where an earlier run in `directory` left off.
 
     Args:
-      devices: all by default. Another run may go on with others: it makes no difference.
+      devices: all by default, of all processes. Another run may go on with others: it makes no
+        difference.
 
     Returns:
       0 when training is done and evaluated; 130 or 143 after SIGINT or SIGTERM, everything saved;
@@ -55,18 +69,25 @@ def run(
 
     Raises:
       ValueError: the directory holds another configuration, or a second run is at work in it, or
-        the devices do not divide the problems.
+        the devices do not divide the problems; or the processes do not see the same files.
       OSError: the directory cannot be written.
     """
     directory = files.local(directory)
     devices = meta.devices_for(experiment.running.num_problems, devices)
-    directory.mkdir(parents=True, exist_ok=True)
-    with lock(directory):
-        claim(directory, experiment.config)
-        if summary := outcome.finished(directory):
-            print(f"{directory} holds a finished run. Its result:\n", file=sys.stderr)
-            print(summary)
+    with contextlib.ExitStack() as held:
+
+        def enter():
+            directory.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock(directory))
+            claim(directory, experiment.config)
+            return outcome.finished(directory)
+
+        summary = cluster.together(enter)
+        if summary:
+            _say(f"{directory} holds a finished run. Its result:\n", sys.stderr)
+            _say(summary)
             return DONE
+        shared(directory, experiment.config)
         with Signals() as signals:
             return _run(experiment, directory, devices, signals)
 
@@ -82,12 +103,17 @@ def _run(experiment, directory, devices, signals) -> int:
     try:
         found = saver.restore(like, _where(like, layout))
         start = found[1] if found else 0
-        out = progress(directory, experiment.running.steps, start)
+        logs = progress if cluster.first() else silence
+        out = logs(directory, experiment.running.steps, start)
         try:
             for sentence in (*sentences, _opening(experiment, directory, devices, like, start)):
                 out.say(sentence)
             snapshot = found[0] if found else _fresh(experiment, key, layout)
-            data = jax.device_put(experiment.data(), layout.same)
+            data = experiment.data()
+            cluster.alike(
+                _crc(data), "The processes read different data: give them the same files."
+            )
+            data = cluster.place(data, layout.same)
             code, snapshot = _train(
                 experiment, directory, layout, key, data, snapshot, saver, out, signals
             )
@@ -97,7 +123,10 @@ def _run(experiment, directory, devices, signals) -> int:
                 theta = experiment.curriculum.finish(snapshot.memory, snapshot.state.theta)
                 key = jax.random.fold_in(key, FINAL)
                 out.close()
-                print(outcome.conclude(experiment, theta, directory, key, snapshot))
+                conclude = outcome.conclude
+                _say(
+                    cluster.together(lambda: conclude(experiment, theta, directory, key, snapshot))
+                )
             return code
         finally:
             out.close()
@@ -106,13 +135,13 @@ def _run(experiment, directory, devices, signals) -> int:
 
 
 def _train(experiment, directory, layout, key, data, snapshot, saver, out, signals):
-    """The loop: (exit code, the last snapshot, in the layout of `meta.spread`)."""
+    """The loop: (exit code, the last snapshot)."""
     running, plan = experiment.running, experiment.curriculum
     state, memory, seconds = snapshot
-    shardings = _where(state, layout)
-    spread = functools.partial(meta.spread, devices=layout.devices)
-    state = jax.jit(spread, out_shardings=shardings)(state)
-    gather = jax.jit(meta.gather, out_shardings=shardings)
+    where = meta.split_of(layout.same, layout.problems)
+    spread = functools.partial(meta.spread, num_devices=len(layout.devices))
+    state = jax.jit(spread, out_shardings=where)(state)
+    gather = jax.jit(meta.gather, out_shardings=where)
     steps = meta.compile_steps(experiment.meta, running.group, layout.devices)
     compare = outcome.comparison(experiment, directory, jax.random.fold_in(key, COMPARE), out.say)
     validate = functools.lru_cache(
@@ -126,7 +155,9 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
     def save():
         nonlocal saved
         if saved < step:
-            saver.save(step, Snapshot(gather(state), memory, jnp.float32(seconds)))
+            # Of a number that every process measures for itself, process 0's.
+            rest = (memory, np.float32(cluster.told(seconds)))
+            saver.save(step, Snapshot(gather(state), *cluster.place(rest, layout.same)))
             saved = step
 
     steps, sentence = preflight.prepare(steps, state, data)
@@ -136,35 +167,38 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
         passed = functools.partial(_passed, step, step + running.group)
         began = time.monotonic()
         stage, name = plan.stage(memory, step)
-        stage = jax.tree.map(lambda x: jax.device_put(np.float32(x), layout.same), stage)
+        stage = cluster.place(jax.tree.map(np.float32, stage), layout.same)
         before = state._replace(stage=stage)
         state, metrics = steps(before, data)
-        _wait(metrics)
+        cluster.wait(metrics)
         seconds += time.monotonic() - began
         step += running.group
-        metrics = jax.tree.map(lambda x: np.concatenate(x, 1), jax.device_get(metrics))
+        metrics = jax.device_get(metrics)
         row = _summary(metrics, state, stage, seconds)
         out.log(step, row)
-        _report(metrics, lambda: gather(before), state, step, experiment, data, out.say)
+        _report(metrics, lambda: gather(before), state, step, experiment, data, layout, out.say)
         if int(state.bad) >= running.max_bad:
             return NOT_FINITE, Snapshot(state, memory, seconds)
         if passed(plan.every):
             theta = jax.device_get(state.theta)
-            judge = validate(plan.test(memory))
-            loss = judge(theta, jax.random.fold_in(key, VALIDATE), experiment.data_of(data, 0))
-            memory, theta, sentence = plan.judge(memory, theta, float(loss))
-            out.log(step, {"validation": float(loss)})
+            judge, unseen = validate(plan.test(memory)), jax.random.fold_in(key, VALIDATE)
+            own = cluster.whole(experiment.data_of(data, 0), layout.same)
+            # One process's word: hosts of other hardware may differ in the last bit.
+            loss = cluster.together(lambda: float(judge(theta, unseen, own)))
+            memory, theta, sentence = plan.judge(memory, theta, loss)
+            out.log(step, {"validation": loss})
             if sentence:
                 out.say(sentence)
-                state = state._replace(theta=jax.device_put(theta, layout.same))
+                state = state._replace(theta=cluster.place(theta, layout.same))
         # While meta-gradients fail nothing is saved, so that good checkpoints stay.
         if (passed(experiment.saving.every) and not int(state.bad)) or step >= running.steps:
             save()
-        if signals.got:
+        if got := cluster.stopped(signals.got, step // running.group):
             save()
-            return 128 + signals.got, Snapshot(state, memory, seconds)
+            return 128 + got, Snapshot(state, memory, seconds)
         if passed(experiment.evaluation.every) and step < running.steps:
-            numbers, compared = compare(jax.device_get(state.theta))
+            theta = jax.device_get(state.theta)
+            numbers, compared = cluster.together(lambda: compare(theta))
             out.log(step, numbers)
         out.show(step, row["meta_loss"], name, compared)
     return DONE, Snapshot(state, memory, seconds)
@@ -201,7 +235,7 @@ def _fresh(experiment, key, layout) -> Snapshot:
     state = meta.meta_init(jax.random.fold_in(key, TRAIN), experiment.meta, stage)
     memory = experiment.curriculum.start(jax.device_get(state.theta))
     # Placed as the compiled program leaves it, which otherwise would be compiled twice.
-    state = jax.device_put(state, _where(state, layout))
+    state = cluster.place(state, _where(state, layout))
     return Snapshot(state, memory, jnp.float32(0))
 
 
@@ -214,8 +248,13 @@ def _where(tree, layout):
     if isinstance(tree, Snapshot):
         rest = jax.tree.map(lambda _: layout.same, tree)
         return rest._replace(state=_where(tree.state, layout))
-    rest = jax.tree.map(lambda _: layout.same, tree)
-    return rest._replace(estimator=jax.tree.map(lambda _: layout.problems, tree.estimator))
+    parts = meta.split_of(layout.same, layout.problems)
+    return tree._replace(
+        **{
+            name: jax.tree.map(lambda _, where=where: where, getattr(tree, name))
+            for name, where in parts._asdict().items()
+        }
+    )
 
 
 def _passed(before: int, after: int, every: int) -> bool:
@@ -223,11 +262,20 @@ def _passed(before: int, after: int, every: int) -> bool:
     return every > 0 and after // every > before // every
 
 
-def _wait(tree) -> None:
-    """Waits for arrays without holding up signals, which Python delivers between its own steps."""
+def _crc(tree) -> int:
+    """31 bits of a pytree of arrays, to tell two apart; 0 where there is only one process."""
+    if cluster.count() == 1:
+        return 0
+    total = 0
     for x in jax.tree.leaves(tree):
-        while not x.is_ready():
-            time.sleep(0.002)
+        total = zlib.crc32(np.ascontiguousarray(x), total)
+    return total & 0x7FFFFFFF
+
+
+def _say(text: str, stream=None) -> None:
+    """Prints what a user has asked for: once, however many processes there are."""
+    if cluster.first():
+        print(text, file=stream)
 
 
 def _summary(metrics, state, stage, seconds) -> dict:
@@ -253,9 +301,9 @@ def _opening(experiment, directory, devices, like, start) -> str:
     )
 
 
-def _report(metrics, before, state, step, experiment, data, say) -> None:
-    """Says which meta-steps were skipped and, of the first of a row, where it began. `before` is
-    the state before the group, in the layout of checkpoints, as a function."""
+def _report(metrics, before, state, step, experiment, data, layout, say) -> None:
+    """Says which meta-steps were skipped and, of the first of a row, where it began. `before`
+    gives the state before the group, in the layout of checkpoints."""
     fine = metrics["finite"]  # [group, num_problems]
     skipped = np.flatnonzero(~fine.all(1))
     for i in skipped[:3]:
@@ -265,12 +313,15 @@ def _report(metrics, before, state, step, experiment, data, say) -> None:
             f"{problems} is not finite ({int(state.skipped)} skipped so far)."
         )
     if len(skipped) and int(state.bad) <= len(fine):
+        before, data = cluster.whole((before(), data), layout.same)  # All take part in that.
+        if not cluster.first():
+            return
         several = len(experiment.families) > 1
         say(
             diagnose.explain(
                 experiment.meta,
                 experiment.inners,
-                before(),
+                before,
                 data,
                 int(skipped[0]) + 1,
                 order=experiment.config.get("estimator", {}).get("order", "first"),

@@ -13,7 +13,7 @@ ROOT = Path(l2l.__file__).parent
 # Each layer imports from those before it (and from itself). `tuning` is what evaluation compares
 # with, `scorecard` what `python -m l2l.evaluate` runs.
 LAYERS = [
-    ("base", "files", "host"),
+    ("base", "files", "host", "cluster"),
     ("datasets", "features", "checks", "strangers", "tasks"),
     ("optimizers",),
     ("unroll",),

@@ -79,7 +79,7 @@ def test_the_split_over_devices_changes_nothing():
         if jax.device_count() < count:
             pytest.skip(f"Needs {count} devices.")
         devices = jax.devices()[:count]
-        state = meta.spread(meta.meta_init(jax.random.key(1), made, STAGE), devices)
+        state = meta.spread(meta.meta_init(jax.random.key(1), made, STAGE), count)
         state, metrics = meta.compile_steps(made, 3, devices)(state, data)
         assert metrics["finite"].size == 3 * 2 * 4
         thetas.append(jax.device_get(state.theta)["log_rate"])

@@ -93,23 +93,23 @@ def test_a_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch, hori
     assert rows_of(whole) == rows_of(parts)
 
 
-def test_devices_make_no_difference_and_may_change(tiny, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("saved, resumed", [(8, 1), (1, 8), (4, 2)])
+def test_a_run_goes_on_with_other_devices(tiny, whole, tmp_path, monkeypatch, saved, resumed):
+    """And ends as one that had eight throughout. The pairs with two processes, which are equal to
+    the bit, are in `test_cluster.py`."""
     experiment, devices = build.experiment(tiny), jax.devices()
     assert len(devices) == 8
-    for count in (1, 2):
-        directory = tmp_path / str(count)
-        if count == 1:  # Saved by eight, opened on one.
-            with monkeypatch.context() as patch:
-                stop_after(patch, 6)
-                train.run(experiment, directory, devices)
-        train.run(experiment, directory, devices[:count])
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6),
-            theta_of(whole),
-            theta_of(directory),
-        )
-        for one, other in zip(rows_of(whole), rows_of(directory), strict=True):
-            assert one == pytest.approx(other, rel=1e-3)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train.run(experiment, tmp_path / "other", devices[:saved]) == train.TERMINATED
+    assert train.run(experiment, tmp_path / "other", devices[:resumed]) == train.DONE
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6),
+        theta_of(whole),
+        theta_of(tmp_path / "other"),
+    )
+    for one, other in zip(rows_of(whole), rows_of(tmp_path / "other"), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
 
 
 def test_the_meta_step_is_compiled_once_and_told_of_before_it_runs(tiny, tmp_path, capsys):
