@@ -2,9 +2,15 @@
 
 Two LSTMs of 20 units over LogAndSign(gradient), output × 0.01; runs of 100 steps cut into windows
 of 20, all problems in step; the plain training loss (here its mean over the window, where the paper
-sums: Adam does not see the difference); Adam at 1e-3.
+sums: Adam does not see the difference); Adam at 1e-3; every 100 meta-steps theta is tried on fixed
+problems and the best is kept, as the authors' code does. Ours is the clip of the meta-gradient:
+without it, in our first run (1,200 meta-steps), theta fell back after 140 into leaving the network
+as it is, and stayed there. 1,600 meta-steps of 2 problems are a fraction of the authors' training.
 
     python -m l2l.launch --config=configs/l2l_dm.py
+
+29 minutes on 2 cores of an EPYC shared with other work. Seed 0, final training loss over that of
+tuned Adam (0.364, 0.283): 1.32 after 100 steps, 1.34 after 200.
 """
 
 from ml_collections import ConfigDict
