@@ -1,6 +1,9 @@
 """Two optimizers by parameter, L2L's `simple-multi`: `dm` for x_0 and Adam at 0.1 for x_1.
 
 python -m l2l.launch --config=configs/simple_multi.py
+
+30 seconds on 2 cores of a busy EPYC. Seed 0, loss after 100 steps: 1.1e-5, 6.4 times that of tuned
+Adam on both parameters (1.7e-6); with 1,000 meta-steps it was 100 times.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +25,7 @@ def get_config() -> ConfigDict:
     config.inner = dict(length=20, stagger=False)
     config.horizon = dict(name="log_uniform", shortest=100, longest=100, start=100)
     config.meta = dict(
-        steps=1000, num_problems=2, group=50, optimizer=dict(name="adam", learning_rate=1e-3)
+        steps=20000, num_problems=2, group=100, optimizer=dict(name="adam", learning_rate=1e-3)
     )
     config.evaluation = dict(horizons=(100,), num_problems=10, every=0)
     return config

@@ -77,13 +77,17 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
         # Else a thread of Orbax waits five minutes for a folder that could not be made.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
+
+    def _set_times_aside():
+        for file in directory.glob(f"*/{_TIMES}"):
+            file.rename(file.with_name("damaged" + _TIMES))
+
     try:
         manager = ocp.CheckpointManager(directory, options=options)
     except OSError:
         raise
     except Exception:  # Of the times in any of these files, without which it opens them as well.
-        for file in directory.glob(f"*/{_TIMES}"):
-            file.rename(file.with_name("damaged" + _TIMES))
+        cluster.together(_set_times_aside)
         manager = ocp.CheckpointManager(directory, options=options)
 
     def save(step, tree):
