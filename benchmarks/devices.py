@@ -1,10 +1,12 @@
-"""The meta-step of a config: what it takes to compile, and what a second device is worth.
+"""The meta-step of a config: its compilation, and what a second device or process is worth.
 
-    python benchmarks/devices.py [--config configs/mlp.py] [--rounds 7] [--json]
+    python benchmarks/devices.py [--config configs/mlp.py] [--rounds 5] [--json]
 
-Compiles the program that `python -m l2l.launch --config=…` runs, in two fresh processes that share
-an empty compilation cache: cold, then from the cache. Then runs it on one device and on all of them
-(one a core on a CPU, forced; else the accelerators) in turns, the same problems and numbers.
+The program that `python -m l2l.launch --config=…` runs, in fresh processes: compiled with an empty
+compilation cache, then from that cache; then, in turns, on one device, on all devices of a process
+(one a core on a CPU, forced; else the accelerators) and, on a CPU, on as many processes of one
+device. The same problems and numbers everywhere. Seconds are those of a call of the program, a
+group of meta-steps: the median of three after one that warms up, then the median over rounds.
 """
 
 import argparse
@@ -12,24 +14,20 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import statistics
 import tempfile
 import time
 
 from l2l import host
 
-
-def compile_seconds(config: str, cache: str, queue) -> None:
-    """Seconds to lower and compile the meta-step in this process, on all devices."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-    _, program, arguments = prepare(config)
-    began = time.perf_counter()
-    program.lower(*arguments).compile()
-    queue.put(time.perf_counter() - began)
+ALL = None  # Devices.
 
 
-def prepare(config: str, count: int | None = None):
-    """(devices, the meta-step over them, its arguments) of an experiment's first meta-steps."""
+def prepare(config: str, devices: int | None):
+    """(its function, its arguments) for the first meta-steps of an experiment."""
+    if devices is not ALL:
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     settings = runpy.run_path(config)["get_config"]()
     host.prepare(settings.meta.num_problems)
 
@@ -38,72 +36,118 @@ def prepare(config: str, count: int | None = None):
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from l2l import build, meta
+    from l2l import build, cluster, meta
 
     experiment = build.experiment(settings)
-    devices = meta.devices_for(experiment.running.num_problems, jax.devices()[:count])
-    mesh = Mesh(devices, (meta.AXIS,))
-    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(meta.AXIS))
+    local = None if devices is ALL or jax.process_count() > 1 else jax.devices()[:devices]
+    chosen = meta.devices_for(experiment.running.num_problems, local)
+    mesh = Mesh(chosen, (meta.AXIS,))
+    where = meta.split_of(NamedSharding(mesh, P()), NamedSharding(mesh, P(meta.AXIS)))
     plan = experiment.curriculum
     theta = experiment.optimizer.init(jax.random.key(0))
     stage = jax.tree.map(jnp.float32, plan.stage(plan.start(theta), 0)[0])
-    state = meta.meta_init(jax.random.key(0), experiment.meta, stage)
-    state = meta.spread(state, len(devices))
-    layout = jax.tree.map(lambda _: everywhere, state)
-    layout = layout._replace(estimator=jax.tree.map(lambda _: split, state.estimator))
+    state = meta.spread(meta.meta_init(jax.random.key(0), experiment.meta, stage), len(chosen))
+    whole = {
+        name: jax.tree.map(lambda _, there=there: there, getattr(state, name))
+        for name, there in where._asdict().items()
+    }
     arguments = (
-        jax.device_put(state, layout),
-        jax.device_put(experiment.data(), everywhere),
+        cluster.place(state, state._replace(**whole)),
+        cluster.place(experiment.data(), where.theta),
     )
-    program = meta.compile_steps(experiment.meta, experiment.running.group, devices)
-    return devices, program, arguments
+    return meta.compile_steps(experiment.meta, experiment.running.group, chosen), arguments
 
 
-def in_fresh_process(function, *arguments):
+def compile_seconds(queue, config: str, cache: str) -> None:
+    """Seconds to lower and compile the meta-step on all devices."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    program, arguments = prepare(config, ALL)
+    began = time.perf_counter()
+    program.lower(*arguments).compile()
+    queue.put(time.perf_counter() - began)
+
+
+def call_seconds(queue, config: str, devices: int | None, joining: dict | None = None) -> None:
+    """Median seconds of a call, the number of devices and their kind; of process 0 alone."""
+    if joining:
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+
+        from l2l import cluster
+
+        cluster.join(joining)
+    program, arguments = prepare(config, devices)
+
+    import jax
+
+    compiled = program.lower(*arguments).compile()
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        times.append(time.perf_counter() - began)
+    if jax.process_index() == 0:
+        queue.put((statistics.median(times[1:]), jax.device_count(), jax.devices()[0].device_kind))
+
+
+def in_fresh_processes(function, config: str, arguments: list[tuple]):
+    """What the first of several processes of a function answers; one for each of `arguments`."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=function, args=(*arguments, queue))
-    process.start()
-    answer = queue.get()
-    process.join()
+    processes = [context.Process(target=function, args=(queue, config, *a)) for a in arguments]
+    for process in processes:
+        process.start()
+    answer = queue.get(timeout=900)
+    for process in processes:
+        process.join()
     return answer
 
 
-def compare(config: str, rounds: int) -> dict:
-    """Seconds of a group of meta-steps on one device and on all, in turns."""
-    import jax
+def processes_of(count: int) -> list[tuple]:
+    """The arguments of `call_seconds` for processes of one device each."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    joining = dict(coordinator_address=address, num_processes=count)
+    return [(1, joining | {"process_id": i}) for i in range(count)]
 
-    ready = {}
-    for count in (1, None):
-        devices, program, arguments = prepare(config, count)
-        ready[len(devices)] = (program, arguments)
-    times = {count: [] for count in ready}
-    for _ in range(rounds + 1):
-        for count, (program, arguments) in ready.items():
-            began = time.perf_counter()
-            jax.block_until_ready(program(*arguments))
-            times[count].append(time.perf_counter() - began)
-    times = {count: x[1:] for count, x in times.items()}  # The first round compiles.
-    most = max(times)
-    return {
-        "device": jax.devices()[0].device_kind,
-        "devices": most,
-        "seconds a call, one device": statistics.median(times[1]),
-        "seconds a call, all devices": statistics.median(times[most]),
-        "speed-up": statistics.median(a / b for a, b in zip(times[1], times[most], strict=True)),
+
+def measure(config: str, rounds: int) -> dict:
+    with tempfile.TemporaryDirectory() as cache:
+        cold, warm = (in_fresh_processes(compile_seconds, config, [(cache,)]) for _ in range(2))
+    one, together, apart = [], [], []
+    for _ in range(rounds):
+        spent, _, kind = in_fresh_processes(call_seconds, config, [(1,)])
+        one.append(spent)
+        spent, count, _ = in_fresh_processes(call_seconds, config, [(ALL,)])
+        together.append(spent)
+        if kind == "cpu" and count > 1:
+            apart.append(in_fresh_processes(call_seconds, config, processes_of(count))[0])
+    row = {
+        "device": kind,
+        "compile seconds, cold": cold,
+        "compile seconds, from the cache": warm,
+        "seconds a call, one device": statistics.median(one),
+        f"seconds a call, {count} devices": statistics.median(together),
+        f"speed-up, {count} devices": ratio(one, together),
     }
+    if apart:
+        row[f"seconds a call, {count} processes"] = statistics.median(apart)
+        row[f"speed-up, {count} processes"] = ratio(one, apart)
+    return row
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """The median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/mlp.py")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     flags = parser.parse_args()
-    with tempfile.TemporaryDirectory() as cache:
-        cold, warm = (in_fresh_process(compile_seconds, flags.config, cache) for _ in range(2))
-    row = {"compile seconds, cold": cold, "compile seconds, from the cache": warm}
-    row |= compare(flags.config, flags.rounds)
+    row = measure(flags.config, flags.rounds)
     if flags.json:
         print(json.dumps(row))
         return
