@@ -3,6 +3,9 @@
 MNIST is read from a local directory or downloaded (see `l2l.datasets`).
 
     python -m l2l.launch --config=configs/mnist.py
+
+15 minutes on 2 cores of an EPYC shared with other work. Seed 0, final training loss over that of
+tuned Adam (0.364, 0.177): 1.04 after 100 steps, 1.02 after 1,000.
 """
 
 from ml_collections import ConfigDict
