@@ -6,8 +6,9 @@ loss after the last step of each; Adam at 1e-4.
 
     python -m l2l.launch --config=configs/rnnprop.py
 
-19 minutes on 2 cores of an EPYC shared with other work: a fraction of the authors' training. Seed 0,
-final training loss over that of tuned Adam (0.364, 0.283): 1.85 after 100 steps, 1.23 after 200.
+19 minutes on 2 cores of an EPYC shared with other work: a fraction of the authors' training.
+Seed 0, final training loss over that of tuned Adam (0.364, 0.283): 1.85 after 100 steps, 1.23 after
+200.
 """
 
 from ml_collections import ConfigDict

@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from l2l import base, build, checks, cluster, files, strangers
 from l2l.files import write
+from l2l.optimizers import coordinates
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
 FORMAT = 1
@@ -297,19 +298,31 @@ def _read(path, file):
     return optimizer, theta, metadata
 
 
-def load(name_or_path, *, num_steps: int | None = None) -> optax.GradientTransformationExtraArgs:
+def load(
+    name_or_path, *, num_steps: int | None = None, state_dtype=None
+) -> optax.GradientTransformationExtraArgs:
     """A trained optimizer as an optax transformation. It needs nothing else.
 
     Args:
       name_or_path: a released optimizer (`released()` lists them), an export, or the directory of a
         run that has ended; also at gs:// or s3://, where etils can read those.
       num_steps: the horizon to tell the optimizer where `update` is not given one.
+      state_dtype: in which the recurrent state is kept between steps (`coordinates.bind`):
+        jnp.bfloat16 takes 48 bytes a parameter of the default optimizer, not 80.
 
     Raises:
-      ValueError: there is no such optimizer, or the file is damaged.
+      ValueError: there is no such optimizer, or the file is damaged; or it has no recurrent state
+        and `state_dtype` is given.
     """
     optimizer, theta, _ = read(locate(name_or_path))
     bound = optimizer.bind(theta)
+    if state_dtype is not None:
+        if optimizer.rule is None:
+            raise ValueError(
+                f"{name_or_path} has no recurrent state to keep in {jnp.dtype(state_dtype).name}: "
+                "leave state_dtype out."
+            )
+        bound = coordinates.bind(optimizer.rule, theta, state_dtype=state_dtype)
     if num_steps is None:
         return bound
 

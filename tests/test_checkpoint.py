@@ -69,6 +69,14 @@ def test_load_takes_a_horizon_that_update_overrides(path, theta):
     assert not np.array_equal(step(told), step(plain))
 
 
+def test_load_keeps_the_recurrent_state_as_asked(path):
+    params = jnp.ones(4)
+    state = checkpoint.load(path, state_dtype=jnp.bfloat16).init(params)
+    assert {x.dtype for x in jax.tree.leaves(state.hidden)} == {jnp.dtype(jnp.bfloat16)}
+    plain = checkpoint.load(path).init(params)
+    assert {x.dtype for x in jax.tree.leaves(plain.hidden)} == {jnp.dtype(jnp.float32)}
+
+
 def test_a_run_directory_loads_by_its_export(path, tmp_path):
     with pytest.raises(ValueError, match="when its training ends"):
         checkpoint.load(tmp_path)

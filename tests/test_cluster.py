@@ -96,14 +96,38 @@ def cache(request):
     return request.config.cache.mkdir("xla")
 
 
-def test_processes_share_a_run_bit_for_bit_through_kills_and_signals(tmp_path, cache):
-    """Twice two devices are four: begun and preempted with two processes, ended by one; begun and
-    killed with one, killed and ended with two. The curriculum validates, and rolls theta back."""
-    whole, parts, back = (tmp_path / name for name in ("whole", "parts", "back"))
-    settings = dict(steps=120, cache=cache)
-    four = jax.devices()[:4]
-    assert train.run(experiment(steps=120), whole, four) == train.DONE
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of one process with four devices."""
+    folder = tmp_path_factory.mktemp("alone") / "whole"
+    assert train.run(experiment(steps=120), folder, jax.devices()[:4]) == train.DONE
+    return folder
 
+
+def test_two_processes_of_two_devices_are_one_of_four_bit_for_bit(tmp_path, whole, cache):
+    """Preempted once: the signal of one process is that of all. The curriculum validates, and rolls
+    theta back."""
+    parts, settings = tmp_path / "parts", dict(steps=120, cache=cache)
+    with Command(tmp_path, parts, count=2, **settings) as run:
+        run.until(run.saved)
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.codes() == [143, 143], run.said()
+        newest = run.saved()[-1]
+        assert 0 < newest < 120
+        assert run.said().count(f"SIGTERM: saved meta-step {newest}.") == 1
+    with Command(tmp_path, parts, count=2, **settings) as run:
+        assert run.codes() == [0, 0], run.said()
+        assert run.began() == newest
+        assert run.said().count("adam, tuned") == 1  # One of them speaks.
+    assert_same_theta(whole, parts)
+    assert rows_of(whole) == rows_of(parts)
+
+
+@pytest.mark.slow
+def test_kills_and_stops_change_no_bit(tmp_path, whole, cache):
+    """Begun and stopped with two processes, ended by one; begun and killed with one, killed and
+    ended with two."""
+    parts, back, settings = tmp_path / "parts", tmp_path / "back", dict(steps=120, cache=cache)
     # A second signal has its effect at once, though the other process stands still and the first
     # cannot be acted upon. That other, left alone, does not wait for ever.
     with Command(tmp_path, parts, count=2, **settings) as run:
@@ -117,15 +141,7 @@ def test_processes_share_a_run_bit_for_bit_through_kills_and_signals(tmp_path, c
         run.processes[1].send_signal(signal.SIGCONT)
         run.codes()
         assert run.processes[1].returncode in LOST, run.said()
-        newest = run.saved()[-1]
-    # The signal of one process is that of all.
-    with Command(tmp_path, parts, count=2, **settings) as run:
-        run.until(lambda: re.search(r"meta-step \d+/", run.said()))
-        run.processes[1].send_signal(signal.SIGTERM)
-        assert run.codes() == [143, 143], run.said()
-        assert run.began() == newest < run.saved()[-1] < 120
-        assert run.said().count(f"SIGTERM: saved meta-step {run.saved()[-1]}.") == 1
-    assert train.run(experiment(steps=120), parts, four) == train.DONE
+    assert train.run(experiment(steps=120), parts, jax.devices()[:4]) == train.DONE
     assert_same_theta(whole, parts)
 
     with Command(tmp_path, back, devices=4, **settings) as run:
@@ -143,7 +159,6 @@ def test_processes_share_a_run_bit_for_bit_through_kills_and_signals(tmp_path, c
     with Command(tmp_path, back, count=2, **settings) as run:
         assert run.codes() == [0, 0], run.said()
         assert run.began() == newest
-        assert run.said().count("adam, tuned") == 1  # One of them speaks.
     assert_same_theta(whole, back)
     assert rows_of(whole) == rows_of(parts) == rows_of(back)
 
