@@ -140,12 +140,22 @@ def run(members: Sequence[Member], root: Path, environment, say=print) -> int:
 
 def _wait(command, environment) -> int:
     """Runs a command to its end and hands on signals to it: its exit code."""
-    # In a group of its own, so that Ctrl-C reaches it through here, and once: a second signal
-    # makes a run leave unsaved.
-    process = subprocess.Popen(command, env=environment, process_group=0)
-    hand_on = lambda number, frame: process.send_signal(number)  # noqa: E731
+    process, early = None, []
+
+    def hand_on(number, frame):
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
+    # Before the command starts: a signal in between would end the fleet and leave the member.
     before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
+        # In a group of its own, so that Ctrl-C reaches it through here, and once: a second signal
+        # makes a run leave unsaved.
+        process = subprocess.Popen(command, env=environment, process_group=0)
+        for number in early:
+            process.send_signal(number)
         code = process.wait()
     finally:
         for number, handler in before.items():
@@ -171,15 +181,8 @@ def main(argv) -> int:
         return run(members, root, environment)
     except KeyboardInterrupt:
         return 130
-    except AttributeError as error:  # ml_collections' word for a key that is not there.
-        return _fail("no such key in this configuration: " + str(error).strip("'\"\\"))
-    except (OSError, TypeError, ValueError, flags.Error) as error:
-        return _fail(error)
-
-
-def _fail(error) -> int:
-    print("l2l:", files.sentence(error), file=sys.stderr)
-    return 2
+    except (AttributeError, OSError, TypeError, ValueError, flags.Error) as error:
+        return files.fail(error)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from together import config_of
 
 import l2l
 from l2l import fleet
-from tests.test_launch import CONFIG
 
 # In place of `l2l.launch`: ends with the code that SEED_<n> names, else with results.
 RUN = """
@@ -39,7 +39,7 @@ adam = dict(row, optimizer="adam, tuned", **{"loss ratio": 1.0})
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    (tmp_path / "tiny.py").write_text(CONFIG)
+    config_of(tmp_path)
     (tmp_path / "run.py").write_text(RUN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fleet, "COMMAND", (sys.executable, str(tmp_path / "run.py")))
@@ -107,6 +107,22 @@ def test_a_signal_reaches_the_member_and_ends_the_fleet(place, number):
     members = json.loads((place / "all/fleet.json").read_text())["members"]
     states = [member["state"] for member in members]
     assert states == ["finished", f"ended with code {128 + number}", "not finished"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_member_starts_is_not_lost(place, monkeypatch, number):
+    monkeypatch.setenv("SEED_3", "wait")
+    popen = subprocess.Popen
+
+    def interrupted(*arguments, **settings):
+        process = popen(*arguments, **settings)
+        os.kill(os.getpid(), number)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    assert start("--seeds=2") == 128 + number
+    members = json.loads((place / "all/fleet.json").read_text())["members"]
+    assert members[0]["state"] == f"ended with code {128 + number}"
 
 
 def test_one_member_of_an_array_and_the_summary_afterwards(place, monkeypatch, capsys):
