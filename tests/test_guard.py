@@ -1,0 +1,285 @@
+"""The guard: invisible round what is fine, Adam round what is not, and exactly Adam in the end."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2l.optimizers.guard import guard
+from l2l.optimizers.lstm import lstm
+
+# Compiling is what these tests spend their time on.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = partial(jax.jit, compiler_options=QUICK)
+START = {"x": jnp.asarray([3.0, -2.0, 1.0, 0.3])}
+CURVATURE = jnp.asarray([1.0, 3.0, 10.0, 0.3])
+RATE = 3e-2
+
+
+def loss(params):
+    return 0.5 * jnp.sum(CURVATURE * params["x"] ** 2)
+
+
+def acting(act):
+    """An optimizer whose update is act(gradient, step)."""
+
+    def update(updates, state, params=None, **extra):
+        del params, extra
+        return jax.tree.map(lambda g: act(g, state), updates), state + 1
+
+    return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+def leap(gradient, step):
+    return 1e4 * jax.random.normal(jax.random.fold_in(jax.random.key(5), step), gradient.shape)
+
+
+MALICIOUS = {
+    "huge random steps": leap,
+    "overflowing": lambda g, step: jnp.full_like(g, 3e38),
+    "NaN": lambda g, step: jnp.full_like(g, jnp.nan),
+    "NaN from its tenth step": lambda g, step: jnp.where(step < 10, -0.01 * g, jnp.nan),
+    "ascent": lambda g, step: 0.01 * g,
+    "drift": lambda g, step: jnp.full_like(g, 0.02),
+}
+
+
+def train(transform, num, loss=loss, start=START, told=True, noise=0.0):
+    """(parameters, state, losses, all states but the moments), of `num` steps."""
+
+    def step(carry, key):
+        params, state = carry
+        value, gradients = jax.value_and_grad(loss)(params)
+        value += noise * jax.random.normal(key)
+        extra = {"value": value} if told else {}
+        updates, state = transform.update(gradients, state, params, **extra)
+        seen = state._replace(adam=(), learned=()) if hasattr(state, "falls") else ()
+        return (optax.apply_updates(params, updates), state), (params, value, seen)
+
+    @jit
+    def run(params):
+        keys = jax.random.split(jax.random.key(0), num)
+        return jax.lax.scan(step, (params, transform.init(params)), keys)
+
+    (params, state), (path, losses, seen) = run(start)
+    return params, state, path, losses, seen
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def learned():
+    optimizer = lstm(hidden_size=3, learning_rate=RATE)
+    theta = jax.tree.map(lambda x: x + 0.02, optimizer.init(jax.random.key(0)))
+    return optimizer.bind(theta)
+
+
+def network_loss(params):
+    inputs = jnp.linspace(-1.0, 1.0, 16)[:, None]
+    return jnp.mean((jnp.tanh(inputs @ params["a"]) @ params["b"] - jnp.sin(3 * inputs)) ** 2)
+
+
+NETWORK = {"a": jnp.linspace(-2.0, 2.0, 8)[None], "b": jnp.cos(jnp.arange(8.0))[:, None] / 3}
+
+
+def walk(transform, problem, start, told):
+    """(parameters after every step [150, …], losses, state), each part a program of its own: in one
+    program the compiler would round p + u differently where it can see how u was made."""
+    gradient = jit(jax.value_and_grad(problem))
+    update = jit(lambda g, s, p, v: transform.update(g, s, p, **({"value": v} if told else {})))
+    params, state = start, transform.init(start)
+    path, losses = [], []
+    for _ in range(150):
+        value, gradients = gradient(params)
+        updates, state = update(gradients, state, params, value)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+        losses.append(float(value))
+    return path, losses, state
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("problem, start", [(loss, START), (network_loss, NETWORK)])
+def test_round_what_is_fine_it_is_invisible(problem, start, told):
+    path, losses, _ = walk(learned(), problem, start, told)
+    guarded, _, state = walk(guard(learned()), problem, start, told)
+    assert losses[-1] < 0.2 * losses[0]
+    equal(guarded, path)
+    assert int(state.falls) == 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("rate", [1e-3, 0.3])
+def test_adam_never_falls(rate, noise):
+    """Whatever the noise of the losses, the last thousand at the bottom included."""
+    state = train(guard(optax.adam(rate), adam=optax.adam(1e-2)), 2000, noise=noise)[1]
+    assert int(state.falls) == 0
+
+
+@pytest.mark.parametrize("name", MALICIOUS)
+def test_the_malicious_end_as_adam(name):
+    """After its three falls the run is that of a fresh Adam, which on a convex problem ends low.
+
+    A stretch of the learned optimizer lasts `patience` strikes, at the least; with Adam's 30, 60
+    between, and two steps of going back, all is over long before 700."""
+    adam = optax.adam(RATE)
+    options = dict(adam=adam, period=30, max_falls=3, patience=10)
+    params, state, path, losses, seen = train(guard(acting(MALICIOUS[name]), **options), 1300)
+    assert int(state.falls) == 3
+    assert float(loss(params)) < 1e-3 * float(losses[0])
+    assert np.all(np.isfinite(path["x"]))
+    # Ascent multiplies the loss by 1.21 a step, and some 25 pass before the limit is.
+    assert float(losses.max()) < 100 * float(losses[0])
+    # The call that falls, and the one after it, go back; from there on a fresh Adam.
+    last = int(np.argmax(seen.falls == 3)) + 2
+    assert last < 700
+    place = {"x": path["x"][last]}
+    equal(train(adam, 1300 - last, start=place)[2], {"x": path["x"][last:]})
+    equal(place["x"], seen.anchor["x"][last - 2])
+
+
+def test_each_rest_is_twice_the_last():
+    """Whose every step fails strikes at every step; the call after its fourth strike falls, that
+    and the next go back, and Adam steps 5, 10, 20 times between."""
+    options = dict(patience=4, period=5, max_falls=4)
+    seen = train(guard(acting(MALICIOUS["NaN"]), **options), 120)[4]
+    falls = np.flatnonzero(np.diff(seen.falls, prepend=0))
+    chance = 4  # Calls that strike.
+    np.testing.assert_array_equal(np.diff(falls), [2 + rest + chance for rest in (5, 10, 20)])
+    assert falls[0] == chance
+
+
+@pytest.mark.parametrize("name", ["huge random steps", "overflowing", "NaN"])
+def test_without_losses(name):
+    options = dict(adam=optax.adam(RATE), patience=10, period=30, max_falls=3)
+    params, state, path, losses, _ = train(
+        guard(acting(MALICIOUS[name]), **options), 1000, told=False
+    )
+    assert int(state.falls) == 3
+    assert np.all(np.isfinite(path["x"]))
+    assert float(loss(params)) < 1e-3 * float(losses[0])
+
+
+def test_standing_still_is_not_seen():
+    """The stated weakness; but no harm is done either."""
+    params, state, *_ = train(guard(acting(lambda g, step: jnp.zeros_like(g))), 100)
+    equal(params, START)
+    assert int(state.falls) == 0
+
+
+def test_the_way_back_is_exact_from_afar():
+    """One addition cannot restore 0.1 from 1e10; the second can."""
+    anchor = {"x": jnp.asarray([0.1, -3e-7, 5.0, 600.3])}
+    far = {"x": jnp.asarray([1e10, 7.0, 5.000001, 1e10])}
+    transform = guard(optax.sgd(0.1), patience=1)
+    state = transform.init(anchor)
+    state = transform.update({"x": jnp.ones(4)}, state, anchor)[1]
+    calls = 0
+    while not calls or state.returning:
+        gradients = {"x": jnp.full(4, jnp.nan if not calls else 1.0)}
+        updates, state = transform.update(gradients, state, far)
+        far, calls = optax.apply_updates(far, updates), calls + 1
+        assert calls < 3
+    updates, state = transform.update({"x": jnp.ones(4)}, state, far)
+    equal(far, anchor)
+    assert int(state.falls) == 1
+    np.testing.assert_allclose(updates["x"], -1e-3, rtol=1e-5)  # Adam's first step.
+
+
+def test_single_bad_gradients_and_losses_are_passed_over():
+    """They enter no state: the run is that without them, and nobody falls."""
+    transform = guard(optax.adam(RATE), adam=optax.adam(RATE))
+    plain = optax.adam(RATE)
+
+    @jit
+    def step(params, state, broken):
+        value, gradients = jax.value_and_grad(loss)(params)
+        gradients = jax.tree.map(lambda g: jnp.where(broken, jnp.nan, g), gradients)
+        value = jnp.where(broken, jnp.inf, value)
+        updates, state = transform.update(gradients, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    params, state = START, transform.init(START)
+    for i in range(60):
+        params, state = step(params, state, i % 7 == 3)
+    equal(params, train(plain, 60 - 9, start=START)[0])
+    assert int(state.falls) == 0
+
+
+def test_many_at_once_each_fall_by_themselves():
+    """vmap: a good one and a bad one, each as if alone."""
+    kinds = jnp.asarray([-0.01, 0.01])
+
+    def run(sign):
+        transform = guard(acting(lambda g, step: sign * g), adam=optax.adam(RATE), max_falls=2)
+
+        def step(carry, _):
+            params, state = carry
+            value, gradients = jax.value_and_grad(loss)(params)
+            updates, state = transform.update(gradients, state, params, value=value)
+            return (optax.apply_updates(params, updates), state), None
+
+        carry, _ = jax.lax.scan(step, (START, transform.init(START)), None, 300)
+        return carry[0], carry[1].falls
+
+    together, falls = jit(jax.vmap(run))(kinds)
+    for i, sign in enumerate(kinds):
+        alone, count = jit(run)(sign)
+        assert int(count) == int(falls[i]) == (0 if i == 0 else 2)
+        np.testing.assert_allclose(alone["x"], together["x"][i], rtol=1e-5, atol=1e-7)
+
+
+def test_donated_state_and_a_chain():
+    transform = optax.chain(
+        optax.clip_by_global_norm(1.0), guard(acting(MALICIOUS["drift"]), max_falls=1)
+    )
+
+    @partial(jit, donate_argnums=(0, 1))
+    def step(params, state):
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = transform.update(gradients, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.array, START)
+    state = transform.init(params)
+    for _ in range(300):
+        params, state = step(params, state)
+    assert int(optax.tree.get(state, "falls")) == 1
+
+
+def test_inject_hyperparams():
+    def guarded(rate):
+        return guard(acting(MALICIOUS["NaN"]), adam=optax.adam(rate))
+
+    transform = optax.inject_hyperparams(guarded)(rate=RATE)
+    updates, _ = transform.update({"x": jnp.ones(4)}, transform.init(START), START)
+    np.testing.assert_allclose(updates["x"], -RATE, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"optimizer": "mlp"}, r"optimizer=mlp is a str, no optax .* l2l.load"),
+        ({"optimizer": lstm()}, "not bound to a theta: call its bind"),
+        ({"adam": 1e-3}, r"adam=0.001 is a float, .* optax.adam\(1e-3\)"),
+        ({"longest_step": 0.0}, "longest_step=0.0 is no threshold"),
+        ({"deviations": float("inf")}, "deviations=inf is no threshold"),
+        ({"share": -1}, "share=-1 is no threshold"),
+        ({"patience": 0}, "patience=0 counts nothing"),
+        ({"window": 2.5}, "window=2.5 counts nothing"),
+        ({"max_falls": 40}, "more than an int32 counts: lower either"),
+    ],
+)
+def test_options_out_of_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        guard(**{"optimizer": optax.sgd(0.1), **options})
+
+
+def test_a_loss_is_one_number():
+    transform = guard(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"shape \(3,\), and a loss is one number"):
+        transform.update(START, transform.init(START), START, value=jnp.ones(3))
