@@ -116,10 +116,10 @@ import sys
 import jax
 import numpy as np
 
-from l2l import checkpoint
+from l2l import exports
 
 one, two = (
-    checkpoint.read(f"{sys.argv[1]}/{name}/{checkpoint.EXPORT}")[1] for name in ("whole", "parts")
+    exports.read(f"{sys.argv[1]}/{name}/{exports.EXPORT}")[1] for name in ("whole", "parts")
 )
 jax.tree.map(np.testing.assert_array_equal, one, two)
 print("The interrupted run ended with the theta of the uninterrupted one, bit for bit.")
