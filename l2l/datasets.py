@@ -11,14 +11,18 @@
 | mnist, fashion_mnist   | uint8 [n, 28, 28, 1]               | int32 [n], 10     | IDX files  |
 | mnist14                | uint8 [n, 14, 14, 1], mean-pooled  | int32 [n], 10     | as mnist   |
 | cifar10                | uint8 [n, 32, 32, 3]               | int32 [n], 10     | .bin files |
+| fashion_mnist14        | uint8 [n, 14, 14, 1], mean-pooled  | int32 [n], 10     | as above   |
+| adult                  | float32 [n, 105], standard, 0 or 1 | int32 [n], 2      | UCI files  |
+| housing, winequality   | float32 [n, 13], [n, 12], likewise | float32 [n]       | .csv files |
 | pydoc, tinyshakespeare | uint8 [n], characters below 128    | uint8 [n], next   | text       |
 
-Files are looked for under `data_dir()`. `load` keeps what it read in memory, read-only.
+Files are looked for under `data_dir()`. `load` keeps what it read in memory, read-only. What lies
+in its folder `reserved/` (Adult, housing, Wine Quality, and Fashion-MNIST if you put it there) is
+for held-out evaluation alone: nothing is meta-trained, tuned or selected on it.
 """
 
 import difflib
 import functools
-import gzip
 import os
 import zipfile
 import zlib
@@ -27,6 +31,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from l2l import layouts, tabular
 
 
 class Split(NamedTuple):
@@ -60,6 +66,10 @@ SPECS = {
     "mnist": Spec((28, 28, 1), 10),
     "mnist14": Spec((14, 14, 1), 10),
     "fashion_mnist": Spec((28, 28, 1), 10),
+    "fashion_mnist14": Spec((14, 14, 1), 10),
+    "adult": Spec((tabular.ADULT,), 2),
+    "housing": Spec((tabular.HOUSING,), 0),
+    "winequality": Spec((tabular.WINE,), 0),
     "cifar10": Spec((32, 32, 3), 10),
     "pydoc": Spec((), 128),
     "tinyshakespeare": Spec((), 128),
@@ -67,9 +77,10 @@ SPECS = {
 # Below `data_dir()`; the first folder is also where a download is kept.
 _FOLDERS = {
     "mnist": ("mnist",),
-    "fashion_mnist": ("fashion_mnist", "fashion-mnist"),
+    "fashion_mnist": ("fashion_mnist", "fashion-mnist", "reserved/fashion-mnist"),
     "cifar10": ("cifar10", "cifar-10-batches-bin"),
 }
+_HALVED = {"mnist14": "mnist", "fashion_mnist14": "fashion_mnist"}
 _OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR_10"}
 
 
@@ -104,6 +115,19 @@ def data_dir() -> Path:
     return Path(cache).expanduser() / "l2l" / "data"
 
 
+def present(name: str) -> bool:
+    """Whether `load` would find the data set here, without a network; whether it can be read is
+    not looked into."""
+    spec(name)
+    root, name = data_dir(), _HALVED.get(name, name)
+    if name in _FOLDERS:
+        kept = (root / _FOLDERS[name][0] / "openml.npz").is_file()
+        return kept or any((root / folder).is_dir() for folder in _FOLDERS[name])
+    if name in tabular.READERS:
+        return (root / "reserved" / name).is_dir()
+    return name != "tinyshakespeare" or (root / name / "input.txt").is_file()
+
+
 def load(name: str) -> Dataset:
     """Reads a data set (table above), the same arrays in the same order on every machine.
 
@@ -112,7 +136,8 @@ def load(name: str) -> Dataset:
     test set; validation is the end of the published training set, a tenth but no more than 5,000.
     Where only one of the two published sets is there (CIFAR-10 with some data_batch files and no
     test_batch, Fashion-MNIST with t10k alone) its last tenth is the test split, and the tenth
-    before that the validation split. Text: 80 %, 10 %, 10 % in reading order.
+    before that the validation split. Tables: as sklearn's; of Adult, adult.test is the test split.
+    Text: 80 %, 10 %, 10 % in reading order.
 
     Raises:
       ValueError: an unknown name, or a file that is corrupt or too short.
@@ -128,8 +153,10 @@ def _load(name: str, root: Path) -> Dataset:
         dataset = _sklearn(name)
     elif name in ("pydoc", "tinyshakespeare"):
         dataset = _text(name, root)
-    elif name == "mnist14":
-        dataset = Dataset(*(Split(_halve(x), y) for x, y in _load("mnist", root)))
+    elif name in _HALVED:
+        dataset = Dataset(*(Split(_halve(x), y) for x, y in _load(_HALVED[name], root)))
+    elif name in tabular.READERS:
+        dataset = _table(name, root / "reserved" / name)
     else:
         dataset = _images(name, root)
     for split in dataset:
@@ -138,26 +165,52 @@ def _load(name: str, root: Path) -> Dataset:
     return dataset
 
 
-# --- sklearn ---------------------------------------------------------------------------------
+# --- sklearn and tables ----------------------------------------------------------------------
 
 
 def _sklearn(name: str) -> Dataset:
     from sklearn import datasets  # Imported here: it costs a second, and files do not need it.
 
     inputs, labels = getattr(datasets, f"load_{name}")(return_X_y=True)
-    regression = SPECS[name].classes == 0
-    order = _stratified(np.zeros_like(labels) if regression else labels)
+    order = _stratified(labels if SPECS[name].classes else np.zeros_like(labels))
     inputs, labels = inputs[order], labels[order]
     fifth = -(-len(inputs) // 5)
-    train = slice(0, len(inputs) - 2 * fifth)
-    if name == "digits":
-        inputs = inputs.reshape(-1, 8, 8, 1) / 16
-    else:
-        inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0)
-    if regression:
-        labels = (labels - labels[train].mean()) / labels[train].std()
-    labels = labels.astype(np.float32 if regression else np.int32)
-    return _cut(inputs.astype(np.float32), labels, fifth, fifth)
+    if name != "digits":
+        return _standardised(inputs, labels, fifth, fifth, SPECS[name].classes)
+    inputs = (inputs / 16).reshape(-1, 8, 8, 1).astype(np.float32)
+    return _cut(inputs, labels.astype(np.int32), fifth, fifth)
+
+
+def _standardised(inputs, labels, validation: int, test: int, classes: int) -> Dataset:
+    """Cut, with inputs (and a target that is no class) of mean 0 and deviation 1 over the training
+    split. A blank (NaN) becomes the mean. Columns of zeros and ones stay as they are: a rare
+    category would become a number in the hundreds."""
+    train = slice(0, len(inputs) - validation - test)
+
+    def standard(x):
+        flag = np.all((x == 0) | (x == 1), axis=0)
+        mean = np.where(flag, 0, np.nanmean(x[train], axis=0))
+        deviation = np.nanstd(x[train], axis=0)
+        deviation = np.where(flag | (deviation == 0), 1, deviation)
+        return np.nan_to_num((x - mean) / deviation, nan=0.0).astype(np.float32)
+
+    labels = labels.astype(np.int32) if classes else standard(labels)
+    return _cut(standard(inputs), labels, validation, test)
+
+
+def _table(name: str, folder: Path) -> Dataset:
+    """A reserved table; see `tabular.py`."""
+    classes = SPECS[name].classes
+    if name == "adult":
+        (inputs, labels), test = (tabular.adult(folder / f"adult.{p}") for p in ("data", "test"))
+        order = _stratified(labels)
+        inputs = np.concatenate([inputs[order], test[0]])
+        labels = np.concatenate([labels[order], test[1]])
+        return _standardised(inputs, labels, -(-len(order) // 5), len(test[1]), classes)
+    inputs, labels = tabular.READERS[name](folder / "housing.csv" if name == "housing" else folder)
+    order = _stratified(np.zeros_like(labels))
+    fifth = -(-len(order) // 5)
+    return _standardised(inputs[order], labels[order], fifth, fifth, classes)
 
 
 def _stratified(labels: np.ndarray) -> np.ndarray:
@@ -201,46 +254,13 @@ def _halve(images: np.ndarray) -> np.ndarray:
     return images.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4), np.float32).astype(np.uint8)
 
 
-def _find(folder: Path, stem: str) -> Path | None:
-    names = (stem, stem.replace("-idx", ".idx"))
-    paths = [folder / (name + suffix) for name in names for suffix in ("", ".gz")]
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _read(path: Path) -> bytes:
-    content = path.read_bytes()
-    if content[:2] != b"\x1f\x8b":  # By content: browsers unpack .gz and keep the name.
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise _broken(path, f"is not a whole gzip file ({error})") from error
-
-
-def _broken(path: Path, fact: str) -> ValueError:
-    return ValueError(f"{path} {fact}: it was cut short or is another file; fetch it again.")
-
-
-def read_idx(path: Path, ndim: int) -> np.ndarray:
-    """The uint8 array in an IDX file (LeCun's layout: 0, 0, type 8, rank, big-endian sizes, bytes),
-    gzipped or not. ValueError if it is anything else."""
-    content = _read(path)
-    if content[:4] != bytes([0, 0, 8, ndim]) or len(content) < 4 + 4 * ndim:
-        raise _broken(path, f"does not start like an IDX file of {ndim}-dimensional bytes")
-    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", ndim, offset=4))
-    wanted, got = int(np.prod(shape, dtype=np.int64)), len(content) - 4 - 4 * ndim
-    if got != wanted:
-        raise _broken(path, f"has {got:,} bytes of data where its header promises {wanted:,}")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
-
-
 def _mnist(folder: Path) -> list[Split | None]:
     return [_mnist_part(folder, "train"), _mnist_part(folder, "t10k")]
 
 
 def _mnist_part(folder: Path, part: str) -> Split | None:
     stems = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
-    images, labels = (_find(folder, stem) for stem in stems)
+    images, labels = (layouts.find(folder, stem) for stem in stems)
     if images is None and labels is None:
         return None
     if images is None or labels is None:
@@ -249,43 +269,22 @@ def _mnist_part(folder: Path, part: str) -> Split | None:
             f"{folder} holds {images or labels} but not {missing}[.gz], and one is of no use "
             "without the other: put the missing file beside it."
         )
-    pixels = read_idx(images, 3)
+    pixels = layouts.read_idx(images, 3)
     if pixels.shape[1:] != (28, 28):
-        raise _broken(images, f"holds images of {pixels.shape[1]}×{pixels.shape[2]}, not 28×28")
-    return _checked(labels, pixels[..., None], read_idx(labels, 1))
+        size = f"{pixels.shape[1]}×{pixels.shape[2]}"
+        raise layouts.broken(images, f"holds images of {size}, not 28×28")
+    return Split(*layouts.checked(labels, pixels[..., None], layouts.read_idx(labels, 1)))
 
 
 def _cifar(folder: Path) -> list[Split | None]:
-    train = [_find(folder, f"data_batch_{i}.bin") for i in range(1, 6)]
-    test = [_find(folder, "test_batch.bin")]
+    train = [layouts.find(folder, f"data_batch_{i}.bin") for i in range(1, 6)]
+    test = [layouts.find(folder, "test_batch.bin")]
     return [_cifar_part([path for path in paths if path]) for paths in (train, test)]
 
 
 def _cifar_part(paths: list[Path]) -> Split | None:
-    splits = [read_cifar(path) for path in paths]
+    splits = [Split(*layouts.read_cifar(path)) for path in paths]
     return Split(*map(np.concatenate, zip(*splits, strict=True))) if splits else None
-
-
-def read_cifar(path: Path) -> Split:
-    """A CIFAR-10 batch in the binary layout, gzipped or not: records of one label and 3,072 bytes
-    in planes of red, green and blue. ValueError if it is anything else."""
-    content = np.frombuffer(_read(path), np.uint8)
-    if len(content) == 0 or len(content) % 3073:
-        raise _broken(path, f"has {len(content):,} bytes, not a multiple of a record's 3,073")
-    records = content.reshape(-1, 3073)
-    return _checked(path, _planes(records[:, 1:]), records[:, 0])
-
-
-def _planes(rows: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-
-
-def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> Split:
-    if len(images) != len(labels):
-        raise _broken(path, f"has {len(labels):,} labels for {len(images):,} images")
-    if len(labels) and labels.max() > 9:  # XLA clamps a wrong index: nobody would notice.
-        raise _broken(path, f"has the label {labels.max()} where 0 to 9 are possible")
-    return Split(images, labels.astype(np.int32))
 
 
 def _openml(name: str, root: Path) -> list[Split | None]:
@@ -316,9 +315,9 @@ def _openml(name: str, root: Path) -> list[Split | None]:
         with kept.open("rb") as file, np.load(file) as arrays:
             inputs, labels = arrays["inputs"], arrays["labels"]
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise _broken(kept, f"is not a whole .npz file ({error})") from error
-    images = _planes(inputs) if name == "cifar10" else inputs.reshape(-1, 28, 28, 1)
-    whole = _checked(kept, images, labels)
+        raise layouts.broken(kept, f"is not a whole .npz file ({error})") from error
+    images = layouts.planes(inputs) if name == "cifar10" else inputs.reshape(-1, 28, 28, 1)
+    whole = Split(*layouts.checked(kept, images, labels))
     # OpenML appends the published 10,000 test images to the training images.
     return [Split(*(a[:-10_000] for a in whole)), Split(*(a[-10_000:] for a in whole))]
 
@@ -339,9 +338,9 @@ def _text(name: str, root: Path) -> Dataset:
                 f"{path} is not there and is not fetched by itself: put Karpathy's char-rnn file "
                 "tinyshakespeare/input.txt there, or use 'pydoc', which comes with Python."
             )
-        content = _read(path)
+        content = layouts.read(path)
         if len(content) < 1000:
-            raise _broken(path, f"has only {len(content)} characters")
+            raise layouts.broken(path, f"has only {len(content)} characters")
     characters = np.minimum(np.frombuffer(content, np.uint8), 127)
     tenth = (len(characters) - 1) // 10
     # Copies, so that `labels` is a row of its own rather than a view one byte on.

@@ -256,7 +256,7 @@ def test_data_dir(monkeypatch):
 def test_misspelt_names():
     with pytest.raises(ValueError, match="did you mean 'fashion_mnist'"):
         datasets.load("fashion-mnist")
-    with pytest.raises(ValueError, match=r"There is no data set named 'x': choose from breast_"):
+    with pytest.raises(ValueError, match=r"There is no data set named 'x': choose from adult"):
         datasets.load("x")
 
 
@@ -277,3 +277,121 @@ def test_published_sizes(name, sizes):
     if name == "mnist":
         assert dataset.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
         assert dataset.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+# --- reserved tables -------------------------------------------------------------------------
+
+ADULT = (
+    "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, Male, "
+    "2174, 0, 40, United-States, <=50K"
+)
+HOUSE = "-122.2,37.8,41.0,880.0,129.0,322.0,126.0,8.3,452600.0,NEAR BAY"
+WINE = "7.4;0.7;0;1.9;0.076;11;34;0.9978;3.51;0.56;9.4;5"
+
+
+def write_tables(root, rows=20):
+    """Synthetic files in the published layouts; row i has i in some of its numbers."""
+    adult, housing, wine = (root / "reserved" / n for n in ("adult", "housing", "winequality"))
+    for folder in (adult, housing, wine):
+        folder.mkdir(parents=True)
+    lines = [ADULT.replace("39", str(20 + i), 1) for i in range(rows)]
+    lines[1] = lines[1].replace("State-gov", "?").replace("<=50K", ">50K")
+    (adult / "adult.data").write_text("\n".join(lines) + "\n\n")
+    (adult / "adult.test").write_text("|1x3 Cross validator\n" + ".\n".join(lines) + ".\n")
+    houses = [HOUSE.replace("880.0", f"{i}.0").replace("4526", f"45{i:02}") for i in range(rows)]
+    houses[2] = houses[2].replace("129.0", "").replace("NEAR BAY", "INLAND")
+    (housing / "housing.csv").write_text("names\n" + "\n".join(houses))
+    for colour, score in (("red", 5), ("white", 7)):
+        wines = [WINE.replace("7.4", str(i), 1)[:-1] + str(score) for i in range(rows)]
+        (wine / f"winequality-{colour}.csv").write_text('"names"\n' + "\n".join(wines))
+
+
+def test_tables_as_published(folder):
+    assert not any(datasets.present(name) for name in ("adult", "housing", "winequality"))
+    write_tables(folder)
+    for name, sizes in {
+        "adult": [16, 4, 20],
+        "housing": [12, 4, 4],
+        "winequality": [24, 8, 8],
+    }.items():
+        assert datasets.present(name)
+        dataset, spec = datasets.load(name), datasets.spec(name)
+        assert [len(split.labels) for split in dataset] == sizes
+        assert dataset.train.inputs.shape[1:] == spec.shape and np.isfinite(dataset.train[0]).all()
+        assert dataset.train.inputs.dtype == np.float32
+        assert dataset.train.labels.dtype == (np.int32 if spec.classes else np.float32)
+        if not spec.classes:
+            np.testing.assert_allclose(dataset.train.labels.mean(), 0, atol=1e-6)
+    train, validation, test = datasets.load("adult")
+    assert sum(train.labels) + sum(validation.labels) == 1 and test.labels.tolist().index(1) == 1
+    # Test rows are standardised by the training split: ages 20 to 39 are a line of known slope.
+    slope = np.diff(test.inputs[:, 0])
+    np.testing.assert_allclose(slope, slope[0], rtol=1e-4)
+    # age, 8 classes of work with State-gov the sixth, unknown for row 1.
+    assert test.inputs[0, 1:9].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
+    assert test.inputs[1, 1:9].tolist() == [0] * 8
+    houses = np.concatenate([split.inputs for split in datasets.load("housing")])
+    assert houses[:, 8:].sum(0).tolist() == [0, 1, 0, 19, 0]
+    assert (houses[houses[:, 9] == 1, 4] == 0).all()  # The blank is at the mean.
+    wines = datasets.load("winequality")
+    colours = np.concatenate([split.inputs[:, -1] for split in wines])
+    scores = np.concatenate([split.labels for split in wines])
+    assert sorted(set(colours)) == [0, 1] and (scores[colours == 1] > scores[colours == 0][0]).all()
+
+
+@pytest.mark.parametrize(
+    "name, file, change, message",
+    [
+        ("adult", "adult.data", lambda t: t.replace("State-gov", "Sate-gov"), "value 'Sate-gov'"),
+        ("adult", "adult.data", lambda t: t.replace("77516", "x"), "no number"),
+        ("adult", "adult.test", lambda t: "\n".join(t.split("\n")[:5]), "only 4 records"),
+        ("housing", "housing.csv", lambda t: t[:-30], "values in record 20, not 10"),
+        ("housing", "housing.csv", lambda t: "", "has only 0 records"),
+        ("winequality", "winequality-red.csv", lambda t: t.replace(";", ","), "not 12"),
+    ],
+)
+def test_damaged_tables(folder, name, file, change, message):
+    write_tables(folder)
+    path = folder / "reserved" / name / file
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message) as caught:
+        datasets.load(name)
+    assert "\n" not in str(caught.value) and "fetch it again" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adult", "housing", "winequality"])
+def test_absent_tables(folder, name):
+    with pytest.raises(FileNotFoundError, match=r"reserved/.* is not there and is not fetched"):
+        datasets.load(name)
+
+
+def test_reserved_images(folder):
+    images, _ = write_mnist_at(folder / "reserved" / "fashion-mnist")
+    assert datasets.present("fashion_mnist14") and not datasets.present("mnist14")
+    small = datasets.load("fashion_mnist14").train.inputs
+    assert small.shape == (80, 14, 14, 1)
+    assert small[3, 5, 6, 0] == int(images[3, 10:12, 12:14].mean())
+
+
+def write_mnist_at(path):
+    path.parent.mkdir(parents=True)
+    return write_mnist(path, "t10k", 100)
+
+
+@needs_files
+@pytest.mark.parametrize(
+    "name, sizes, average",
+    [
+        ("adult", [26_048, 6_513, 16_281], 0.24),
+        ("housing", [12_384, 4_128, 4_128], 0),
+        ("winequality", [3_897, 1_300, 1_300], 0),
+    ],
+)
+def test_published_tables(name, sizes, average):
+    if not datasets.present(name):
+        pytest.skip(f"{name} is not present below {datasets.data_dir()}")
+    dataset = datasets.load(name)
+    assert [len(split.labels) for split in dataset] == sizes
+    np.testing.assert_allclose(dataset.train.labels.mean(), average, atol=2e-3)
+    numbers = dataset.train.inputs[:, 0]
+    np.testing.assert_allclose([numbers.mean(), numbers.std()], [0, 1], atol=1e-4)

@@ -30,6 +30,10 @@ FAMILIES = [
     tasks.regression(rows=200),
     tasks.transformer(width=8, layers=1, context=8),
     tasks.gru(width=8, context=8),
+    tasks.residual(width=8, blocks=2),
+    tasks.residual(dataset="diabetes", width=4, blocks=1),
+    tasks.mixer(width=4, layers=1),
+    tasks.row_lstm(width=4),
     tasks.rescale(tasks.noise(tasks.convex(tasks.mlp(hidden=(4,))))),
     pytest.param(tasks.mnist(), marks=needs_files),
     pytest.param(tasks.mlp(dataset="mnist14"), marks=needs_files),
@@ -84,7 +88,7 @@ def test_contract(family):
     assert score is None or (score.shape == () and 0 <= score <= 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES[:14], ids=name)
+@pytest.mark.parametrize("family", FAMILIES[:18], ids=name)
 def test_keeps_float64(family):
     def step(key, data):
         problem = family.sample(key)
@@ -277,6 +281,24 @@ def test_transformer_sees_no_future():
     np.testing.assert_allclose(before, after, rtol=1e-4)
 
 
+def test_a_residual_network_starts_as_its_linear_parts():
+    # Blocks whose last matrix is zero add nothing: logits are linear(norm(linear(x))).
+    family = tasks.residual(width=8, blocks=2)
+    problem = family.sample(jax.random.key(0))
+    params = family.init(jax.random.key(0), problem)
+    params = {
+        k: jax.tree.map(jnp.zeros_like, v) if k.endswith("_1") and "block" in k else v
+        for k, v in params.items()
+    }
+    batch = family.batch(jax.random.key(1), problem, family.data(), "test")
+    x = np.asarray(batch.inputs).reshape(64, -1) @ np.asarray(params["linear_0"]["w"])
+    x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    truth = optax.softmax_cross_entropy_with_integer_labels(
+        x @ params["linear_1"]["w"], batch.labels
+    ).mean()
+    np.testing.assert_allclose(family.loss(params, problem, batch), truth, rtol=1e-4)
+
+
 def test_chunks_are_invisible():
     inputs = jnp.arange(25.0).reshape(25, 1)
     for rows in (1, 4, 5, 25, 100):
@@ -356,6 +378,9 @@ def test_adam_learns():
         (lambda: tasks.quadratic(distribution="gaussian"), "choose from normal, uniform"),
         (lambda: tasks.quadratic(dimension=0), "dimension=0"),
         (lambda: tasks.regression(rows=0), "rows=0"),
+        (lambda: tasks.residual(blocks=0), "blocks=0"),
+        (lambda: tasks.mixer(dataset="wine"), "no image data set named 'wine'"),
+        (lambda: tasks.row_lstm(width=0), "width=0"),
     ],
 )
 def test_bad_settings_get_one_clear_sentence(make, message):

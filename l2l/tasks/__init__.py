@@ -1,5 +1,8 @@
 """Families of problems to optimize, and wrappers that make any family more diverse."""
 
+from l2l.tasks.architectures import mixer as mixer
+from l2l.tasks.architectures import residual as residual
+from l2l.tasks.architectures import row_lstm as row_lstm
 from l2l.tasks.augment import convex as convex
 from l2l.tasks.augment import noise as noise
 from l2l.tasks.augment import rescale as rescale

@@ -140,18 +140,11 @@ def conv(
             supervised.cast(batch.inputs, params),
         )
 
-    return TaskFamily(
-        sample=supervised.sampler(activations, initial_scale, subset),
-        init=lambda key, problem: initialise(key, problem.scale),
-        batch=supervised.batcher(batch_size),
-        loss=lambda params, problem, batch: supervised.cross_entropy(
-            logits(params, problem, batch), batch.labels
-        ),
-        accuracy=lambda params, problem, batch: supervised.hits(
-            logits(params, problem, batch), batch.labels
-        ),
-        data=supervised.loader(dataset),
-        name=name or "-".join(map(str, ("conv", dataset, *channels, *dense))),
+    return supervised.family(
+        name or "-".join(map(str, ("conv", dataset, *channels, *dense))),
+        logits,
+        lambda key, problem: initialise(key, problem.scale),
+        *(dataset, activations, initial_scale, subset, batch_size),
     )
 
 

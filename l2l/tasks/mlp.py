@@ -62,23 +62,11 @@ def mlp(
         inputs = supervised.cast(batch.inputs, params)
         return forward(params, problem.activation, inputs.reshape(len(inputs), -1))
 
-    def loss(params, problem, batch):
-        out = outputs(params, problem, batch)
-        if classes:
-            return supervised.cross_entropy(out, batch.labels)
-        return jnp.mean((out[:, 0] - batch.labels.astype(out.dtype)) ** 2)
-
-    def accuracy(params, problem, batch):
-        return supervised.hits(outputs(params, problem, batch), batch.labels)
-
-    return TaskFamily(
-        sample=supervised.sampler(activations, initial_scale, subset),
-        init=lambda key, problem: initialise(key, problem.scale),
-        batch=supervised.batcher(batch_size),
-        loss=loss,
-        accuracy=accuracy if classes else None,
-        data=supervised.loader(dataset),
-        name=name or "-".join(map(str, ("mlp", dataset, *hidden))),
+    return supervised.family(
+        name or "-".join(map(str, ("mlp", dataset, *hidden))),
+        outputs,
+        lambda key, problem: initialise(key, problem.scale),
+        *(dataset, activations, initial_scale, subset, batch_size),
     )
 
 

@@ -8,11 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
 
 from l2l import datasets
+from l2l.base import TaskFamily
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -138,6 +140,56 @@ def hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def cast(inputs: jax.Array, params) -> jax.Array:
     """The inputs in the precision of the parameters, so that float64 stays float64."""
     return inputs.astype(jnp.result_type(*jax.tree.leaves(params)))
+
+
+def family(
+    name: str,
+    outputs: Callable,
+    init: Callable,
+    dataset: str,
+    activations: Sequence[str],
+    initial_scale: tuple[float, float],
+    subset: tuple[float, float],
+    batch_size: int,
+) -> TaskFamily:
+    """A family of networks on a data set: classification by cross-entropy, or regression by the
+    mean squared error of the first output where the data set has no classes.
+
+    Args:
+      outputs: (params, problem, batch) -> [n, classes or 1].
+      init: (key, problem) -> Params.
+    """
+    classes = datasets.spec(dataset).classes
+
+    def loss(params, problem, batch):
+        out = outputs(params, problem, batch)
+        if classes:
+            return cross_entropy(out, batch.labels)
+        return jnp.mean((out[:, 0] - batch.labels.astype(out.dtype)) ** 2)
+
+    def accuracy(params, problem, batch):
+        return hits(outputs(params, problem, batch), batch.labels)
+
+    return TaskFamily(
+        sample=sampler(activations, initial_scale, subset),
+        init=init,
+        batch=batcher(batch_size),
+        loss=loss,
+        accuracy=accuracy if classes else None,
+        data=loader(dataset),
+        name=name,
+    )
+
+
+def rescaled(params, scale: jax.Array):
+    """The parameters with their matrices times `scale`. Vectors are offsets and the scales of
+    normalisation: they start where they should."""
+    return jax.tree.map(lambda p: p * scale.astype(p.dtype) if p.ndim > 1 else p, params)
+
+
+def layer_norm(x: jax.Array, name: str) -> jax.Array:
+    """Layer normalisation over the last axis with its own scale and offset, inside haiku."""
+    return hk.LayerNorm(-1, create_scale=True, create_offset=True, name=name)(x)
 
 
 def in_chunks(apply: Callable, inputs: jax.Array, rows: int = 1000) -> jax.Array:

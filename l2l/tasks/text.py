@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import haiku as hk
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -60,13 +59,15 @@ def transformer(
             attention = hk.MultiHeadAttention(
                 heads, width // heads, w_init=w_init, name=f"attention_{i}"
             )
-            y = _layer_norm(x, f"norm_{i}_0")
+            y = supervised.layer_norm(x, f"norm_{i}_0")
             x = x + attention(y, y, y, causal)
             y = hk.Linear(4 * width, w_init=w_init, name=f"mlp_{i}_0")(
-                _layer_norm(x, f"norm_{i}_1")
+                supervised.layer_norm(x, f"norm_{i}_1")
             )
             x = x + hk.Linear(width, w_init=w_init, name=f"mlp_{i}_1")(activate(index, y))
-        return hk.Linear(datasets.spec(dataset).classes, name="linear")(_layer_norm(x, "norm"))
+        return hk.Linear(datasets.spec(dataset).classes, name="linear")(
+            supervised.layer_norm(x, "norm")
+        )
 
     name = f"transformer-{dataset}-{layers}x{width}"
     return _family(name, network, dataset, context, activations, initial_scale, subset, batch_size)
@@ -115,10 +116,7 @@ def _family(
 
     def initialise(key, problem):
         params = net.init(key, problem.activation, jnp.zeros((1, context), jnp.int32))
-        # Vectors are offsets and the scales of normalisation: they start where they should.
-        return jax.tree.map(
-            lambda p: p * problem.scale.astype(p.dtype) if p.ndim > 1 else p, params
-        )
+        return supervised.rescaled(params, problem.scale)
 
     def batch(key, problem, data, split):
         inputs, labels = (jnp.asarray(a).astype(jnp.int32) for a in supervised.select(data, split))
@@ -154,7 +152,3 @@ def _family(
         data=supervised.loader(dataset),
         name=name,
     )
-
-
-def _layer_norm(x: jax.Array, name: str) -> jax.Array:
-    return hk.LayerNorm(-1, create_scale=True, create_offset=True, name=name)(x)

@@ -1,0 +1,156 @@
+"""Other networks on images and tables, small ones: to see how far an optimizer carries.
+
+The training of the released optimizers has none of them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import haiku as hk
+import jax.numpy as jnp
+
+from l2l import datasets
+from l2l.base import TaskFamily
+from l2l.tasks import supervised
+
+
+def residual(
+    *,
+    dataset: str = "digits",
+    width: int = 32,
+    blocks: int = 3,
+    activations: Sequence[str] = ("relu",),
+    initial_scale: tuple[float, float] = (1.0, 1.0),
+    subset: tuple[float, float] = (0.25, 1.0),
+    batch_size: int = 64,
+) -> TaskFamily:
+    """An MLP of residual blocks: x + linear(activation(linear(layer_norm(x)))).
+
+    Args:
+      dataset: a name of `l2l.datasets` other than text; images are flattened.
+      width: of the residual stream and of the hidden layers.
+      blocks: how many.
+      activations, initial_scale, subset, batch_size: as in `mlp`; the scale is on matrices alone.
+
+    Returns:
+      A family. Loss, accuracy, Problem, Batch and Data as in `mlp`; parameters by haiku's names.
+    """
+    shape, classes = datasets.spec(dataset, "vector")
+    _check(width=width, blocks=blocks)
+    activate = supervised.activation(activations)
+
+    def network(index, x):
+        x = hk.Linear(width, name="linear_0")(x.reshape(len(x), -1))
+        for i in range(blocks):
+            y = hk.Linear(width, name=f"block_{i}_0")(supervised.layer_norm(x, f"norm_{i}"))
+            x = x + hk.Linear(width, name=f"block_{i}_1")(activate(index, y))
+        return hk.Linear(classes or 1, name="linear_1")(supervised.layer_norm(x, "norm"))
+
+    name = f"residual-{dataset}-{blocks}x{width}"
+    return _family(name, network, dataset, shape, activations, initial_scale, subset, batch_size)
+
+
+def mixer(
+    *,
+    dataset: str = "digits",
+    width: int = 16,
+    layers: int = 2,
+    activations: Sequence[str] = ("gelu",),
+    initial_scale: tuple[float, float] = (1.0, 1.0),
+    subset: tuple[float, float] = (0.25, 1.0),
+    batch_size: int = 64,
+) -> TaskFamily:
+    """An MLP-mixer (Tolstikhin et al., 2021) whose patches are the rows of the image: layers that
+    mix rows, then channels, each normalised before and residual.
+
+    Args:
+      dataset: a data set of images.
+      width: channels of a row; hidden layers have as many units as what they mix.
+      layers: how many.
+      activations, initial_scale, subset, batch_size: as in `mlp`; the scale is on matrices alone.
+
+    Returns:
+      A family; see `residual`.
+    """
+    shape, classes = datasets.spec(dataset, "image")
+    _check(width=width, layers=layers)
+    activate = supervised.activation(activations)
+
+    def mix(index, x, size, name):
+        hidden = activate(index, hk.Linear(size, name=f"{name}_0")(x))
+        return hk.Linear(size, name=f"{name}_1")(hidden)
+
+    def network(index, x):
+        x = hk.Linear(width, name="rows")(x.reshape(*x.shape[:2], -1))
+        for i in range(layers):
+            y = jnp.swapaxes(supervised.layer_norm(x, f"norm_{i}_0"), 1, 2)
+            x = x + jnp.swapaxes(mix(index, y, shape[0], f"tokens_{i}"), 1, 2)
+            x = x + mix(index, supervised.layer_norm(x, f"norm_{i}_1"), width, f"channels_{i}")
+        return hk.Linear(classes, name="linear")(supervised.layer_norm(x, "norm").mean(1))
+
+    name = f"mixer-{dataset}-{layers}x{width}"
+    return _family(name, network, dataset, shape, activations, initial_scale, subset, batch_size)
+
+
+def row_lstm(
+    *,
+    dataset: str = "digits",
+    width: int = 32,
+    initial_scale: tuple[float, float] = (1.0, 1.0),
+    subset: tuple[float, float] = (0.25, 1.0),
+    batch_size: int = 64,
+) -> TaskFamily:
+    """An LSTM that reads an image row by row and tells its class from the last state.
+
+    Args:
+      dataset: a data set of images.
+      width: units of the LSTM.
+      initial_scale, subset, batch_size: as in `mlp`; the scale is on matrices alone.
+
+    Returns:
+      A family; see `residual`.
+    """
+    shape, classes = datasets.spec(dataset, "image")
+    _check(width=width)
+
+    def network(index, x):
+        del index
+        rows = x.reshape(*x.shape[:2], -1)
+        start = hk.LSTMState(*2 * (jnp.zeros((len(x), width), x.dtype),))
+        outputs, _ = hk.dynamic_unroll(
+            hk.LSTM(width, name="lstm"), rows, start, time_major=False, return_all_states=False
+        )
+        return hk.Linear(classes, name="linear")(outputs[:, -1])
+
+    name = f"row-lstm-{dataset}-{width}"
+    return _family(name, network, dataset, shape, ("tanh",), initial_scale, subset, batch_size)
+
+
+def _check(**sizes: int):
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} leaves no network: use 1 or more.")
+
+
+def _family(
+    name: str,
+    network: Callable,
+    dataset: str,
+    shape: tuple[int, ...],
+    activations: Sequence[str],
+    initial_scale: tuple[float, float],
+    subset: tuple[float, float],
+    batch_size: int,
+) -> TaskFamily:
+    net = hk.without_apply_rng(hk.transform(network))
+
+    def outputs(params, problem, batch):
+        inputs = supervised.cast(batch.inputs, params)
+        return supervised.in_chunks(lambda x: net.apply(params, problem.activation, x), inputs)
+
+    def init(key, problem):
+        params = net.init(key, problem.activation, jnp.zeros((1, *shape)))
+        return supervised.rescaled(params, problem.scale)
+
+    return supervised.family(
+        name, outputs, init, dataset, activations, initial_scale, subset, batch_size
+    )
