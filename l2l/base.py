@@ -39,6 +39,26 @@ class TaskFamily(NamedTuple):
     name: str = "task"
 
 
+class TensorRule(NamedTuple):
+    """What a rule makes of whole tensors, in two halves like the rule's own.
+
+    It runs once a step for each of the optimizee's G tensors and gives O signals, which every
+    coordinate of that tensor finds below its features. Arrays end with the tensors, [..., G].
+
+    statistics: (params, dtype) -> TensorStatistics at the start.
+    observe:    (gradient [P], statistics, params [P], TensorStatistics, step, sizes) ->
+                (features [S, G], TensorStatistics). `statistics` are the coordinates', as they
+                were before this step; `sizes` G Python numbers, those of the tensors. No theta.
+    hidden:     (theta, G) -> Hidden.
+    propose:    (theta, features [S, G], context [C], hidden) -> (signals [O, G], hidden).
+    """
+
+    statistics: Callable[[PyTree, Any], PyTree]
+    observe: Callable[..., tuple[jax.Array, PyTree]]
+    hidden: Callable[[PyTree, int], PyTree]
+    propose: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+
+
 class Rule(NamedTuple):
     """An update rule that acts coordinate by coordinate, in two halves.
 
@@ -53,6 +73,8 @@ class Rule(NamedTuple):
     hidden:     (theta, n) -> Hidden, the recurrent state at the start, leaves [..., n].
     propose:    (theta, features [F, n], context [C], hidden) -> (updates [n], hidden).
     features:   the F names, in order, for diagnostics.
+    tensors:    what is seen of whole tensors, or None. With it `propose` is given [F + O, n], the
+                features of a coordinate and below them the signals of its tensor.
     """
 
     statistics: Callable[[PyTree, Any], PyTree]
@@ -61,6 +83,7 @@ class Rule(NamedTuple):
     hidden: Callable[[PyTree, int], PyTree]
     propose: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
     features: tuple[str, ...]
+    tensors: TensorRule | None = None
 
 
 class LearnedOptimizer(NamedTuple):
@@ -158,6 +181,33 @@ def count(tree: PyTree) -> int:
 def finite(tree: PyTree) -> jax.Array:
     """Whether every number in a pytree is finite: a boolean scalar."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+class RawKey(NamedTuple):
+    """The numbers of random keys, where only plain arrays will do: in checkpoints, and in what
+    `pmap` shares between processes."""
+
+    data: jax.Array
+
+
+def raw(tree: PyTree) -> PyTree:
+    """A pytree of arrays with a `RawKey` in place of every random key."""
+
+    def of(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return RawKey(jax.random.key_data(x)) if is_key else x
+
+    return jax.tree.map(of, tree)
+
+
+def typed(tree: PyTree) -> PyTree:
+    """The inverse of `raw`."""
+
+    def is_raw(x):
+        return isinstance(x, RawKey)
+
+    wrap = jax.random.wrap_key_data
+    return jax.tree.map(lambda x: wrap(x.data) if is_raw(x) else x, tree, is_leaf=is_raw)
 
 
 def as_steps(steps) -> jax.Array:

@@ -63,8 +63,15 @@ def log_and_sign(gradient: jax.Array, p: float) -> jax.Array:
     )
 
 
-def time_context(step: jax.Array, num_steps: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """[5]: t/T, t/(t + 10), t/(t + 100), T/(T + 300) and whether T is known; zeros for T if not.
+def time_context(
+    step: jax.Array,
+    num_steps: jax.Array,
+    ages: tuple[float, ...] = (10.0, 100.0),
+    lengths: tuple[float, ...] = (300.0,),
+    dtype=jnp.float32,
+) -> jax.Array:
+    """[C]: t/T, t/(t + a) for each age, T/(T + l) for each length and whether T is known; zeros for
+    T if not.
 
     Each saturates: past every length of run met in meta-training it is nearly constant, where a
     logarithm would keep growing and carry the network off. Past the horizon t/T stays at 1.
@@ -75,12 +82,8 @@ def time_context(step: jax.Array, num_steps: jax.Array, dtype=jnp.float32) -> ja
     return jnp.stack(
         [
             fraction * known,
-            t / (t + 10.0),
-            t / (t + 100.0),
-            horizon / (horizon + 300.0),
+            *(t / (t + age) for age in ages),
+            *(horizon / (horizon + length) for length in lengths),
             known,
         ]
     )
-
-
-NUM_CONTEXT = 5

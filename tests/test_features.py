@@ -94,7 +94,6 @@ def test_time_context():
     np.testing.assert_array_equal(context(100, 100)[0], context(7_000, 100)[0])
     unknown = context(50, 0)
     assert unknown[0] == unknown[-1] == 0
-    assert context(50, 0).shape == (features.NUM_CONTEXT,)
     assert np.all(np.abs(context(10**8, 10**9)) <= 1)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from l2l import base
-from l2l.estimators.first_order import Teacher, over_problems
+from l2l.estimators.first_order import Teacher, in_segments, over_problems
 from l2l.estimators.objective import Objective
 from l2l.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew, unroll
 
@@ -114,7 +114,7 @@ def window(
     family = inner.family
     on_train, on_validation = objective.shares(state.step, state.num_steps)
 
-    def steps(state, length):
+    def steps(state, _, length):
         if not objective.reads_validation:
             state, losses = unroll(state, data, family, transform, length, frozen)
             return state, (losses, ())
@@ -126,8 +126,11 @@ def window(
 
         return jax.lax.scan(step, state, None, length)
 
-    run = _in_segments(steps) if segments else steps
-    state, (losses, held_out) = run(state, inner.length)
+    if segments:
+        size = math.isqrt(inner.length - 1) + 1  # ⌈√K⌉
+        state, (losses, held_out) = in_segments(steps, state, None, inner.length, size)
+    else:
+        state, (losses, held_out) = steps(state, None, inner.length)
     last = family.loss(state.params, state.problem, batch_at(family, state, data, TRAIN))
     following = jnp.concatenate([losses[1:], last[None]])
     value = jnp.zeros((), losses.dtype)
@@ -137,24 +140,6 @@ def window(
         value += on_validation * objective.value(held_out)
     capped = jnp.mean((following > objective.cap).astype(losses.dtype))
     return state, value, {"meta_loss": value, "loss": last, "capped": capped}
-
-
-def _in_segments(steps: Callable) -> Callable:
-    """The same steps, in ⌈√K⌉ at a time that are computed again in the backward pass."""
-
-    def run(state, length):
-        size = math.isqrt(length - 1) + 1
-        whole, rest = divmod(length, size)
-        # A loop keeps the compiler from merging the two computations: no barrier is needed.
-        segment = jax.checkpoint(lambda state: steps(state, size), prevent_cse=False)
-        state, out = jax.lax.scan(lambda state, _: segment(state), state, None, whole)
-        out = jax.tree.map(lambda x: x.reshape(whole * size, *x.shape[2:]), out)
-        if rest:
-            state, tail = jax.checkpoint(lambda state: steps(state, rest))(state)
-            out = jax.tree.map(lambda *x: jnp.concatenate(x), out, tail)
-        return state, out
-
-    return run
 
 
 def _adam(teacher):

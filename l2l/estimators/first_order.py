@@ -13,6 +13,7 @@ while it is in the cache. The result is that of plain automatic differentiation 
 estimator (`autodiff.truncated`, order "first").
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -57,7 +58,8 @@ class Seen(NamedTuple):
 
     gradient, params: [K, P], before each step. held_out: of the validation loss after each step,
     or (). last: [P], the gradient after the last step. weights, held_out_weights: [K], w ρ′(ℓ) of
-    the training and of the validation loss after each step.
+    the training and of the validation loss after each step. tensors: [K, S, G], what the rule saw
+    of whole tensors before each step, or ().
     """
 
     gradient: jax.Array
@@ -66,6 +68,7 @@ class Seen(NamedTuple):
     last: jax.Array
     weights: jax.Array
     held_out_weights: jax.Array | tuple
+    tensors: jax.Array | tuple
 
     def on(self, blocks: coordinates.Blocks, i) -> "Seen":
         """What was seen of the coordinates of block i."""
@@ -119,8 +122,9 @@ def first_order(
         def step(state, _):
             loss, gradient = gradient_of(state.params, state.problem, batch_at(family, state, data))
             g, p = (coordinates.flatten(tree, dtype) for tree in (gradient, state.params))
-            updates, opt_state = coordinates.advance(
-                rule, theta, g, p, state.opt_state, state.told, block
+            sizes = coordinates.sizes_of(state.params)
+            updates, opt_state, tensors = coordinates.advance(
+                rule, theta, g, p, state.opt_state, state.told, sizes, block
             )
             change = coordinates.unflatten(updates, state.params)
             params = jax.tree.map(jnp.add, state.params, change)
@@ -130,9 +134,10 @@ def first_order(
                 batch = batch_at(family, state, data, VALIDATION)
                 value, pull = gradient_of(params, state.problem, batch)
                 pull = coordinates.flatten(pull, dtype)
-            return state, (loss, g, p, value, pull)
+            return state, (loss, g, p, value, pull, tensors)
 
-        state, (losses, g, p, values, held_out) = jax.lax.scan(step, state, None, inner.length)
+        state, out = jax.lax.scan(step, state, None, inner.length)
+        losses, g, p, values, held_out, tensors = out
         last, pull = gradient_of(state.params, state.problem, batch_at(family, state, data, TRAIN))
         following = jnp.concatenate([losses[1:], last[None]])
         slope = jax.grad(objective.value)
@@ -143,6 +148,7 @@ def first_order(
             last=coordinates.flatten(pull, dtype),
             weights=jnp.zeros_like(losses),
             held_out_weights=(),
+            tensors=tensors,
         )
         meta_loss = jnp.zeros((), losses.dtype)
         if objective.reads_train:
@@ -158,17 +164,35 @@ def first_order(
         )
         return state, seen, metrics
 
-    def backward(theta, start, told, seen, moments, imitation):
+    def backward(theta, start, told, seen, moments, imitation, sizes):
         """(the window's meta-gradient, the teacher's moments after it), block by block."""
         size = seen.last.size
         blocks = coordinates.blocks_of(size, block or coordinates.width(start.hidden))
         steps = start.step + jnp.arange(inner.length)
 
-        def block_loss(theta, statistics, hidden, moments, seen, fresh):
+        def tensor_signals(theta):
+            """What the network for whole tensors says at each step: [K, O, G], or ()."""
+            if rule.tensors is None:
+                return ()
+
+            def step(hidden, xs):
+                seen, step = xs
+                context = rule.context(step, told).astype(seen.dtype)
+                signals, hidden = rule.tensors.propose(theta, seen, context, hidden)
+                return hidden, signals
+
+            return jax.lax.scan(step, start.tensors[1], (seen.tensors, steps))[1]
+
+        signals, back_to_theta = jax.vjp(tensor_signals, theta)
+
+        def block_loss(both, statistics, hidden, moments, seen, fresh, first):
+            theta, signals = both
+
             def step(carry, xs):
                 statistics, hidden, moments, moved = carry
-                g, p, pull, step = xs
+                g, p, pull, signals, step = xs
                 rows, statistics = rule.observe(g, statistics, p, step)
+                rows = coordinates.below(rows, signals, sizes, first)
                 context = rule.context(step, told).astype(g.dtype)
                 updates, hidden = rule.propose(theta, rows, context, hidden)
                 # Σₜ ⟨λₜ, uₜ⟩ = Σₛ ⟨pullₛ, Σ_{t≤s} uₜ⟩: the sums λ come out of the backward pass.
@@ -180,27 +204,36 @@ def first_order(
                     out += imitation * jnp.vdot(off, off) / (size * inner.length)
                 return (statistics, hidden, moments, moved), out
 
+            def scan(carry, xs, length):
+                if length > 2 * SEGMENT:
+                    return in_segments(scan, carry, xs, length, SEGMENT)
+                return jax.lax.scan(step, carry, xs, length)
+
             pulls = jnp.where(fresh, seen.pulls(), 0)
-            xs = (seen.gradient, seen.params, pulls, steps)
+            xs = (seen.gradient, seen.params, pulls, signals, steps)
             carry = (statistics, hidden, moments, jnp.zeros_like(seen.last))
-            (*_, moments, _), out = _scan(step, carry, xs, inner.length)
+            (*_, moments, _), out = scan(carry, xs, inner.length)
             return jnp.sum(out), moments
 
         gradient_of = jax.grad(block_loss, has_aux=True)
-        state = (start.statistics, start.hidden)
-        if blocks.count == 1:
-            return gradient_of(theta, *state, moments, seen, True)
+        state, both = (start.statistics, start.hidden), (theta, signals)
 
         def one_block(i, carry):
             total, moments = carry
             arrays = (*blocks.cut(state, i), blocks.cut(moments, i))
-            arrays += (seen.on(blocks, i), blocks.fresh(i))
-            gradient, after = gradient_of(theta, *arrays)
+            arrays += (seen.on(blocks, i), blocks.fresh(i), blocks.start(i))
+            gradient, after = gradient_of(both, *arrays)
             total = jax.tree.map(jnp.add, total, gradient)
             return total, blocks.put(moments, after, i)
 
-        zeros = jax.tree.map(jnp.zeros_like, theta)
-        return jax.lax.fori_loop(0, blocks.count, one_block, (zeros, moments))
+        if blocks.count == 1:
+            total, moments = gradient_of(both, *state, moments, seen, True, None)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, both)
+            total, moments = jax.lax.fori_loop(0, blocks.count, one_block, (zeros, moments))
+        direct, by_signals = total
+        (indirect,) = back_to_theta(by_signals)
+        return jax.tree.map(jnp.add, direct, indirect), moments
 
     def one_problem(theta, state, data, stage):
         run = renew(inner, state.inner, theta, stage)
@@ -208,7 +241,10 @@ def first_order(
         if teacher is not None:
             moments = jax.tree.map(lambda x: jnp.where(run.step == 0, 0, x), moments)
         after, seen, metrics = forward(theta, run, data)
-        gradient, moments = backward(theta, run.opt_state, run.told, seen, moments, stage.imitation)
+        sizes = coordinates.sizes_of(run.params)
+        gradient, moments = backward(
+            theta, run.opt_state, run.told, seen, moments, stage.imitation, sizes
+        )
         return gradient, FirstOrderState(after, moments), metrics
 
     def estimate(theta, state, data, stage):
@@ -217,20 +253,23 @@ def first_order(
     return base.MetaGradient(init, estimate)
 
 
-def _scan(step, carry, xs, length):
-    """`jax.lax.scan`, in segments where the window is long."""
-    if length <= 2 * SEGMENT:
-        return jax.lax.scan(step, carry, xs)
-    whole, rest = divmod(length, SEGMENT)
-    cut = whole * SEGMENT
+def in_segments(steps: Callable, carry, xs, length: int, size: int):
+    """steps(carry, xs, length), `size` of them at a time, computed again in the backward pass.
+
+    Args:
+      steps: (carry, xs [n, ...], n) -> (carry, out [n, ...]), for any n.
+    """
+    whole, rest = divmod(length, size)
+    cut = whole * size
     # A loop keeps the compiler from merging the two computations: no barrier is needed.
-    segment = jax.checkpoint(lambda carry, xs: jax.lax.scan(step, carry, xs), prevent_cse=False)
-    by_segment = jax.tree.map(lambda x: x[:cut].reshape(whole, SEGMENT, *x.shape[1:]), xs)
-    carry, out = jax.lax.scan(segment, carry, by_segment)
-    out = out.reshape(cut)
+    segment = jax.checkpoint(lambda carry, xs: steps(carry, xs, size), prevent_cse=False)
+    by_segment = jax.tree.map(lambda x: x[:cut].reshape(whole, size, *x.shape[1:]), xs)
+    carry, out = jax.lax.scan(segment, carry, by_segment, whole)
+    out = jax.tree.map(lambda x: x.reshape(cut, *x.shape[2:]), out)
     if rest:
-        carry, tail = jax.lax.scan(step, carry, jax.tree.map(lambda x: x[cut:], xs))
-        out = jnp.concatenate([out, tail])
+        last = jax.checkpoint(lambda carry, xs: steps(carry, xs, rest))
+        carry, tail = last(carry, jax.tree.map(lambda x: x[cut:], xs))
+        out = jax.tree.map(lambda *x: jnp.concatenate(x), out, tail)
     return carry, out
 
 

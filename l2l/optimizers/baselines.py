@@ -134,7 +134,10 @@ def learned_adam(
 
     def init(key):
         del key
-        log_odds = lambda decay: math.log1p(-decay) - math.log(decay)  # noqa: E731
+
+        def log_odds(decay):
+            return math.log1p(-decay) - math.log(decay)
+
         theta = {
             "log_learning_rate": math.log(learning_rate),
             "log_odds_1": log_odds(b1),

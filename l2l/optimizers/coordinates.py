@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2l import base
@@ -41,11 +42,15 @@ def width(hidden: base.PyTree | None = None) -> int | None:
 
 
 class LearnedState(NamedTuple):
-    """The optax state of a bound rule: the step, and statistics and hidden, leaves [..., P]."""
+    """The optax state of a bound rule: the step, and statistics and hidden, leaves [..., P].
+
+    tensors: (statistics, hidden), leaves [..., G], of a rule that looks at whole tensors; else ().
+    """
 
     step: jax.Array
     statistics: base.PyTree
     hidden: base.PyTree
+    tensors: base.PyTree = ()
 
 
 class Blocks(NamedTuple):
@@ -107,15 +112,55 @@ def unflatten(flat: jax.Array, like: base.PyTree) -> base.PyTree:
     return jax.tree.unflatten(treedef, out)
 
 
+def sizes_of(params) -> tuple[int, ...]:
+    """The sizes of the tensors of a pytree, in the order in which `flatten` lays them."""
+    return tuple(int(jnp.size(leaf)) for leaf in jax.tree.leaves(params))
+
+
 def start(rule: base.Rule, theta, params, state_dtype=None) -> LearnedState:
     """The state before the first step; hidden is kept in `state_dtype`, or that of theta."""
-    hidden = rule.hidden(theta, base.count(params))
+    hidden, tensors = rule.hidden(theta, base.count(params)), ()
+    if rule.tensors is not None:
+        own = rule.tensors.hidden(theta, len(sizes_of(params)))
+        tensors = (rule.tensors.statistics(params, dtype_of(theta)), jax.tree.map(jnp.array, own))
     return LearnedState(
         step=jnp.zeros((), jnp.int32),
         statistics=rule.statistics(params, dtype_of(theta)),
         # Copies: leaves that share a buffer could not be donated.
         hidden=jax.tree.map(lambda x: jnp.array(x, state_dtype or x.dtype), hidden),
+        tensors=tensors,
     )
+
+
+def look(rule: base.Rule, gradient, params, state: LearnedState, sizes: tuple[int, ...]):
+    """What a rule sees of whole tensors before a step, (features [S, G], their statistics after
+    it), for gradient and params [P]; ((), ()) for a rule that does not."""
+    if rule.tensors is None:
+        return (), ()
+    statistics, _ = state.tensors
+    return rule.tensors.observe(gradient, state.statistics, params, statistics, state.step, sizes)
+
+
+def below(rows: jax.Array, signals, sizes: tuple[int, ...], start=None) -> jax.Array:
+    """Features [F, n] with the signals of each coordinate's tensor below them, [F + O, n].
+
+    Args:
+      signals: [O, G], or () for none.
+      sizes: of the G tensors.
+      start: the first of the n coordinates; None if they are all.
+    """
+    if isinstance(signals, tuple):
+        return rows
+    if start is None:
+        parts = [
+            jnp.broadcast_to(signals[:, i : i + 1], (len(signals), n)) for i, n in enumerate(sizes)
+        ]
+        return jnp.concatenate([rows, jnp.concatenate(parts, 1)])
+    # A product with zeros and ones, since the way back through an index is a slow sum on a CPU.
+    ends = np.cumsum(sizes)[:, None]
+    position = (start + jnp.arange(rows.shape[1]))[None]
+    own = (position < ends) & (position >= ends - np.asarray(sizes)[:, None])
+    return jnp.concatenate([rows, signals @ own.astype(signals.dtype)])
 
 
 def advance(
@@ -125,26 +170,36 @@ def advance(
     params: jax.Array,
     state: LearnedState,
     num_steps: jax.Array,
+    sizes: tuple[int, ...],
     block: int | None = None,
-) -> tuple[jax.Array, LearnedState]:
-    """One step of a rule for gradient and params [P]: (updates [P], state)."""
+) -> tuple[jax.Array, LearnedState, base.PyTree]:
+    """One step of a rule for gradient and params [P] of tensors of the given sizes: (updates [P],
+    state, what was seen of whole tensors)."""
     context = rule.context(state.step, num_steps).astype(gradient.dtype)
+    seen, statistics = look(rule, gradient, params, state, sizes)
+    signals, tensors = (), ()
+    if rule.tensors is not None:
+        signals, hidden = rule.tensors.propose(theta, seen, context, state.tensors[1])
+        tensors = (statistics, hidden)
     arrays = (gradient, params, state.statistics, state.hidden)
-    updates, statistics, hidden = _through(rule, block, theta, context, state.step, arrays)
-    return updates, LearnedState(state.step + 1, statistics, hidden)
+    updates, statistics, hidden = _through(
+        rule, sizes, block, theta, context, state.step, signals, arrays
+    )
+    return updates, LearnedState(state.step + 1, statistics, hidden, tensors), seen
 
 
-def _whole(rule, theta, context, step, arrays):
+def _whole(rule, sizes, theta, context, step, signals, arrays, start=None):
     """(gradient [n], params [n], statistics, hidden) to (updates [n], statistics, hidden)."""
     gradient, params, statistics, kept = arrays
     rows, statistics = rule.observe(gradient, statistics, params, step)
+    rows = below(rows, signals, sizes, start)
     hidden = jax.tree.map(lambda x: x.astype(gradient.dtype), kept)
     updates, hidden = rule.propose(theta, rows, context, hidden)
     return updates, statistics, jax.tree.map(lambda x, y: x.astype(y.dtype), hidden, kept)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _through(rule, block, theta, context, step, arrays):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _through(rule, sizes, block, theta, context, step, signals, arrays):
     """`_whole`, one block at a time, each result written over what it was made from: no second copy
     of the state.
 
@@ -154,13 +209,14 @@ def _through(rule, block, theta, context, step, arrays):
     gradient, params, statistics, hidden = arrays
     blocks = blocks_of(gradient.size, block or width())
     if blocks.count == 1:
-        return _whole(rule, theta, context, step, arrays)
+        return _whole(rule, sizes, theta, context, step, signals, arrays)
 
     def body(i, carry):
         def go(block):
             written, params, statistics, bits = block
             block = (written, params, statistics, _from_bits(bits, hidden))
-            out, after, kept = _whole(rule, theta, context, step, block)
+            first = blocks.start(i)
+            out, after, kept = _whole(rule, sizes, theta, context, step, signals, block, first)
             return out, after, _to_bits(kept)
 
         written, *state = blocks.cut(carry, i)
@@ -198,8 +254,8 @@ def _from_bits(tree, like):
 
 
 @_through.defjvp
-def _through_jvp(rule, block, primals, tangents):
-    return jax.jvp(partial(_whole, rule), primals, tangents)
+def _through_jvp(rule, sizes, block, primals, tangents):
+    return jax.jvp(partial(_whole, rule, sizes), primals, tangents)
 
 
 def dtype_of(theta) -> jnp.dtype:
@@ -239,7 +295,9 @@ def bind(
             return updates, state
         gradient, position = flatten(updates, dtype), flatten(params, dtype)
         steps = base.as_steps(num_steps)
-        out, state = advance(rule, theta, gradient, position, state, steps, block)
+        out, state, _ = advance(
+            rule, theta, gradient, position, state, steps, sizes_of(params), block
+        )
         return unflatten(out, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -4,17 +4,22 @@ Each is a `Rule` (what it observes, and a haiku network that proposes) with an i
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
 from l2l import base, features
-from l2l.optimizers import coordinates
+from l2l.optimizers import coordinates, tensors
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # The rate of a coordinate stays within a factor exp(±REACH) of the common one.
 REACH = 3.0
+# With an LSTM over whole tensors, which knows better how far it may go: 0.003 times e^±4 spans the
+# rates at which Adam does best on anything.
+TENSOR_REACH = 4.0
+LONG_AGES, LONG_LENGTHS = (10.0, 100.0, 1000.0), (300.0, 3000.0)
 
 
 def lstm(
@@ -28,6 +33,7 @@ def lstm(
     weight_decay: float = 0.0,
     inputs: Sequence[str] = ("momentum", "gradient"),
     output: str = "mixture",
+    tensor_size: int = 0,
 ) -> base.LearnedOptimizer:
     """A small LSTM that corrects a nominal Adam step (after STAR, Harrison et al. 2022).
 
@@ -50,6 +56,8 @@ def lstm(
         to ±1), "scale" (log √v̂, scaled).
       output: "mixture" as above; "scale" has no b (Adam whose rate is learned coordinate by
         coordinate); "residual" has a free b in place of b · r.
+      tensor_size: of a second LSTM, which sees whole tensors (`tensors.py`) and moves a with them;
+        0 for none. |a| may then reach TENSOR_REACH, and the context tells longer runs apart.
     """
     known = ("momentum", "gradient", "parameter", "scale")
     if unknown := set(inputs) - set(known):
@@ -62,6 +70,14 @@ def lstm(
     num_directions = len(decays) + 1
     seen = [i for i, group in enumerate(groups) if group in inputs]
     num_outputs = {"mixture": 1 + num_directions, "scale": 1, "residual": 2}[output]
+
+    whole, whole_init, clock = None, None, features.time_context
+    if tensor_size:
+        whole, whole_init = tensors.tensor_rule(
+            hidden_size=tensor_size, decays=decays, second_decay=second_decay, eps_root=eps_root
+        )
+        clock = partial(features.time_context, ages=LONG_AGES, lengths=LONG_LENGTHS)
+    reach = TENSOR_REACH if tensor_size else REACH
 
     def observe(gradient, moments, params, step):
         moments, hat = features.update_moments(
@@ -86,21 +102,27 @@ def lstm(
     def propose(theta, rows, context, hidden):
         # The rows the network sees stand first unless the inputs were chosen otherwise.
         shown = rows[: len(seen)] if seen == list(range(len(seen))) else rows[jnp.array(seen)]
+        signals = rows[len(names) + 1 :]
+        if tensor_size:
+            shown = jnp.concatenate([shown, signals[1:]])
         out, hidden = network.apply(theta["network"], shown, context, hidden)
+        size = out[0] + signals[0] if tensor_size else out[0]
         step = rows[0]
         if output == "mixture":
             step = step + jnp.sum(jnp.tanh(out[1:]) * rows[:num_directions], 0)
         elif output == "residual":
             step = step + jnp.tanh(out[1])
-        step = jnp.exp(REACH * jnp.tanh(out[0] / REACH)) * step
+        step = jnp.exp(reach * jnp.tanh(size / reach)) * step
         if weight_decay:
-            step = step + weight_decay * rows[-1]
+            step = step + weight_decay * rows[len(names)]
         return -jnp.exp(theta["log_learning_rate"]) * step, hidden
 
     def init(key):
-        rows, context = jnp.zeros((len(seen), 1)), jnp.zeros((features.NUM_CONTEXT,))
+        context = jnp.zeros_like(clock(jnp.int32(0), jnp.int32(0)))
+        rows = jnp.zeros((len(seen) + (tensors.SIGNALS - 1 if tensor_size else 0), 1))
         weights = network.init(key, rows, context, _zeros(hidden_size, layers, 1, jnp.float32))
-        return {
+        own = {"tensors": whole_init(jax.random.fold_in(key, 1), context)} if tensor_size else {}
+        return own | {
             "network": weights,
             "log_learning_rate": jnp.log(jnp.asarray(learning_rate, jnp.float32)),
         }
@@ -109,11 +131,12 @@ def lstm(
         statistics=lambda params, dtype: features.zero_moments(
             len(decays), base.count(params), dtype
         ),
-        context=features.time_context,
+        context=clock,
         observe=observe,
         hidden=lambda theta, n: _zeros(hidden_size, layers, n, coordinates.dtype_of(theta)),
         propose=propose,
         features=(*names, "θ"),
+        tensors=whole,
     )
     return coordinates.optimizer(init, rule)
 

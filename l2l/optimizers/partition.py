@@ -40,12 +40,12 @@ def by_parameter(
         raise ValueError(
             f"No pattern gives a parameter to {idle}: add one to labels, or drop the optimizer."
         )
-    if lacking := [name for name in names if optimizers[name].rule is None]:
+    rules = {name: optimizers[name].rule for name in names}
+    if lacking := [name for name, r in rules.items() if r is None or r.tensors is not None]:
         raise ValueError(
             f"Optimizers {lacking} have no coordinatewise rule, so they cannot share parameters: "
             "use adam(...) of l2l.optimizers.partition, or optax.partition over bound optimizers."
         )
-    rules = {name: optimizers[name].rule for name in names}
 
     def init(key):
         keys = jax.random.split(key, len(names))

@@ -1,0 +1,160 @@
+"""An LSTM over whole tensors, which tells their coordinates what a coordinate cannot see.
+
+How noisy the gradients of a tensor are, whether its steps overshoot and how large its weights are
+is hidden in the noise of one coordinate and plain in the mean over thousands. So a second network
+runs once a step and tensor (after the hierarchy of Wichrowska et al. 2017 and the per-tensor LSTM
+of Metz et al. 2022) and sends each coordinate of the tensor a few signals, of which the first is
+added to the logarithm of its rate. It costs next to nothing: tensors are few.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from l2l import base, features
+from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
+
+# Numbers a tensor sends to its coordinates: the logarithm of its scale, and inputs for their LSTM.
+SIGNALS = 5
+# Averages over time of what is pooled over a tensor.
+FAST, SLOW = 0.9, 0.99
+# The root of the mean square of a tensor counts as this if it is smaller: zero-initialised ones.
+SMALLEST = 1e-3
+
+
+class TensorStatistics(NamedTuple):
+    """alignment, log_gradient: [2, G], averaged fast and slow. log_start: [G], log rms θ at the
+    start. fixed: [3, G], log size, log fan-in and whether it is a vector."""
+
+    alignment: jax.Array
+    log_gradient: jax.Array
+    log_start: jax.Array
+    fixed: jax.Array
+
+
+def features_of(num_decays: int) -> tuple[str, ...]:
+    """The names of what is seen of a tensor, in order."""
+    dynamic = [f"rms m̂/√v̂ {i}" for i in range(num_decays)] + [
+        *("alignment, fast", "alignment, slow", "rms g/√v̂", "trend of |g|"),
+    ]
+    own = ["rms θ", "growth of rms θ", "size", "fan-in", "vector"]
+    return (*dynamic, *own, *(f"all tensors: {name}" for name in dynamic))
+
+
+def tensor_rule(
+    *,
+    hidden_size: int,
+    decays: tuple[float, ...],
+    second_decay: float,
+    eps_root: float,
+) -> tuple[base.TensorRule, Callable]:
+    """The rule, and (key, context) -> its weights, which belong in theta["tensors"].
+
+    Seen of each tensor, pooled over its coordinates: the root mean square of m̂/√v̂ at every decay
+    (1 for steady gradients, √((1−β)/(1+β)) for noise); the cosine between g/√v̂ and m̂/√v̂ (negative
+    where steps overshoot), averaged over 10 and over 100 steps; that of g/√v̂, and the trend of |g|;
+    the size of the weights, and how it has grown; the tensor's size and fan-in. The same of all
+    tensors together. All are bounded, and none changes when the loss is multiplied.
+    """
+    inputs = len(features_of(len(decays)))
+
+    def statistics(params, dtype):
+        leaves = jax.tree.leaves(params)
+        fixed = [
+            (
+                (math.log(max(jnp.size(leaf), 1)) - 5.0) / 3.0,
+                (math.log(max(math.prod(jnp.shape(leaf)[:-1]), 1)) - 3.0) / 3.0,
+                float(jnp.ndim(leaf) < 2),
+            )
+            for leaf in leaves
+        ]
+        squares = [_mean(jnp.square(jnp.asarray(leaf, dtype))) for leaf in leaves]
+        zeros = jnp.zeros((2, len(leaves)), dtype)
+        return TensorStatistics(
+            *(zeros, zeros + 0, _log_rms(jnp.asarray(squares, dtype))),
+            jnp.asarray(fixed, dtype).reshape(-1, 3).T,
+        )
+
+    def observe(gradient, moments, params, past, step, sizes):
+        count = jnp.maximum(step, 1)
+        # The moments before this step: those after it are made block by block, later.
+        corrected = [m / (1 - d**count) for m, d in zip(moments.mu, decays, strict=True)]
+        over = 1 / features.root(moments.nu / (1 - second_decay**count), eps_root) ** 2
+        products = [
+            *(m * m * over for m in corrected),
+            gradient * corrected[0] * over,
+            gradient * gradient * over,
+            gradient * gradient,
+            params * params,
+        ]
+        pooled = jnp.stack([_pool(x, sizes) for x in products])
+        began = step > 0
+        steady, (along, ahead, square, weights) = pooled[: len(decays)], pooled[len(decays) :]
+        cosine = along / (jnp.sqrt(ahead * steady[0]) + 1e-8)
+        log_gradient = 0.5 * jnp.log(square + 1e-20)
+
+        def average(past, new):
+            return jnp.stack(
+                [d * x + (1 - d) * new for d, x in zip((FAST, SLOW), past, strict=True)]
+            )
+
+        present = past._replace(
+            alignment=average(past.alignment, jnp.where(began, cosine, 0.0)),
+            log_gradient=average(
+                jnp.where(began, past.log_gradient, log_gradient[None]), log_gradient
+            ),
+        )
+        log_weights = _log_rms(weights)
+        dynamic = jnp.stack(
+            [
+                *jnp.minimum(jnp.sqrt(steady), 3.0),
+                *present.alignment,
+                jnp.where(began, jnp.tanh(0.5 * jnp.log(ahead + 1e-8)), 0.0),
+                jnp.tanh(present.log_gradient[0] - present.log_gradient[1]),
+            ]
+        )
+        share = jnp.asarray(sizes, gradient.dtype) / max(sum(sizes), 1)
+        own = [(log_weights + 2.0) / 2.0, jnp.tanh(log_weights - past.log_start), *past.fixed]
+        together = jnp.broadcast_to((dynamic @ share)[:, None], dynamic.shape)
+        return jnp.concatenate([dynamic, jnp.stack(own), together]), present
+
+    @hk.without_apply_rng
+    @hk.transform
+    def network(rows, context, state):
+        columns, state = FeatureMajorLSTM(hidden_size, name="lstm")(rows, state, context)
+        # The features once more: how a rate follows the size of the weights is all but linear.
+        columns = jnp.concatenate([columns, rows])
+        return FeatureMajorLinear(SIGNALS, jnp.zeros, name="out")(columns, context), state
+
+    def hidden(theta, num_tensors):
+        zeros = jnp.zeros((hidden_size, num_tensors), jax.tree.leaves(theta)[0].dtype)
+        return hk.LSTMState(zeros, zeros)
+
+    def propose(theta, rows, context, state):
+        signals, state = network.apply(theta["tensors"], rows, context, state)
+        return jnp.concatenate([signals[:1], jnp.tanh(signals[1:])]), state
+
+    def init(key, context):
+        zeros = jnp.zeros((hidden_size, 1))
+        return network.init(key, jnp.zeros((inputs, 1)), context, hk.LSTMState(zeros, zeros))
+
+    return base.TensorRule(statistics, observe, hidden, propose), init
+
+
+def _pool(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """The mean over each tensor of an array [P]: [G]."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return jnp.stack([_mean(x[end - size : end]) for end, size in zip(ends, sizes, strict=True)])
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """That of no numbers is 0."""
+    return jnp.sum(x) / max(x.size, 1)
+
+
+def _log_rms(mean_square: jax.Array) -> jax.Array:
+    return 0.5 * jnp.log(mean_square + SMALLEST**2)
