@@ -2,7 +2,7 @@
 
     python -m l2l.evaluate --optimizer=runs/mlp/export,adam --task=mlp --horizons=500,1000
 
-`scorecard.py` is the body of that command. Paired by design: problem i draws its initial
+`command.py` is the body of that command. Paired by design: problem i draws its initial
 parameters and every batch from `fold_in(key, i)`, whatever the optimizer and the devices.
 """
 
@@ -118,7 +118,10 @@ def compile_evaluation(
 
     def on_device(theta, runs, data):
         abreast = jax.vmap(one, (0, None, None)) if sweep else one
-        each = lambda run: abreast(theta, run, data)  # noqa: E731
+
+        def each(run):
+            return abreast(theta, run, data)
+
         if batch >= share:
             return jax.vmap(each)(runs)
         return jax.lax.map(each, runs, batch_size=batch if batch > 1 else None)
@@ -154,12 +157,10 @@ def beginning(family: base.TaskFamily, key: jax.Array) -> Beginning:
     return Beginning(key, problem, family.init(jax.random.fold_in(key, unroll.INIT), problem))
 
 
-def one_run(transform, family, run: Beginning, data, steps, blowup=2.0) -> Curves:
-    """A run to the last of `steps` (increasing), measured at each: `Curves` without [n], and
-    `steps` left to the caller. The optimizer is told the last step."""
-    optimizer = optax.with_extra_args_support(transform)
-    horizon = jnp.asarray(steps[-1], jnp.int32)
-    state = base.InnerState(
+def opened(optimizer, run: Beginning, horizon: int) -> base.InnerState:
+    """A run before its first step, with an optimizer that is told the horizon."""
+    horizon = jnp.asarray(horizon, jnp.int32)
+    return base.InnerState(
         params=run.params,
         opt_state=optimizer.init(run.params),
         problem=run.problem,
@@ -168,6 +169,13 @@ def one_run(transform, family, run: Beginning, data, steps, blowup=2.0) -> Curve
         num_steps=horizon,
         told=horizon,
     )
+
+
+def one_run(transform, family, run: Beginning, data, steps, blowup=2.0) -> Curves:
+    """A run to the last of `steps` (increasing), measured at each: `Curves` without [n], and
+    `steps` left to the caller. The optimizer is told the last step."""
+    optimizer = optax.with_extra_args_support(transform)
+    state = opened(optimizer, run, steps[-1])
     initial = _whole(family.loss, family, state, data, "train")
     losses, measured, finite = [], [], jnp.asarray(True)
     for length in np.diff([0, *steps]):
@@ -184,6 +192,12 @@ def one_run(transform, family, run: Beginning, data, steps, blowup=2.0) -> Curve
     return Curves(jnp.concatenate(losses), (), *(jnp.stack(x) for x in zip(*measured, strict=True)))
 
 
+def or_infinite(losses) -> np.ndarray:
+    """Losses as float64, infinite where they are not finite."""
+    losses = np.asarray(losses, float)
+    return np.where(np.isfinite(losses), losses, np.inf)
+
+
 def _whole(measure, family, state, data, split):
     batch = family.batch(None, state.problem, data, split)
     return measure(state.params, state.problem, batch)
@@ -192,11 +206,12 @@ def _whole(measure, family, state, data, split):
 @functools.lru_cache(maxsize=64)
 def _begin(family):
     """(key, numbers [devices, n]) -> the beginnings of those runs, [devices, n, ...]."""
-    one = lambda key, i: beginning(family, jax.random.fold_in(key, i))  # noqa: E731
 
     @jax.jit
     def begin(key, numbers):
-        runs = jax.lax.map(lambda i: one(key, i), numbers.reshape(-1))
+        runs = jax.lax.map(
+            lambda i: beginning(family, jax.random.fold_in(key, i)), numbers.reshape(-1)
+        )
         return jax.tree.map(lambda x: x.reshape(*numbers.shape, *x.shape[1:]), runs)
 
     return begin
@@ -208,6 +223,6 @@ _compiled = functools.lru_cache(maxsize=64)(compile_evaluation)
 
 
 if __name__ == "__main__":
-    from l2l import scorecard
+    from l2l import command
 
-    scorecard.run()
+    command.run()

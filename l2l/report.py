@@ -14,6 +14,7 @@ from l2l import files
 # Okabe and Ito (2008), without yellow, which is faint on white: told apart by the colour-blind.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "D", "^")
 # Points a curve is drawn with: batch losses are averaged within steps of a logarithmic axis.
 POINTS = 150
 
@@ -79,6 +80,66 @@ def figure(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
     return Path(path)
 
 
+def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) -> Path:
+    """Draws ratios of losses and speed-ups, side by side on log axes, a line a cell, and writes
+    them as PNG. Left of 1 on the one side and right of 1 on the other is better.
+
+    Args:
+      points: dicts of "cell", "kind" (its colour), "steps" (its marker), and "ratio" and "sooner",
+        both (value, low, high). What is not finite is drawn at the edge as an arrow.
+      path: of the file; its directory must exist.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    kinds = list(dict.fromkeys(point["kind"] for point in points))
+    cells = [c for k in kinds for c in dict.fromkeys(p["cell"] for p in points if p["kind"] == k)]
+    horizons = sorted({point["steps"] for point in points})
+    canvas = Figure(figsize=(9, 1.6 + 0.3 * len(cells)), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(1, 2, sharey=True)
+    labels = ("final training loss / tuned Adam's", "times fewer steps to the same loss")
+    for axis, key, label in zip(axes, ("ratio", "sooner"), labels, strict=True):
+        fine = [x for p in points for x in p[key] if math.isfinite(x) and x > 0] or [1.0]
+        low, high = min(0.5, *fine) / 1.3, max(2.0, *fine) * 1.3
+        for point in points:
+            middle, *ends = point[key]
+            step = horizons.index(point["steps"])
+            y = cells.index(point["cell"]) + 0.22 * (step - (len(horizons) - 1) / 2)
+            color = PALETTE[kinds.index(point["kind"]) % len(PALETTE)]
+            marker = MARKERS[step % len(MARKERS)]
+            if not (math.isfinite(middle) and middle > 0):
+                edge, marker = (high, ">") if middle > 0 else (low, "<")
+                middle = edge
+            axis.plot(middle, y, marker, color=color, markersize=4.5, clip_on=False)
+            if all(map(math.isfinite, ends)):
+                axis.plot(ends, [y, y], color=color, linewidth=1.1)
+        axis.axvline(1, color="0.4", linewidth=0.8)
+        axis.set(xscale="log", xlim=(low, high), xlabel=label)
+        if high / low < 1e3:  # Few decades: matplotlib would label every digit, or none.
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e2 else (1,)))
+            axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(True, axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(cells)), cells, fontsize="small")
+    axes[0].set_ylim(len(cells) - 0.4, -0.6)
+    handles = [
+        Line2D([], [], color=PALETTE[i % len(PALETTE)], marker="o", label=kind)
+        for i, kind in enumerate(kinds)
+    ] + [
+        Line2D([], [], color="0.3", linestyle="", marker=MARKERS[i % len(MARKERS)], label=f"{h:,}")
+        for i, h in enumerate(horizons)
+    ]
+    canvas.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
+    canvas.suptitle(title, fontsize="medium")
+    image = io.BytesIO()
+    canvas.savefig(image, format="png", dpi=150)
+    files.write(path, image.getvalue())
+    return Path(path)
+
+
 def spread(losses) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """[num_problems, num_steps] to (steps, first decile, median, ninth decile) over problems, each
     [at most POINTS]; steps count from 1 and are the last of those averaged."""
@@ -89,7 +150,10 @@ def spread(losses) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     means[~np.isfinite(means)] = np.inf
     # Quantiles by rank: halfway between a number and an infinity there is none.
     low, middle, high = np.quantile(means, (0.1, 0.5, 0.9), axis=0, method="nearest")
-    fine = lambda x: np.where(np.isfinite(x), x, np.nan)  # noqa: E731
+
+    def fine(x):
+        return np.where(np.isfinite(x), x, np.nan)
+
     return ends, fine(low), fine(middle), fine(high)
 
 

@@ -1,13 +1,5 @@
-"""Optimizers beside tuned baselines on tasks, as table, JSON and figure: `python -m l2l.evaluate`.
+"""Optimizers beside tuned baselines on tasks of one's own: rows, table, JSON and figure."""
 
-    python -m l2l.evaluate --optimizer=runs/mlp,"adam(1e-2)" --task=mlp --set hidden=32
-        --vary activations=relu,tanh,sigmoid --horizons=500,1000 --seeds=10 --output=scores
-
-Its flags are explained by `--help`. Exit codes: 0 done, 2 an error to mend.
-"""
-
-import ast
-import inspect
 import math
 import os
 import sys
@@ -18,10 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 
-from l2l import base, evaluate, files, host, report, tuning
+from l2l import base, evaluate, files, report, tuning
 from l2l.optimizers import baselines
 
 
@@ -123,7 +113,7 @@ def score(
 
 
 def _row(task, horizon, name, run, reference):
-    loss = np.where(np.isfinite(run.train_loss[:, -1]), run.train_loss[:, -1], np.inf)
+    loss = evaluate.or_infinite(run.train_loss[:, -1])
     accuracy = float(np.mean(run.test_accuracy[:, -1], dtype=float))
     return {
         "task": task,
@@ -185,76 +175,15 @@ def write(directory: str | os.PathLike, result: Score, about: dict | None = None
     return text + "\n" + "\n".join(map(str, paths))
 
 
-def read_optimizer(text: str) -> Entry:
-    """An entry from a released name, the path of an export or run, or an optax expression."""
-    from l2l import checkpoint
+def watch(stream=None, unit: str = "step") -> Callable[[int, int, str], None]:
+    """Makes `progress`: a bar on a terminal, elsewhere a dated line at most every 10 seconds.
 
-    if os.sep in text or Path(text).exists() or text in checkpoint.released():
-        optimizer, theta, _ = checkpoint.read(checkpoint.locate(text))
-        path = Path(text)
-        return Entry(path.name if path.is_dir() else path.stem, optimizer, theta)
-    return Entry(text, baselines.parse(text))
-
-
-def read_cells(section: dict, vary: str | None) -> list[Cell]:
-    """A cell for each value of `vary` ("setting=value,value"), or one, of a section `task`."""
-    from l2l import build
-
-    sections = {"": section}
-    if vary:
-        name, values = _assignment(vary)
-        values = values if isinstance(values, tuple) else (values,)
-        sections = {str(value): {**section, name: value} for value in values}
-    families = {name: build.task(_wrapped(s, build.TASKS)) for name, s in sections.items()}
-    return [Cell(" ".join((f.name, name)).strip(), f, f.data()) for name, f in families.items()]
-
-
-def _wrapped(section: dict, tasks: dict) -> dict:
-    """A single value typed for a setting that is several by default, as a tuple of one."""
-    factory = tasks.get(section.get("name"))
-    known = inspect.signature(factory).parameters if factory else {}
-
-    def wrap(key, value):
-        several = key in known and isinstance(known[key].default, tuple)
-        return (value,) if several and not isinstance(value, tuple | list) else value
-
-    return {key: wrap(key, value) for key, value in section.items()}
-
-
-def split(text: str) -> list[str]:
-    """The parts between commas that are in no brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise ValueError(f"{text!r} sets nothing: write it like hidden=64,64.")
-    values = [_literal(part) for part in split(value)]
-    return name, tuple(values) if len(values) != 1 or value.endswith(",") else values[0]
-
-
-def _literal(text: str):
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def watch(stream=None) -> Callable[[int, int, str], None]:
-    """Makes `progress`: a bar on a terminal, elsewhere a dated line at most every 10 seconds."""
+    unit: what is counted."""
     stream = sys.stderr if stream is None else stream
     if stream.isatty():
         import tqdm
 
-        bar = tqdm.tqdm(file=stream, dynamic_ncols=True, unit="step", unit_scale=True)
+        bar = tqdm.tqdm(file=stream, dynamic_ncols=True, unit=unit, unit_scale=True)
 
         def show(done, total, text):
             bar.total = total
@@ -271,79 +200,3 @@ def watch(stream=None) -> Callable[[int, int, str], None]:
             print(f"{when} {text} ({done / max(total, 1):.0%})", file=stream, flush=True)
 
     return tell
-
-
-def _define_flags():
-    text, several = flags.DEFINE_string, flags.DEFINE_multi_string
-    several(
-        "optimizer",
-        ["adam"],
-        "Released names, paths of exports or of runs, or optax expressions like "
-        "'sgd(0.1, momentum=0.9)'; comma-separated or repeated.",
-    )
-    text("task", "mlp", "A name of build.TASKS.")
-    several("set", [], "A setting of the task, like hidden=64,64.")
-    text("vary", None, "One task for each value, like activations=relu,tanh,sigmoid.")
-    config_flags.DEFINE_config_file("config", None, "Take the task of this file of configs/.")
-    flags.DEFINE_list("horizons", ["500", "1000"], "Training steps.")
-    flags.DEFINE_integer("seeds", 10, "Problems of each task.", lower_bound=1)
-    flags.DEFINE_integer("seed", 1_000_003, "Decides the problems.")
-    flags.DEFINE_list("baseline", ["adam"], "Grids to tune, of baselines.KINDS; or none.")
-    flags.DEFINE_float("eps_root", 1e-8, "Grids are tried with this eps_root, and with 0.")
-    text("output", "scores", "The directory to write to; its `cache` keeps the grids.")
-
-
-def _sections(values) -> list[dict]:
-    if values.config is not None and not values["task"].present:
-        found = values.config.to_dict().get("task", {"name": "mlp"})
-        sections = [found] if isinstance(found, dict) else list(found)
-        # What belongs to the mixture is not the task's.
-        sections = [{k: v for k, v in s.items() if k not in _MIXTURE} for s in sections]
-    else:
-        sections = [{"name": values.task}]
-    own = dict(map(_assignment, values.set))
-    return [{**section, **own} for section in sections]
-
-
-_MIXTURE = ("weight", "augmentations")
-
-
-def main(argv) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
-    values = flags.FLAGS
-    try:
-        entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
-        cells = [c for section in _sections(values) for c in read_cells(section, values.vary)]
-        kinds = [kind for kind in values.baseline if kind not in ("", "none")]
-        if not all(x.strip().isdecimal() for x in values.horizons):
-            raise ValueError(f"--horizons={','.join(values.horizons)} are no steps: try 500,1000.")
-        horizons = [int(x) for x in values.horizons]
-        output = files.local(values.output, "--output")
-        began = time.monotonic()
-        result = score(
-            *(jax.random.key(values.seed), entries, cells, horizons, values.seeds),
-            kinds=kinds,
-            eps_roots=(0.0, values.eps_root),
-            cache_dir=output / "cache",
-            progress=watch(),
-        )
-        about = dict(
-            command=sys.argv,
-            seeds=values.seeds,
-            seed=values.seed,
-            seconds=round(time.monotonic() - began, 1),
-            versions={"jax": jax.__version__},
-        )
-        print(write(output, result, about))
-    except (ValueError, OSError) as error:
-        print(f"l2l: {files.sentence(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def run() -> None:
-    """The command: one device a core on a CPU, then `main`."""
-    host.prepare()  # JAX is imported already, but reads this at its first use.
-    _define_flags()
-    app.run(main)

@@ -1,18 +1,14 @@
 """The best of a grid of hand-designed optimizers, at every horizon: the baseline to beat."""
 
-import contextlib
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from l2l import base, evaluate, files
+from l2l import base, cache, evaluate
 from l2l.optimizers import baselines
 
 # Rates that go abreast on a CPU: 3 are as fast as 15 there, and a grid grows by 3 at a time, so
@@ -102,7 +98,7 @@ def tune(
     optimizer = baselines.grid(kind, **settings)
     devices = list(jax.local_devices() if devices is None else devices)
     abreast = ABREAST if devices[0].platform == "cpu" else count
-    digest = data_digest(data) if cache_dir is not None else ""
+    digest = cache.digest(data) if cache_dir is not None else ""
 
     # A group is what shares a compiled program and a range of rates: (schedule, steps, eps_root).
     lengths = {"constant": horizons[-1:], "cosine": horizons}
@@ -122,7 +118,7 @@ def tune(
             arguments = dict(checkpoints=checkpoints, sweep=True, devices=devices)
             programs[steps] = (
                 evaluate.compile_evaluation(optimizer, family, num_problems, steps, **arguments),
-                _program(optimizer, family, steps, checkpoints, key, data)
+                cache.program(optimizer, family, baselines.setting(1.0), checkpoints, key, data)
                 if cache_dir is not None
                 else "",
             )
@@ -130,7 +126,7 @@ def tune(
         values = [low * spacing**k for k in numbers]
         theta = baselines.setting(values, steps if schedule == "cosine" else 0, root)
         inputs = (program, digest, num_problems, _numbers((theta, jax.random.key_data(key))))
-        result = _cached(cache_dir, inputs, lambda: _plain(run(theta, key, data)))
+        result = cache.kept(cache_dir, inputs, lambda: _plain(run(theta, key, data)))
         for i, value in enumerate(values):
             for horizon in marks:
                 c = checkpoints.index(horizon)
@@ -204,53 +200,12 @@ def _best(points):
 
 def _plain(curves: evaluate.Curves) -> dict:
     """The measures as nested lists [s][n][c]; a loss that is not finite becomes `inf`."""
-    loss = lambda x: np.where(np.isfinite(x), x, np.inf).astype(float).tolist()  # noqa: E731
     return {
-        "train_loss": loss(curves.train_loss),
-        "test_loss": loss(curves.test_loss),
+        "train_loss": evaluate.or_infinite(curves.train_loss).tolist(),
+        "test_loss": evaluate.or_infinite(curves.test_loss).tolist(),
         "test_accuracy": curves.test_accuracy.astype(float).tolist(),
         "diverged": curves.diverged.tolist(),
     }
-
-
-def _cached(cache_dir, inputs, compute: Callable[[], dict]) -> dict:
-    """compute(), or what it gave before for the same inputs; a damaged file is computed anew, which
-    its digest tells: flipped digits are JSON too."""
-    if cache_dir is None:
-        return compute()
-    name = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
-    path = Path(cache_dir) / f"{name}.json"
-    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()  # noqa: E731
-    with contextlib.suppress(OSError, ValueError):
-        written, text = path.read_text().split("\n")
-        if written == digest(text):
-            return json.loads(text)
-    result = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result)
-    files.write(path, f"{digest(text)}\n{text}".encode())
-    return result
-
-
-def _program(optimizer, family, steps, checkpoints, key, data) -> str:
-    """A digest of the whole computation of one run: optimizer, family, steps and checkpoints."""
-
-    def run(theta, key, data):
-        start = evaluate.beginning(family, key)
-        return evaluate.one_run(optimizer.bind(theta), family, start, data, checkpoints)
-
-    theta = baselines.setting(1.0)
-    text = jax.jit(run).lower(theta, key, data).as_text()
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def data_digest(data) -> str:
-    """A digest of the arrays of a data set."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(data):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
 
 
 def _numbers(tree) -> list:
