@@ -47,12 +47,8 @@ def prepare(config: str, devices: int | None):
     theta = experiment.optimizer.init(jax.random.key(0))
     stage = jax.tree.map(jnp.float32, plan.stage(plan.start(theta), 0)[0])
     state = meta.spread(meta.meta_init(jax.random.key(0), experiment.meta, stage), len(chosen))
-    whole = {
-        name: jax.tree.map(lambda _, there=there: there, getattr(state, name))
-        for name, there in where._asdict().items()
-    }
     arguments = (
-        cluster.place(state, state._replace(**whole)),
+        cluster.place(state, jax.tree.broadcast(where, state)),
         cluster.place(experiment.data(), where.theta),
     )
     return meta.compile_steps(experiment.meta, experiment.running.group, chosen), arguments
@@ -67,14 +63,14 @@ def compile_seconds(queue, config: str, cache: str) -> None:
     queue.put(time.perf_counter() - began)
 
 
-def call_seconds(queue, config: str, devices: int | None, joining: dict | None = None) -> None:
+def call_seconds(queue, config: str, devices: int | None, member: dict | None = None) -> None:
     """Median seconds of a call, the number of devices and their kind; of process 0 alone."""
-    if joining:
+    if member:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 
-        from l2l import cluster
+        from l2l import joining
 
-        cluster.join(joining)
+        joining.join(member)
     program, arguments = prepare(config, devices)
 
     import jax
@@ -107,8 +103,8 @@ def processes_of(count: int) -> list[tuple]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
-    joining = dict(coordinator_address=address, num_processes=count)
-    return [(1, joining | {"process_id": i}) for i in range(count)]
+    member = dict(coordinator_address=address, num_processes=count)
+    return [(1, member | {"process_id": i}) for i in range(count)]
 
 
 def measure(config: str, rounds: int) -> dict:

@@ -27,10 +27,13 @@ TASKS = {
     "conv": tasks.conv,
     "gru": tasks.gru,
     "logistic": tasks.logistic,
+    "mixer": tasks.mixer,
     "mlp": tasks.mlp,
     "mnist": tasks.mnist,
     "quadratic": tasks.quadratic,
     "regression": tasks.regression,
+    "residual": tasks.residual,
+    "row_lstm": tasks.row_lstm,
     "simple": tasks.simple,
     "simple_multi": tasks.simple_multi,
     "transformer": tasks.transformer,
@@ -131,6 +134,7 @@ class Experiment(NamedTuple):
     specification: the part of it that rebuilds the optimizer.
     families:      what is trained on: one, or several that make a mixture.
     reads:         for each family, which entry of `data()` is its own.
+    start:         an export or released name whose theta training begins with; "" for a fresh one.
     judged:        what the optimizer is compared with Adam on: (name, family) pairs.
     """
 
@@ -139,6 +143,7 @@ class Experiment(NamedTuple):
     seed: int
     families: tuple[base.TaskFamily, ...]
     reads: tuple[int, ...]
+    start: str
     judged: tuple[tuple[str, base.TaskFamily], ...]
     optimizer: base.LearnedOptimizer
     inners: tuple[Inner, ...]
@@ -162,6 +167,7 @@ class Experiment(NamedTuple):
 
 SECTIONS = (
     "seed",
+    "start",
     "task",
     "augmentations",
     "optimizer",
@@ -188,8 +194,6 @@ def experiment(config: Mapping) -> Experiment:
         if key not in SECTIONS:
             raise ValueError(checks.unknown("section", key, SECTIONS, "config"))
     running = checks.fill("meta", Running, config.get("meta", {}))
-    if min(running.steps, running.num_problems, running.group, running.max_bad) < 1:
-        raise ValueError("meta.steps, num_problems, group and max_bad must all be 1 or more.")
     # Every call of the compiled program takes the same number of meta-steps.
     running = running._replace(group=math.gcd(running.steps, running.group))
     specification = config.get("optimizer", {"name": "lstm"})
@@ -209,6 +213,7 @@ def experiment(config: Mapping) -> Experiment:
         seed=checks.fits("config", "seed", config.get("seed", 0), int),
         families=families,
         reads=reads,
+        start=checks.fits("config", "start", config.get("start", ""), str),
         judged=_judged(config, evaluation.tasks),
         optimizer=learned,
         inners=inners,
@@ -240,7 +245,7 @@ def _mixture(config):
         weights.append(checks.fits("task", "weight", section.pop("weight", 1.0), float))
         own = section.pop("augmentations", ())
         families.append(task(section, (*_several(own), *_several(config.get("augmentations", ())))))
-        sources.append(section.get("dataset", _default(section.get("name"), "dataset")))
+        sources.append(section.get("dataset", setting_of(section.get("name"), "dataset")))
     return tuple(families), weights, sources
 
 
@@ -261,7 +266,7 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
     return tuple(out)
 
 
-def _default(name: str, key: str):
+def setting_of(name: str, key: str):
     """The default of a task's setting; of what has none, the task's name."""
     parameters = inspect.signature(TASKS[name]).parameters if name in TASKS else {}
     return parameters[key].default if key in parameters else name

@@ -15,7 +15,8 @@ def fill(section: str, record: type, settings: Mapping):
 
 
 def check(where: str, factory: Callable, settings: Mapping, hidden=()) -> dict:
-    """The settings, if each is a parameter of `factory` and of its annotated type.
+    """The settings, if each is a parameter of `factory`, of its annotated type, and no count that
+    is less than 1.
 
     Lists become tuples and, where a float is wanted, ints become floats.
     """
@@ -33,7 +34,26 @@ def check(where: str, factory: Callable, settings: Mapping, hidden=()) -> dict:
         if key not in valid:
             raise ValueError(unknown("setting", key, valid, where))
         out[key] = fits(where, key, value, hints.get(key, Any))
+        least = _least(factory, parameters[key], hints.get(key))
+        if least is not None and min(_tuple(out[key]), default=least) < least:
+            raise ValueError(f"{key}={value!r} in {where} cannot be: {least} or more is needed.")
     return out
+
+
+def _least(factory, parameter, hint) -> int | None:
+    """What a whole number, or each of several, must be at least: those of l2l that are positive by
+    default count something. `every` may be 0, for never; a stranger's number may be anything."""
+    several = typing.get_args(hint) == (int,)
+    if factory.__module__.partition(".")[0] != __package__ or not (hint is int or several):
+        return None
+    default = (1,) if parameter.default is parameter.empty else parameter.default
+    if not all(x >= 1 for x in _tuple(default)):
+        return None
+    return 0 if parameter.name == "every" else 1
+
+
+def _tuple(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def fits(where: str, key: str, value, hint):

@@ -218,7 +218,8 @@ def _update(inner, theta, run, gradient):
             gradient, run.opt_state, run.params, num_steps=run.told
         )
     g, p = _flat(theta, gradient), _flat(theta, run.params)
-    updates, opt_state = coordinates.advance(rule, theta, g, p, run.opt_state, run.told)
+    sizes = coordinates.sizes_of(run.params)
+    updates, opt_state, _ = coordinates.advance(rule, theta, g, p, run.opt_state, run.told, sizes)
     return coordinates.unflatten(updates, run.params), opt_state
 
 

@@ -6,12 +6,11 @@ import json
 import signal
 import threading
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from l2l import checkpoint, cluster
+from l2l import cluster, files
 
 
 def claim(directory: Path, config: dict) -> None:
@@ -19,7 +18,7 @@ def claim(directory: Path, config: dict) -> None:
     path = directory / "config.json"
     mine = json.loads(json.dumps(config))
     if not path.exists():
-        checkpoint.write(path, json.dumps(mine, indent=2).encode() + b"\n")
+        files.write(path, json.dumps(mine, indent=2).encode() + b"\n")
         return
     try:
         theirs = json.loads(path.read_text())
@@ -44,9 +43,8 @@ def shared(directory: Path, config: dict) -> None:
     """
     if cluster.count() == 1:
         return
-    mine = json.dumps(config, sort_keys=True).encode()
     cluster.alike(
-        zlib.crc32(mine) & 0x7FFFFFFF,
+        [json.dumps(config, sort_keys=True).encode()],
         "The processes were started with different configurations: give all the same command.",
     )
     # A network file system may show another host's file late.

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -57,7 +58,16 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{os.strerror(error.errno)}. {REMEDIES[error.errno]}"
-    return " ".join(printable(str(error).replace("\\n", " ")).split())
+    text = " ".join(printable(str(error).replace("\\n", " ")).split())
+    if isinstance(error, AttributeError):  # ml_collections' word for a key that is not there.
+        return "no such key in this configuration: " + text.strip("'\"\\")
+    return text
+
+
+def fail(error: BaseException) -> int:
+    """Says, in one line, what a user can mend, and nothing else: the exit code for that."""
+    print("l2l:", sentence(error), file=sys.stderr)
+    return 2
 
 
 def printable(text: str) -> str:

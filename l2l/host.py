@@ -9,7 +9,7 @@ from pathlib import Path
 def prepare(num_problems: int | None = None, member: dict | None = None) -> None:
     """One CPU device a core (or as many as divide one process's part of `num_problems`), and a
     place where compiled programs are kept between runs. What the user has set stays."""
-    processes = (member or {}).get("num_processes", 1)  # As `cluster.find` found them.
+    processes = (member or {}).get("num_processes", 1)  # As `joining.find` found them.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     devices = max(n for n in range(1, cores + 1) if (num_problems or n) // processes % n == 0)

@@ -12,11 +12,11 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from l2l import cluster, files, host
+from l2l import cluster, files, host, joining
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run; by default checkpoints/<config>.")
-for name, variable in cluster.VARIABLES.items():
+for name, variable in joining.VARIABLES.items():
     flags.DEFINE_string(name, None, f"Of a run of several processes; by default ${variable}.")
 
 
@@ -28,13 +28,11 @@ def parse(argv) -> list[str]:
             raise flags.Error(f"unexpected arguments: {' '.join(rest[1:])}")
         if _CONFIG.value is None:
             raise flags.Error("there is nothing to train: add --config=configs/mlp.py")
-        member = cluster.find({name: flags.FLAGS[name].value for name in cluster.VARIABLES})
+        member = joining.find({name: flags.FLAGS[name].value for name in joining.VARIABLES})
         host.prepare(_CONFIG.value.get("meta", {}).get("num_problems", 1), member)
-        cluster.join(member)  # After `prepare`: it starts JAX.
+        joining.join(member)  # After `prepare`: it starts JAX.
         return rest
-    except AttributeError as error:  # ml_collections' word for a key that is not there.
-        sys.exit(_fail("no such key in this configuration: " + str(error).strip("'\"\\")))
-    except (OSError, TypeError, ValueError, flags.Error) as error:
+    except (AttributeError, OSError, TypeError, ValueError, flags.Error) as error:
         sys.exit(_fail(error))
 
 
@@ -52,7 +50,7 @@ def main(argv) -> int:
 
 def _fail(error) -> int:
     if not isinstance(error, cluster.Elsewhere):
-        print("l2l:", files.sentence(error), file=sys.stderr)
+        files.fail(error)
     cluster.leave(2)
     return 2
 

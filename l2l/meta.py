@@ -53,8 +53,10 @@ def meta_init(key: jax.Array, meta: Meta, stage: base.Stage) -> base.MetaState:
         theta = meta.optimizer.init(jax.random.fold_in(key, 0))
         problems = jax.random.fold_in(key, 1)
         keys = jax.vmap(lambda i: jax.random.fold_in(problems, i))(jnp.arange(meta.num_problems))
-        # One buffer a leaf, even where two start equal: donation needs that.
-        zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+
+        def zero():  # One buffer a leaf, even where two start equal: donation needs that.
+            return jnp.zeros((), jnp.int32)
+
         return base.MetaState(
             step=zero(),
             theta=theta,
@@ -118,9 +120,9 @@ def compile_steps(meta: Meta, group: int, devices: Sequence[jax.Device]) -> Call
 
     def steps(state, data):
         state, metrics = jax.lax.scan(
-            lambda state, _: meta_step(meta, state, data, mean), _typed(state), None, group
+            lambda state, _: meta_step(meta, state, data, mean), base.typed(state), None, group
         )
-        return _raw(state), jax.lax.all_gather(metrics, AXIS, axis=1, tiled=True)
+        return base.raw(state), jax.lax.all_gather(metrics, AXIS, axis=1, tiled=True)
 
     return jax.pmap(
         steps, axis_name=AXIS, in_axes=(axes, None), out_axes=(axes, None), devices=devices
@@ -130,36 +132,14 @@ def compile_steps(meta: Meta, group: int, devices: Sequence[jax.Device]) -> Call
 def spread(state: base.MetaState, num_devices: int) -> base.MetaState:
     """[num_problems, ...] to `compile_steps`' layout, [devices, num_problems/devices, ...]."""
     split = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), state.estimator)
-    return _raw(state._replace(estimator=split))
+    return base.raw(state._replace(estimator=split))
 
 
 def gather(state: base.MetaState) -> base.MetaState:
     """The inverse of `spread`: the layout of checkpoints, the same for any number of devices."""
-    state = _typed(state)
+    state = base.typed(state)
     joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state.estimator)
     return state._replace(estimator=joined)
-
-
-class RawKey(NamedTuple):
-    """The numbers of random keys. `pmap` over several processes takes no keys that are global."""
-
-    data: jax.Array
-
-
-def _raw(state):
-    return jax.tree.map(lambda x: RawKey(jax.random.key_data(x)) if _is_key(x) else x, state)
-
-
-def _typed(state):
-    return jax.tree.map(
-        lambda x: jax.random.wrap_key_data(x.data) if isinstance(x, RawKey) else x,
-        state,
-        is_leaf=lambda x: isinstance(x, RawKey),
-    )
-
-
-def _is_key(x) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def split_of(same, problems) -> base.MetaState:

@@ -1,12 +1,14 @@
 """What a run comes to: the comparison with tuned Adam on the way and at the end, and its files."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from l2l import build, checkpoint, evaluate, scorecard, tuning
+from l2l import base, build, evaluate, exports, files, scorecard, tuning
+from l2l.directory import differences
 
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
 
@@ -53,8 +55,8 @@ def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> s
     directory = Path(directory)
     theta = jax.device_get(theta)
     # First of all: whatever becomes of the comparison, the product is there.
-    path = checkpoint.export(
-        directory / checkpoint.EXPORT, experiment.specification, theta, about(experiment, snapshot)
+    path = exports.export(
+        directory / exports.EXPORT, experiment.specification, theta, about(experiment, snapshot)
     )
     cells = [scorecard.Cell(name, family, family.data()) for name, family in experiment.judged]
     score = scorecard.score(
@@ -69,8 +71,20 @@ def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> s
     )
     text = scorecard.write(directory, score, about(experiment, snapshot))
     text += f"\n{directory / 'metrics.jsonl'}\n{path}\n"
-    checkpoint.write(directory / SUMMARY, text.encode())
+    files.write(directory / SUMMARY, text.encode())
     return text
+
+
+def earlier(experiment) -> tuple[base.PyTree, dict]:
+    """(theta, metadata) of the export that training begins with; ValueError if it does not fit."""
+    _, theta, metadata = exports.read(exports.locate(experiment.start))
+    mine = json.loads(json.dumps(experiment.specification))
+    if different := differences(exports.specification_of(metadata), mine, "optimizer"):
+        raise ValueError(
+            f"start={experiment.start!r} is another optimizer ({'; '.join(different)}): set "
+            "section `optimizer` to its settings, or begin without it."
+        )
+    return theta, metadata
 
 
 def finished(directory) -> str | None:
@@ -83,6 +97,7 @@ def about(experiment: build.Experiment, snapshot) -> dict:
     """Where an optimizer comes from, as plain data: what exports and results say of it."""
     running, inner = experiment.running, experiment.config.get("inner", {})
     windows = running.steps * running.num_problems * len(experiment.families)
+    before = earlier(experiment)[1] if experiment.start else {}
     return {
         "config": experiment.config,
         "seed": experiment.seed,
@@ -95,6 +110,10 @@ def about(experiment: build.Experiment, snapshot) -> dict:
             "inner_steps": windows * inner.get("length", build.LENGTH),
             "data": [family.name for family in experiment.families],
         },
+        # Of the optimizer that this one went on from, and of those before it.
+        "training_before": [*before.get("training_before", ()), before["training"]]
+        if before
+        else [],
         "versions": {"l2l": "0.1.0", "jax": jax.__version__},
     }
 

@@ -6,7 +6,6 @@ import math
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -111,7 +110,8 @@ def _run(experiment, directory, devices, signals) -> int:
             snapshot = found[0] if found else _fresh(experiment, key, layout)
             data = experiment.data()
             cluster.alike(
-                _crc(data), "The processes read different data: give them the same files."
+                map(np.ascontiguousarray, jax.tree.leaves(data)),
+                "The processes read different data: give them the same files.",
             )
             data = cluster.place(data, layout.same)
             code, snapshot = _train(
@@ -123,10 +123,10 @@ def _run(experiment, directory, devices, signals) -> int:
                 theta = experiment.curriculum.finish(snapshot.memory, snapshot.state.theta)
                 key = jax.random.fold_in(key, FINAL)
                 out.close()
-                conclude = outcome.conclude
-                _say(
-                    cluster.together(lambda: conclude(experiment, theta, directory, key, snapshot))
+                result = cluster.together(
+                    lambda: outcome.conclude(experiment, theta, directory, key, snapshot)
                 )
+                _say(result)
             return code
         finally:
             out.close()
@@ -233,6 +233,8 @@ def _fresh(experiment, key, layout) -> Snapshot:
     theta = experiment.optimizer.init(key)  # Only its shapes matter to the first stage.
     stage = _stage(experiment.curriculum, experiment.curriculum.start(theta))
     state = meta.meta_init(jax.random.fold_in(key, TRAIN), experiment.meta, stage)
+    if experiment.start:
+        state = state._replace(theta=outcome.earlier(experiment)[0])
     memory = experiment.curriculum.start(jax.device_get(state.theta))
     # Placed as the compiled program leaves it, which otherwise would be compiled twice.
     state = cluster.place(state, _where(state, layout))
@@ -245,31 +247,15 @@ def _stage(plan, memory) -> base.Stage:
 
 def _where(tree, layout):
     """The shardings of a `Snapshot` or `MetaState`: inner problems split, all else everywhere."""
-    if isinstance(tree, Snapshot):
-        rest = jax.tree.map(lambda _: layout.same, tree)
-        return rest._replace(state=_where(tree.state, layout))
     parts = meta.split_of(layout.same, layout.problems)
-    return tree._replace(
-        **{
-            name: jax.tree.map(lambda _, where=where: where, getattr(tree, name))
-            for name, where in parts._asdict().items()
-        }
-    )
+    if isinstance(tree, Snapshot):
+        parts = Snapshot(parts, layout.same, layout.same)
+    return jax.tree.broadcast(parts, tree)
 
 
 def _passed(before: int, after: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]; never for 0."""
     return every > 0 and after // every > before // every
-
-
-def _crc(tree) -> int:
-    """31 bits of a pytree of arrays, to tell two apart; 0 where there is only one process."""
-    if cluster.count() == 1:
-        return 0
-    total = 0
-    for x in jax.tree.leaves(tree):
-        total = zlib.crc32(np.ascontiguousarray(x), total)
-    return total & 0x7FFFFFFF
 
 
 def _say(text: str, stream=None) -> None:

@@ -29,7 +29,10 @@ class Inner(NamedTuple):
 
 def fresh(inner: Inner, key: jax.Array, theta, stage: base.Stage) -> base.InnerState:
     """A new inner run, all of it decided by `key`; its horizon is log-uniform in the range."""
-    fold = lambda use: jax.random.fold_in(key, use)  # noqa: E731
+
+    def fold(use):
+        return jax.random.fold_in(key, use)
+
     problem = inner.family.sample(fold(SAMPLE))
     params = inner.family.init(fold(INIT), problem)
     low, high = jnp.log(stage.shortest), jnp.log(stage.longest)

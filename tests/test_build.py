@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import build, checkpoint
+from l2l import build, exports
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -31,7 +31,12 @@ MISTAKES = [
     ({"optimizer": {"name": "learned_adam"}}, "choose 'truncated'"),
     ({"horizon": {"name": "stages", "horizons": (20, 10)}}, "do not grow"),
     ({"horizon": {"name": "log_uniform", "shortest": 50, "longest": 10}}, "wrong order"),
-    ({"meta": {"steps": 0}}, "1 or more"),
+    ({"meta": {"steps": 0}}, "steps=0 in meta cannot be: 1 or more is needed"),
+    ({"optimizer": {"name": "lstm", "hidden_size": -1}}, "hidden_size=-1 in .* 1 or more"),
+    ({"optimizer": {"name": "dm", "layers": 0}}, "layers=0 in optimizer 'dm' cannot be: 1 or more"),
+    ({"inner": {"length": 0}}, "length=0 in inner cannot be"),
+    ({"task": {"name": "mlp", "hidden": (8, 0)}}, r"hidden=\(8, 0\) .* 1 or more"),
+    ({"checkpoint": {"every": -1}}, "every=-1 .* 0 or more"),
     ({"meta": {"optimizer": {"name": "adma"}}}, "Did you mean 'adam'"),
     ({"meta": {"optimizer": {"name": "adam", "learning_rte": 1}}}, "Did you mean 'learning_rate'"),
     ({"checkpoint": {"every": 1.5}}, "every=1.5"),
@@ -125,8 +130,8 @@ def test_two_optimizers_by_parameter_survive_their_export(tmp_path):
         "labels": (("x_0", "net"), ("x_1", "adam")),
     }
     theta = build.optimizer(section).init(jax.random.key(0))
-    path = checkpoint.export(tmp_path / "multi.safetensors", section, theta)
-    loaded = checkpoint.load(path)
+    path = exports.export(tmp_path / "multi.safetensors", section, theta)
+    loaded = exports.load(path)
     params = {"x_0": jnp.ones(2), "x_1": jnp.ones(3)}
     updates, _ = loaded.update(params, loaded.init(params), params)
     adam = optax.adam(1e-3, eps_root=1e-8)

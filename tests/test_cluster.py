@@ -14,7 +14,7 @@ import pytest
 from together import HANG, Command, assert_same_theta, experiment, free_port
 
 import l2l
-from l2l import cluster, train
+from l2l import cluster, joining, train
 
 # Its own word, or JAX's abort where it waited in a barrier.
 LOST = (cluster.LOST, -signal.SIGABRT)
@@ -28,7 +28,7 @@ GIVEN = {"coordinator_address": "n1:1234", "num_processes": 2, "process_id": 1}
     [
         ({}, {}, None),  # A laptop.
         (GIVEN, {}, GIVEN),
-        ({}, {cluster.VARIABLES[k]: str(v) for k, v in GIVEN.items()}, GIVEN),
+        ({}, {joining.VARIABLES[k]: str(v) for k, v in GIVEN.items()}, GIVEN),
         (GIVEN, {"JAX_PROCESS_ID": "0"}, GIVEN),
         ({"num_processes": 1}, {}, None),
         # Slurm: one task a node takes all devices; JAX finds the address.
@@ -53,7 +53,7 @@ GIVEN = {"coordinator_address": "n1:1234", "num_processes": 2, "process_id": 1}
     ],
 )
 def test_what_there_is_to_join(flags, environment, expected):
-    assert cluster.find(flags, environment) == expected
+    assert joining.find(flags, environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,17 @@ def test_what_there_is_to_join(flags, environment, expected):
 )
 def test_what_contradicts_itself_is_one_sentence(flags, environment, sentence):
     with pytest.raises(ValueError, match=sentence):
-        cluster.find(flags, environment)
+        joining.find(flags, environment)
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_others_that_do_not_come_are_one_sentence(number):
     """A coordinator that cannot be reached, and a coordinator that nobody reaches."""
     program = f"""
-from l2l import cluster
-cluster.JOIN_SECONDS = 2
+from l2l import joining
+joining.JOIN_SECONDS = 2
 address = "127.0.0.1:{free_port()}"
-cluster.join({{"coordinator_address": address, "num_processes": 2, "process_id": {number}}})
+joining.join({{"coordinator_address": address, "num_processes": 2, "process_id": {number}}})
 """
     environment = os.environ | {"PYTHONPATH": str(Path(l2l.__file__).parent.parent)}
     done = subprocess.run(
@@ -169,10 +169,10 @@ def test_a_notice_that_only_jax_hears_stops_all(tmp_path):
     the signal, and tells the other process."""
     program = f"""
 import sys, threading
-from l2l import cluster
+from l2l import joining
 number = int(sys.argv[1])
 address = "127.0.0.1:{free_port()}"
-cluster.join({{"coordinator_address": address, "num_processes": 2, "process_id": number}})
+joining.join({{"coordinator_address": address, "num_processes": 2, "process_id": number}})
 from l2l import train
 from together import experiment
 run = lambda: print("code", train.run(experiment(60000), {str(tmp_path / "run")!r}))
@@ -183,9 +183,11 @@ thread.join()
     places = [Path(l2l.__file__).parent.parent, Path(__file__).parent]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    start = lambda i: subprocess.Popen(  # noqa: E731
-        [sys.executable, "-c", program, str(i)], env=environment, text=True, stdout=subprocess.PIPE
-    )
+
+    def start(i):
+        command = [sys.executable, "-c", program, str(i)]
+        return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
+
     processes = [start(0), start(1)]
     try:
         deadline = time.monotonic() + HANG

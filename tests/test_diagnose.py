@@ -169,7 +169,9 @@ def test_explains_the_failing_meta_step():
     """A learning rate that is NaN from inner step 9 on: windows of 4, so the third meta-step."""
 
     def make(theta):
-        rate = lambda count: jnp.where(count < 9, jnp.exp(theta["log_lr"]), jnp.nan)  # noqa: E731
+        def rate(count):
+            return jnp.where(count < 9, jnp.exp(theta["log_lr"]), jnp.nan)
+
         return optax.sgd(rate)
 
     optimizer, data = learned_adam()._replace(bind=base.lift(None, make).bind), numbers()

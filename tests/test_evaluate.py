@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import base, evaluate, scorecard, tasks, tuning, unroll
+from l2l import base, command, evaluate, scorecard, tasks, tuning, unroll
 from l2l.optimizers import baselines, lstm
 
 CURVATURE = jnp.asarray([1.0, 0.5, 0.1])
@@ -250,8 +250,8 @@ def test_scores_compare_with_the_tuned_baseline():
 
 
 def test_options_are_read_as_typed():
-    assert scorecard.split("adam, sgd(0.1, momentum=0.9)") == ["adam", "sgd(0.1, momentum=0.9)"]
-    assert scorecard._assignment("hidden=64,64") == ("hidden", (64, 64))
-    assert scorecard._assignment("activations=relu") == ("activations", "relu")
-    cells = scorecard.read_cells({"name": "mlp", "hidden": 4}, "activations=relu,tanh")
+    assert command.split("adam, sgd(0.1, momentum=0.9)") == ["adam", "sgd(0.1, momentum=0.9)"]
+    assert command._assignment("hidden=64,64") == ("hidden", (64, 64))
+    assert command._assignment("activations=relu") == ("activations", "relu")
+    cells = command.read_cells({"name": "mlp", "hidden": 4}, "activations=relu,tanh")
     assert [cell.name for cell in cells] == ["mlp-digits-4 relu", "mlp-digits-4 tanh"]

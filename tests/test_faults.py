@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from l2l import build, checkpoint, datasets, files, outcome, report, train
+from l2l import build, datasets, exports, files, outcome, report, train
 from l2l.progress import progress
 
 
@@ -26,7 +26,7 @@ def no_comparison(monkeypatch):
     """The final comparison with tuned Adam costs more than all else here, and has its own tests."""
 
     def conclude(experiment, theta, directory, key, snapshot):
-        path = checkpoint.export(directory / checkpoint.EXPORT, experiment.specification, theta)
+        path = exports.export(directory / exports.EXPORT, experiment.specification, theta)
         files.write(directory / outcome.SUMMARY, b"concluded")
         return str(path)
 
@@ -54,7 +54,7 @@ def expected(tmp_path_factory):
         if not made:
             directory = tmp_path_factory.mktemp("whole") / "run"
             assert train.run(build.experiment(tiny), directory) == train.DONE
-            made[0] = (directory / checkpoint.EXPORT).read_bytes()
+            made[0] = (directory / exports.EXPORT).read_bytes()
         return made[0]
 
     return of
@@ -117,7 +117,7 @@ def saved(directory):
 def goes_on(tiny, directory, expected):
     """The cause is mended: the same command ends with the theta of a run that nothing befell."""
     assert train.run(build.experiment(tiny), directory) == train.DONE
-    assert (directory / checkpoint.EXPORT).read_bytes() == expected(tiny)
+    assert (directory / exports.EXPORT).read_bytes() == expected(tiny)
 
 
 def befalls(tiny, directory, monkeypatch, action, step=6):
@@ -150,7 +150,10 @@ def test_a_disk_that_fills_up(tiny, disk, monkeypatch, expected, capfd):
 def test_files_that_may_not_grow(tiny, tmp_path, monkeypatch, expected):
     """The same without a mount: a limit on the size of files, which Orbax meets in its threads."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    low = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))  # noqa: E731
+
+    def low():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))
+
     try:
         said = befalls(tiny, tmp_path / "run", monkeypatch, low)
     finally:
@@ -211,15 +214,15 @@ def sentence_of(error):
 
 
 def test_an_export_that_does_not_fit_leaves_the_old_one(tmp_path):
-    path = tmp_path / checkpoint.EXPORT
+    path = tmp_path / exports.EXPORT
     specification = {"name": "lstm", "hidden_size": 2}
     theta = build.optimizer(specification).init(jax.random.key(0))
-    before = checkpoint.export(path, specification, theta).read_bytes()
+    before = exports.export(path, specification, theta).read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
         with pytest.raises(OSError) as error:
-            checkpoint.export(path, specification, theta)
+            exports.export(path, specification, theta)
         with pytest.raises(OSError) as figure:
             report.figure({"a": {"b": np.ones((2, 9))}}, tmp_path / "curves.png")
     finally:
@@ -233,7 +236,7 @@ def test_a_half_written_export_of_a_run_is_written_anew(tiny, tmp_path, monkeypa
     conclude = outcome.conclude
 
     def dies(experiment, theta, directory, key, snapshot):
-        (directory / checkpoint.EXPORT).write_bytes(expected(tiny)[:200])
+        (directory / exports.EXPORT).write_bytes(expected(tiny)[:200])
         raise OSError(errno.EIO, "Input/output error", str(directory))
 
     expected(tiny)
@@ -242,7 +245,7 @@ def test_a_half_written_export_of_a_run_is_written_anew(tiny, tmp_path, monkeypa
         train.run(build.experiment(tiny), tmp_path)
     assert "The disk may be failing" in sentence_of(error)
     with pytest.raises(ValueError, match="no whole export"):
-        checkpoint.load(tmp_path)
+        exports.load(tmp_path)
     monkeypatch.setattr(outcome, "conclude", conclude)
     goes_on(tiny, tmp_path, expected)
 
@@ -299,64 +302,3 @@ def test_a_damaged_config_is_told_of_and_kept(tiny, tmp_path, damaged):
     with pytest.raises(ValueError, match="restore it, or choose another directory"):
         train.run(build.experiment(tiny), tmp_path)
     assert (tmp_path / "config.json").read_bytes() == damaged.encode("latin1")
-
-
-# --- remote paths ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
-def test_a_remote_workdir_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"is remote.*mount the bucket"):
-        train.run(build.experiment(tiny), path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_remote_export_is_loaded_through_etils(tmp_path, monkeypatch):
-    """From a store in memory, which stands in for the cloud below etils and fsspec."""
-    fsspec = pytest.importorskip("fsspec")
-    backend = pytest.importorskip("etils.epath.backend")
-    specification = {"name": "lstm", "hidden_size": 2}
-    theta = build.optimizer(specification).init(jax.random.key(0))
-    local = checkpoint.export(tmp_path / checkpoint.EXPORT, specification, theta)
-    store = fsspec.filesystem("memory")
-    monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: Cloud(store))
-    store.pipe("/bucket/run/" + checkpoint.EXPORT, local.read_bytes())
-    store.pipe("/bucket/half", local.read_bytes()[:99])
-    for path in ("s3://bucket/run", f"s3://bucket/run/{checkpoint.EXPORT}"):
-        jax.tree.map(
-            np.testing.assert_array_equal, checkpoint.read(checkpoint.locate(path))[1], theta
-        )
-    with pytest.raises(ValueError, match="s3://bucket/half is no whole export"):
-        checkpoint.load("s3://bucket/half")
-    with pytest.raises(ValueError, match="Unknown optimizer 's3://bucket/nothing'"):
-        checkpoint.load("s3://bucket/nothing")
-
-
-class Cloud:
-    """A store in memory under s3://."""
-
-    def __init__(self, store):
-        self.store = store
-
-    def __getattr__(self, name):
-        return lambda path, **more: getattr(self.store, name)(str(path)[len("s3:/") :], **more)
-
-
-def test_what_a_remote_path_lacks_is_said(monkeypatch):
-    backend = pytest.importorskip("etils.epath.backend")
-
-    def fails(error):
-        def fs(self, path):
-            raise error
-
-        monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", fs)
-
-    fails(ImportError("Please install gcsfs"))
-    with pytest.raises(ValueError, match=r"\(Please install gcsfs\): pip install gcsfs"):
-        checkpoint.load("gs://bucket/run")
-    fails(RuntimeError("no credentials"))
-    with pytest.raises(OSError, match=r"gs://bucket/run could not be read \(no credentials\)"):
-        checkpoint.load("gs://bucket/run")
-    with pytest.raises(ValueError, match="of remote paths there is gs://, s3://"):
-        checkpoint.load("ftp://host/run")

@@ -11,16 +11,18 @@ import l2l
 
 ROOT = Path(l2l.__file__).parent
 # Each layer imports from those before it (and from itself). `tuning` is what evaluation compares
-# with, `scorecard` what `python -m l2l.evaluate` runs.
+# with, `command` what `python -m l2l.evaluate` runs.
 LAYERS = [
     ("base", "files", "host", "cluster"),
-    ("datasets", "features", "checks", "strangers", "tasks"),
+    ("joining",),
+    ("datasets", "layouts", "tabular", "features", "checks", "strangers", "tasks"),
     ("optimizers",),
     ("unroll",),
     ("estimators",),
     ("meta", "evaluate", "curriculum"),
-    ("report", "tuning", "build", "diagnose"),
-    ("checkpoint", "directory", "progress", "scorecard"),
+    ("report", "cache", "speed", "tuning", "build", "diagnose"),
+    ("exports", "directory", "progress", "scorecard"),
+    ("checkpoint", "suite", "scoring", "command"),
     ("preflight",),
     ("outcome",),
     ("train",),

@@ -9,30 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+from together import config_of
 
 import l2l
-from l2l import checkpoint, host, launch
-
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-    config = ConfigDict()
-    config.seed = 3
-    config.task = dict(name="quadratic", dimension=2, batch_size=3)
-    config.optimizer = dict(name="lstm", hidden_size=2, learning_rate=0.01)
-    config.inner = dict(length=4)
-    config.horizon = dict(name="log_uniform", shortest=4, longest=16)
-    config.meta = dict(steps=4, num_problems=4, group=2)
-    config.evaluation = dict(horizons=(6,), num_problems=2, every=0)
-    config.checkpoint = dict(every=2, keep=2)
-    return config
-"""
+from l2l import exports, host, launch
 
 
 @pytest.fixture
 def command(tmp_path):
-    (tmp_path / "tiny.py").write_text(CONFIG)
+    config_of(tmp_path)
     cache = Path(os.environ.get("PYTEST_XLA_CACHE", tmp_path / "cache"))
     environment = os.environ | {
         "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
@@ -56,11 +41,11 @@ def command(tmp_path):
 
 def test_a_run_is_stopped_goes_on_and_ends(command, tmp_path):
     """SIGTERM saves and exits 143; the same command goes on, ends with 0 and prints its paths."""
-    arguments = ("--config=tiny.py", "--config.meta.steps=20000")
+    arguments = ("--config=tiny.py", "--config.meta.steps=60000", "--config.checkpoint.every=3")
     process = command(*arguments)
     folder = tmp_path / "checkpoints" / "tiny"  # The default workdir.
     deadline = time.time() + 120
-    while not (folder / "checkpoints" / "4").exists() and time.time() < deadline:
+    while not (folder / "checkpoints" / "6").exists() and time.time() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -75,13 +60,13 @@ def test_a_run_is_stopped_goes_on_and_ends(command, tmp_path):
 
 
 def test_a_whole_run_prints_its_table_and_paths(command, tmp_path):
-    process = command("--config=tiny.py", f"--workdir={tmp_path}/run")
+    process = command("--config=tiny.py", "--config.meta.steps=6", f"--workdir={tmp_path}/run")
     out, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "adam, tuned" in out
-    for name in ("curves.png", "metrics.jsonl", checkpoint.EXPORT):
+    for name in ("curves.png", "metrics.jsonl", exports.EXPORT):
         assert f"{tmp_path}/run/{name}" in out and (tmp_path / "run" / name).exists()
-    checkpoint.load(tmp_path / "run")
+    exports.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

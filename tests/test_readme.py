@@ -48,7 +48,10 @@ def test_the_four_lines_train():
     scope = {"optax": optax, "params": {"w": jnp.zeros(3)}}
     exec("\n".join(loading), scope)
     exec(next(line for line in lines if ".init(" in line), scope)
-    loss = lambda p: jnp.sum((p["w"] - 1.0) ** 2)  # noqa: E731
+
+    def loss(p):
+        return jnp.sum((p["w"] - 1.0) ** 2)
+
     for _ in range(100):
         scope["gradients"] = jax.grad(loss)(scope["params"])
         exec("\n".join(stepping), scope)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from l2l import build, checkpoint, outcome, preflight, train
+from l2l import build, exports, files, outcome, preflight, train
 from l2l.directory import lock
 
 
@@ -22,17 +22,15 @@ def no_comparison(monkeypatch):
 
     def conclude(experiment, theta, directory, key, snapshot):
         about = outcome.about(experiment, snapshot)
-        path = checkpoint.export(
-            directory / checkpoint.EXPORT, experiment.specification, theta, about
-        )
-        checkpoint.write(directory / outcome.SUMMARY, b"concluded")
+        path = exports.export(directory / exports.EXPORT, experiment.specification, theta, about)
+        files.write(directory / outcome.SUMMARY, b"concluded")
         return str(path)
 
     monkeypatch.setattr(outcome, "conclude", conclude)
 
 
 def theta_of(directory):
-    return checkpoint.read(directory / checkpoint.EXPORT)[1]
+    return exports.read(directory / exports.EXPORT)[1]
 
 
 def rows_of(directory):
@@ -140,6 +138,19 @@ def test_a_finished_run_says_so(tiny, whole, capsys):
     assert "concluded" in capsys.readouterr().out
 
 
+def test_a_run_may_begin_with_the_theta_of_another(tiny, whole, tmp_path):
+    tiny["start"] = str(whole)
+    # A rate of 0 leaves theta where it began.
+    tiny["meta"]["optimizer"]["learning_rate"] = 0.0
+    assert train.run(build.experiment(tiny), tmp_path / "on") == train.DONE
+    jax.tree.map(np.testing.assert_array_equal, theta_of(tmp_path / "on"), theta_of(whole))
+    before, now = (exports.read(path / exports.EXPORT)[2] for path in (whole, tmp_path / "on"))
+    assert now["training_before"] == [before["training"]]
+    tiny["optimizer"]["hidden_size"] = 3
+    with pytest.raises(ValueError, match=r"another optimizer \(optimizer.hidden_size is 2 there"):
+        train.run(build.experiment(tiny), tmp_path / "other")
+
+
 def test_another_configuration_is_refused_with_the_keys(tiny, whole):
     tiny["optimizer"]["hidden_size"] = 3
     with pytest.raises(ValueError, match=r"optimizer.hidden_size is 2 there, 3 here"):
@@ -201,7 +212,10 @@ with Signals() as signals:
 
 def test_signals_are_left_alone_outside_the_main_thread(tiny, tmp_path):
     codes = []
-    run = lambda: codes.append(train.run(build.experiment(tiny), tmp_path))  # noqa: E731
+
+    def run():
+        codes.append(train.run(build.experiment(tiny), tmp_path))
+
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()

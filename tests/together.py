@@ -1,4 +1,5 @@
-"""Starts the command as one or several real processes of this machine, for tests of it."""
+"""What tests of the command share: a configuration of seconds, and starting it as one or several
+real processes of this machine."""
 
 import os
 import re
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 import l2l
-from l2l import build, checkpoint
+from l2l import build, exports
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -36,15 +37,17 @@ HANG = 240
 
 
 def config_of(folder) -> Path:
+    """Writes the configuration to tiny.py in a folder."""
     path = Path(folder) / "tiny.py"
     path.write_text(CONFIG)
     return path
 
 
 class Command:
-    """`python -m l2l.launch` in `count` processes of `devices` devices each."""
+    """`python -m l2l.launch` in `count` processes of `devices` devices each; or in one of
+    `launcher`, a command that starts the processes itself."""
 
-    def __init__(self, folder, workdir, *, count=1, devices=2, steps, every=30, cache):
+    def __init__(self, folder, workdir, *, count=1, devices=2, steps, every=30, cache, launcher=()):
         self.workdir = Path(workdir)
         port = free_port()
         environment = os.environ | {
@@ -61,7 +64,13 @@ class Command:
         self.processes = []
         for i, log in enumerate(self.logs):
             mine = [*member, "--process_id", str(i)] if count > 1 else []
-            program = [sys.executable, "-m", "l2l.launch", f"--config={config_of(folder)}"]
+            program = [
+                *launcher,
+                sys.executable,
+                "-m",
+                "l2l.launch",
+                f"--config={config_of(folder)}",
+            ]
             program += [f"--workdir={workdir}", f"--config.meta.steps={steps}"]
             program += [f"--config.checkpoint.every={every}"]
             with open(log, "wb") as file:
@@ -119,7 +128,7 @@ def experiment(steps: int):
 
 
 def assert_same_theta(directory, other) -> None:
-    one, two = (checkpoint.read(Path(d) / checkpoint.EXPORT)[1] for d in (directory, other))
+    one, two = (exports.read(Path(d) / exports.EXPORT)[1] for d in (directory, other))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 

@@ -1,0 +1,212 @@
+"""Networks for the released optimizer on two axes, quality and cost, at equal meta-training time.
+
+    python benchmarks/networks.py [--seconds 240] [--only 8,"8 + tensors 16"] [--output networks]
+    python benchmarks/networks.py --judge lstm,mlp
+
+Every network is meta-trained on the same small mixture (four families of `configs/release.py`) for
+the same processor time, compilation left out, on one device and with the schedule of the release
+fitted to the meta-steps that this allows. It is then judged on tasks that are neither in the
+mixture nor in the scorecard, beside Adam tuned for each task and horizon (those on MNIST are left
+out, and it says so, where MNIST is not present). A network's export is kept in --output, so that an
+interrupted comparison goes on where it was. With --judge nothing is trained: released names or
+exports are judged.
+
+    loss, test     final training and test loss over tuned Adam's, geometric mean over the cells
+    no worse       the share of cells with a training loss no worse than tuned Adam's
+    step           one update of 100,000 parameters over that of `optax.adam` (median of pairs)
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2l import base, build, datasets, evaluate, exports, meta, report, scorecard, tuning
+
+NETWORKS = {
+    "4": dict(hidden_size=4),
+    "8": dict(hidden_size=8),
+    "16": dict(hidden_size=16),
+    "32": dict(hidden_size=32),
+    "2 x 8": dict(hidden_size=8, layers=2),
+    "4 + tensors 16": dict(hidden_size=4, tensor_size=16),
+    "8 + tensors 16": dict(hidden_size=8, tensor_size=16),
+    "16 + tensors 16": dict(hidden_size=16, tensor_size=16),
+}
+RANGES = dict(initial_scale=(0.5, 2.0), subset=(0.25, 1.0))
+MIXTURE = (
+    dict(name="mlp", hidden=(32,), batch_size=128, **RANGES),
+    dict(name="logistic", batch_size=64, init=0.0, **RANGES),
+    dict(name="regression", inputs=10, hidden=(32,), batch_size=64, initial_scale=(0.5, 2.0)),
+    dict(name="autoencoder", hidden=(32, 8, 32), batch_size=64, **RANGES),
+)
+WHOLE = dict(initial_scale=(1.0, 1.0), subset=(1.0, 1.0))
+RELU = dict(activations=("relu",), batch_size=64, **WHOLE)
+JUDGES = (
+    dict(RELU, name="mlp", hidden=(64,), activations=("tanh",)),
+    dict(RELU, name="mlp", dataset="mnist14", hidden=(32, 32)),
+    dict(WHOLE, name="logistic", dataset="mnist14", batch_size=64),
+    dict(
+        name="regression",
+        inputs=20,
+        hidden=(64,),
+        noise=(0.1, 0.1),
+        activations=("relu",),
+        batch_size=64,
+        initial_scale=(1.0, 1.0),
+    ),
+    dict(RELU, name="autoencoder", hidden=(16,), objective="bce", activations=("sigmoid",)),
+    dict(RELU, name="conv", channels=(8, 8, 8), dense=(), batch_size=32),
+    dict(RELU, name="mlp", hidden=(16,) * 5, activations=("gelu",)),
+    dict(RELU, name="mlp", hidden=(32,), batch_size=128, initial_scale=(4.0, 4.0)),
+)
+HORIZONS = (200, 1000)
+KEY = functools.partial(jax.random.key, 77)
+GROUP = 10
+
+
+def config(network: dict, steps: int) -> dict:
+    rate = dict(name="cosine_decay_schedule", init_value=3e-3)
+    return dict(
+        task=MIXTURE,
+        augmentations=(dict(name="rescale", per="tensor", magnitude=1.5, probability=0.5),),
+        optimizer=dict(name="lstm", learning_rate=3e-3, eps_root=1e-12, **network),
+        objective=dict(on="both", form="log", share=0.5),
+        inner=dict(length=50, hide=0.25),
+        horizon=dict(name="log_uniform", shortest=100, longest=2000),
+        meta=dict(
+            steps=steps,
+            num_problems=4,
+            group=GROUP,
+            optimizer=dict(name="adam", learning_rate=rate),
+        ),
+    )
+
+
+def train(network: dict, seconds: float, path: Path) -> None:
+    """Meta-trains a network for that processor time and exports it."""
+    probe, _ = run(network, GROUP * 1000, lambda done, spent: done < 3)
+    steps = max(1, round(seconds / probe)) * GROUP
+    spent, theta = run(network, steps, lambda done, spent: done * GROUP < steps)
+    about = dict(meta_steps=steps, seconds=spent * steps / GROUP, config=config(network, steps))
+    specification = build.experiment(config(network, steps)).specification
+    exports.export(path, specification, theta, about)
+
+
+def run(network: dict, steps: int, going):
+    """(median processor seconds a group of meta-steps, theta) while `going` says so."""
+    experiment = build.experiment(config(network, steps))
+    plan, devices = experiment.curriculum, jax.devices()[:1]
+
+    def stage(step):
+        return jax.tree.map(jnp.float32, plan.stage((), step)[0])
+
+    state = meta.spread(meta.meta_init(jax.random.key(0), experiment.meta, stage(0)), 1)
+    data = experiment.data()
+    program = meta.compile_steps(experiment.meta, GROUP, devices).lower(state, data).compile()
+    times = []
+    while going(len(times), sum(times)):
+        state = state._replace(stage=stage(len(times) * GROUP))
+        began = time.process_time()
+        state, _ = jax.block_until_ready(program(state, data))
+        times.append(time.process_time() - began)
+    return statistics.median(times), jax.device_get(state.theta)
+
+
+def step_cost(optimizer, theta, rounds: int = 15) -> float:
+    """Time of an update of 100,000 parameters over Adam's, in pairs."""
+    params = {"w": jnp.ones((300, 333)), "b": jnp.zeros(333)}
+    gradients = jax.tree.map(jnp.cos, params)
+
+    def timed(transform):
+        state = jax.jit(transform.init)(params)
+        update = jax.jit(transform.update).lower(gradients, state, params).compile()
+
+        def once():
+            began = time.perf_counter()
+            jax.block_until_ready(update(gradients, state, params))
+            return time.perf_counter() - began
+
+        once()
+        return once
+
+    ours, adam = timed(optimizer.bind(theta)), timed(optax.adam(1e-3))
+    return statistics.median(
+        min(ours() for _ in range(3)) / min(adam() for _ in range(3)) for _ in range(rounds)
+    )
+
+
+def cells() -> list[scorecard.Cell]:
+    found = []
+    for section in JUDGES:
+        family = build.task(section)
+        if datasets.present(section.get("dataset", "digits")):
+            found.append(scorecard.Cell(family.name, family, family.data()))
+        else:
+            print(f"{family.name} is left out: its data are not present.")
+    return found
+
+
+def judged(name, optimizer, theta, places, adam, seeds: int) -> list[dict]:
+    """A row a horizon."""
+    rows = []
+    for horizon in HORIZONS:
+        losses, tests, diverged = [], [], 0
+        for cell, best in zip(places, adam, strict=True):
+            ours = evaluate.evaluate(
+                *(KEY(), optimizer, cell.family, cell.data, seeds, horizon), theta=theta
+            )
+            losses.append(ours.train_loss[:, -1].mean() / statistics.mean(best[horizon].train_loss))
+            tests.append(ours.test_loss[:, -1].mean() / statistics.mean(best[horizon].test_loss))
+            diverged += int(ours.diverged[:, -1].sum())
+        row = {"network": name, "weights": base.count(theta), "steps": horizon}
+        row |= {"loss": report.geometric_mean(losses), "test": report.geometric_mean(tests)}
+        row |= {"no worse": sum(x <= 1 for x in losses) / len(losses), "diverged": diverged}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=240.0, help="of a processor, a network")
+    parser.add_argument("--only", default=",".join(NETWORKS), help="names from NETWORKS")
+    parser.add_argument("--judge", default="", help="released names or exports, nothing trained")
+    parser.add_argument("--output", default="networks", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    flags = parser.parse_args()
+    flags.output.mkdir(parents=True, exist_ok=True)
+    places = cells()
+    adam = [
+        tuning.tune(
+            *(KEY(), "adam", cell.family, cell.data, flags.seeds, HORIZONS),
+            eps_roots=(0.0,),
+            cache_dir=flags.output / "cache",
+            progress=scorecard.watch(),
+        ).by_train_loss
+        for cell in places
+    ]
+    rows = []
+    for name in (flags.judge or flags.only).split(","):
+        path = flags.output / f"{name.replace(' ', '')}-{flags.seconds:g}.safetensors"
+        if flags.judge:
+            path = exports.locate(name)
+        elif not path.exists():
+            train(NETWORKS[name], flags.seconds, path)
+        optimizer, theta, about = exports.read(path)
+        cost = {"meta-steps": about["meta_steps"], "step": step_cost(optimizer, theta)}
+        new = judged(name, optimizer, theta, places, adam, flags.seeds)
+        rows += [row | cost for row in new]
+        print(report.table(rows[-len(new) :]), flush=True)
+    print(report.table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Meta-trains the released `lstm` on a mixture of families, for tasks that it has not seen.
+
+Two runs, the second from the theta of the first:
+
+python -m l2l.launch --config=configs/release.py
+python -m l2l.launch --config=configs/release.py:long --workdir=checkpoints/release-long
+
+30 minutes each on 2 busy cores of an EPYC. Compute is added to the same theta, on any machine, by
+--config.start=lstm and another --config.seed. The changelog has what came out of each.
+"""
+
+from ml_collections import ConfigDict
+
+from l2l import datasets
+
+RANGES = dict(initial_scale=(0.5, 2.0), subset=(0.25, 1.0))
+
+
+def get_config(phase: str = "short") -> ConfigDict:
+    if phase not in ("short", "long"):
+        raise ValueError(f"There is no phase {phase!r}: choose short or long.")
+    config = ConfigDict()
+    config.seed = 0
+    config.start = ""
+    digits = dict(name="mlp", dataset="digits", **RANGES)
+    images = "mnist14" if datasets.present("mnist14") else "digits"
+    config.task = (
+        dict(digits, hidden=(32,), batch_size=128),
+        dict(digits, hidden=(16, 16, 16), batch_size=32),
+        dict(digits, dataset=images, hidden=(20,), batch_size=64),
+        dict(name="logistic", dataset="digits", batch_size=64, init=0.0, **RANGES),
+        dict(name="regression", inputs=10, hidden=(32,), batch_size=64, initial_scale=(0.5, 2.0)),
+        dict(name="autoencoder", dataset="digits", hidden=(32, 8, 32), batch_size=64, **RANGES),
+        dict(name="conv", dataset="digits", channels=(6, 8), dense=(), batch_size=32, **RANGES),
+        dict(name="transformer", width=12, layers=1, heads=2, context=16, batch_size=8),
+        dict(name="gru", width=8, context=16, batch_size=8),
+    )
+    config.augmentations = (dict(name="rescale", per="tensor", magnitude=1.5, probability=0.5),)
+    config.optimizer = dict(
+        name="lstm", hidden_size=8, layers=1, tensor_size=16, learning_rate=3e-3, eps_root=1e-12
+    )
+    config.objective = dict(on="both", form="log", cap=1e4, share=0.5)
+    config.inner = dict(length=50, stagger=True, hide=0.25)
+    config.estimator = dict(name="first_order")
+    config.horizon = dict(name="log_uniform", shortest=100, longest=10000, start=500, growth=0.5)
+    config.imitation = dict(weight=0.0, until=0.5, learning_rate=3e-3)
+    config.meta = dict(
+        steps=3000,
+        num_problems=2,
+        group=10,
+        clip=1.0,
+        max_bad=20,
+        optimizer=dict(
+            name="adam", learning_rate=dict(name="cosine_decay_schedule", init_value=3e-3)
+        ),
+    )
+    config.evaluation = dict(horizons=(200,), num_problems=2, every=0)
+    config.checkpoint = dict(every=100, keep=3)
+    if phase == "long":
+        config.start = "checkpoints/release"
+        config.objective.share = 0.3
+        config.inner.length = 200
+        config.horizon = dict(
+            name="log_uniform", shortest=200, longest=4000, start=4000, growth=0.0
+        )
+        config.meta.steps = 700
+        config.meta.group = 5
+        config.meta.optimizer.learning_rate.init_value = 2e-3
+        config.checkpoint.every = 25
+    return config
