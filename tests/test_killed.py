@@ -60,6 +60,7 @@ def test_no_kill_costs_more_than_the_steps_since_the_last_save(tmp_path, request
             )
             newest = run.saved()[-1]
     with start() as run:
-        assert not any(run.codes()), run.said()
+        # Hundreds of saves take longer than other tests wait.
+        assert not any(run.codes(within=1800)), run.said()
         assert run.began() == newest
     assert_same_theta(whole, killed)

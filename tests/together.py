@@ -100,9 +100,9 @@ class Command:
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
         return sorted(int(name) for name in names if name.isdigit())
 
-    def codes(self) -> list[int]:
+    def codes(self, within: float = HANG) -> list[int]:
         """Waits for the end: the exit codes."""
-        return [process.wait(HANG) for process in self.processes]
+        return [process.wait(within) for process in self.processes]
 
     def began(self) -> int:
         """The meta-step that it went on from, as it says."""
