@@ -16,9 +16,7 @@ from l2l import datasets
 RANGES = dict(initial_scale=(0.5, 2.0), subset=(0.25, 1.0))
 
 
-def get_config(phase: str = "short") -> ConfigDict:
-    if phase not in ("short", "long"):
-        raise ValueError(f"There is no phase {phase!r}: choose short or long.")
+def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.start = ""
@@ -35,19 +33,25 @@ def get_config(phase: str = "short") -> ConfigDict:
         dict(name="transformer", width=12, layers=1, heads=2, context=16, batch_size=8),
         dict(name="gru", width=8, context=16, batch_size=8),
     )
-    config.augmentations = (dict(name="rescale", per="tensor", magnitude=1.5, probability=0.5),)
+    config.augmentations = (dict(name="rescale", per="tensor", magnitude=1.0, probability=0.5),)
     config.optimizer = dict(
-        name="lstm", hidden_size=8, layers=1, tensor_size=16, learning_rate=3e-3, eps_root=1e-12
+        name="lstm",
+        hidden_size=8,
+        tensor_size=16,
+        matrix_size=256,
+        anneal=1.0,
+        learning_rate=0.04,
+        eps_root=1e-12,
     )
     config.objective = dict(on="both", form="log", cap=1e4, share=0.5)
-    config.inner = dict(length=50, stagger=True, hide=0.25)
+    config.inner = dict(length=200, stagger=True, hide=0.25)
     config.estimator = dict(name="first_order")
-    config.horizon = dict(name="log_uniform", shortest=100, longest=10000, start=500, growth=0.5)
+    config.horizon = dict(name="log_uniform", shortest=200, longest=4000, start=2000, growth=0.5)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=3e-3)
     config.meta = dict(
-        steps=3000,
+        steps=400,
         num_problems=2,
-        group=10,
+        group=5,
         clip=1.0,
         max_bad=20,
         optimizer=dict(
@@ -55,16 +59,5 @@ def get_config(phase: str = "short") -> ConfigDict:
         ),
     )
     config.evaluation = dict(horizons=(200,), num_problems=2, every=0)
-    config.checkpoint = dict(every=100, keep=3)
-    if phase == "long":
-        config.start = "checkpoints/release"
-        config.objective.share = 0.3
-        config.inner.length = 200
-        config.horizon = dict(
-            name="log_uniform", shortest=200, longest=4000, start=4000, growth=0.0
-        )
-        config.meta.steps = 700
-        config.meta.group = 5
-        config.meta.optimizer.learning_rate.init_value = 2e-3
-        config.checkpoint.every = 25
+    config.checkpoint = dict(every=25, keep=3)
     return config

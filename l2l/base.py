@@ -49,6 +49,7 @@ class TensorRule(NamedTuple):
     observe:    (gradient [P], statistics, params [P], TensorStatistics, step, sizes) ->
                 (features [S, G], TensorStatistics). `statistics` are the coordinates', as they
                 were before this step; `sizes` G Python numbers, those of the tensors. No theta.
+                With a preconditioner its features come below these.
     hidden:     (theta, G) -> Hidden.
     propose:    (theta, features [S, G], context [C], hidden) -> (signals [O, G], hidden).
     """
@@ -57,6 +58,21 @@ class TensorRule(NamedTuple):
     observe: Callable[..., tuple[jax.Array, PyTree]]
     hidden: Callable[[PyTree, int], PyTree]
     propose: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+
+
+class Preconditioner(NamedTuple):
+    """Directions that take a whole matrix to make, which a coordinate finds below its features.
+
+    statistics: (params, dtype) -> MatrixStatistics at the start.
+    observe:    (gradient [P], statistics, MatrixStatistics, step, shapes) -> (directions [E, P],
+                features [S, G] of the tensors, MatrixStatistics). `statistics` are the
+                coordinates', as they were before this step; `shapes` G tuples. No theta.
+    names:      of the E directions, for diagnostics.
+    """
+
+    statistics: Callable[[PyTree, Any], PyTree]
+    observe: Callable[..., tuple[jax.Array, jax.Array, PyTree]]
+    names: tuple[str, ...]
 
 
 class Rule(NamedTuple):
@@ -73,8 +89,10 @@ class Rule(NamedTuple):
     hidden:     (theta, n) -> Hidden, the recurrent state at the start, leaves [..., n].
     propose:    (theta, features [F, n], context [C], hidden) -> (updates [n], hidden).
     features:   the F names, in order, for diagnostics.
-    tensors:    what is seen of whole tensors, or None. With it `propose` is given [F + O, n], the
-                features of a coordinate and below them the signals of its tensor.
+    matrices:   the preconditioner, or None. With it `propose` is given [F + E, n], the features of
+                a coordinate and below them its part of the directions.
+    tensors:    what is seen of whole tensors, or None. With it the O signals of a coordinate's
+                tensor come below those.
     """
 
     statistics: Callable[[PyTree, Any], PyTree]
@@ -83,6 +101,7 @@ class Rule(NamedTuple):
     hidden: Callable[[PyTree, int], PyTree]
     propose: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
     features: tuple[str, ...]
+    matrices: Preconditioner | None = None
     tensors: TensorRule | None = None
 
 

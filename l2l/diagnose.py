@@ -218,8 +218,8 @@ def _update(inner, theta, run, gradient):
             gradient, run.opt_state, run.params, num_steps=run.told
         )
     g, p = _flat(theta, gradient), _flat(theta, run.params)
-    sizes = coordinates.sizes_of(run.params)
-    updates, opt_state, _ = coordinates.advance(rule, theta, g, p, run.opt_state, run.told, sizes)
+    shapes = coordinates.shapes_of(run.params)
+    updates, opt_state, _ = coordinates.advance(rule, theta, g, p, run.opt_state, run.told, shapes)
     return coordinates.unflatten(updates, run.params), opt_state
 
 
@@ -230,10 +230,13 @@ def _features(inner, theta, run, gradient):
         return {}
     state = run.opt_state
     g, p = _flat(theta, gradient), _flat(theta, run.params)
-    rows = rule.observe(g, state.statistics, p, state.step)[0]
+    rows, names = rule.observe(g, state.statistics, p, state.step)[0], rule.features
+    if rule.matrices is not None:
+        shapes = coordinates.shapes_of(run.params)
+        directions = coordinates.look(rule, g, p, state, shapes)[0].directions
+        rows, names = [*rows, *directions], names + rule.matrices.names
     return {
-        name: coordinates.unflatten(row, run.params)
-        for name, row in zip(rule.features, rows, strict=True)
+        name: coordinates.unflatten(row, run.params) for name, row in zip(names, rows, strict=True)
     }
 
 

@@ -23,6 +23,10 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 OPTIMIZERS = {
     "lstm": lambda: lstm(hidden_size=3),
     "lstm with tensors": lambda: lstm(hidden_size=2, tensor_size=3),
+    "lstm with matrices": lambda: lstm(hidden_size=2, matrix_size=4),
+    "lstm with tensors and matrices": lambda: lstm(
+        hidden_size=2, tensor_size=3, matrix_size=9, anneal=1.0
+    ),
     "lstm two layers, scale, decayed": lambda: lstm(
         hidden_size=3, layers=2, output="scale", weight_decay=0.1, decays=(0.5, 0.9)
     ),

@@ -13,6 +13,7 @@ from flax.training.train_state import TrainState
 from sklearn.datasets import load_digits
 
 from l2l import base
+from l2l.optimizers import tensors
 from l2l.optimizers.guard import GuardState, guard
 from l2l.optimizers.lstm import dm, lstm, rnnprop
 from l2l.optimizers.partition import adam, by_parameter
@@ -29,6 +30,7 @@ def guarded(learned):
 LEARNED = {
     "lstm": lambda: lstm(hidden_size=3),
     "lstm with tensors": lambda: lstm(hidden_size=2, tensor_size=3),
+    "lstm with matrices": lambda: lstm(hidden_size=2, tensor_size=3, matrix_size=9, anneal=1.0),
     "lstm of two layers, all inputs": lambda: lstm(
         hidden_size=2,
         layers=2,
@@ -239,12 +241,13 @@ def test_nothing_to_train(transform):
         (0.05, {}),
         (0.05, {"layers": 2, "output": "scale"}),
         (0.0, {"output": "residual"}),
-        (0.0, {"tensor_size": 3}),
+        (float(jax.nn.sigmoid(tensors.NO_DECAY)), {"tensor_size": 3}),
     ],
 )
 def test_untrained_lstm_is_adam(weight_decay, settings):
     """Step by step over 100 steps of gradients of many sizes, some of them always zero."""
-    learned = lstm(hidden_size=2, learning_rate=3e-3, weight_decay=weight_decay, **settings)
+    own = {} if "tensor_size" in settings else {"weight_decay": weight_decay}
+    learned = lstm(hidden_size=2, learning_rate=3e-3, **own, **settings)
     ours = learned.bind(learned.init(jax.random.key(0)))
     theirs = (
         optax.adamw(3e-3, eps_root=1e-8, weight_decay=weight_decay)

@@ -14,6 +14,7 @@ RULE = LEARNED.rule
 NAMES = tensors.features_of(3)
 SHAPES = {"a": (7, 5), "b": (5,), "c": (2, 3, 4), "empty": (0, 4), "z": (40,)}
 SIZES = tuple(int(np.prod(shape)) for shape in SHAPES.values())
+ALL = tuple(SHAPES.values())
 STEPS = 12
 
 
@@ -41,7 +42,7 @@ def watch(scale=1.0):
     def step(state, xs):
         i, g = xs
         p = flat * 1.1**i
-        seen, after = coordinates.look(RULE, g, p, state, SIZES)
+        (_, seen), after, _ = coordinates.look(RULE, g, p, state, ALL)
         _, statistics = RULE.observe(g, state.statistics, p, state.step)
         state = state._replace(
             step=state.step + 1, statistics=statistics, tensors=(after, state.tensors[1])
@@ -112,9 +113,9 @@ def test_signals_reach_the_coordinates_of_their_tensor_whatever_the_block():
     signals = jnp.arange(2.0 * len(SIZES)).reshape(2, -1)
     rows = jnp.ones((1, sum(SIZES)))
     expected = np.repeat(np.asarray(signals), SIZES, axis=1)
-    np.testing.assert_array_equal(coordinates.below(rows, signals, SIZES)[1:], expected)
+    np.testing.assert_array_equal(coordinates.below(rows, (), signals, ALL)[1:], expected)
     for start in (0, 20, 33, 60):
-        block = coordinates.below(rows[:, :16], signals, SIZES, jnp.int32(start))
+        block = coordinates.below(rows[:, :16], (), signals, ALL, jnp.int32(start))
         np.testing.assert_array_equal(block[1:], expected[:, start : start + 16])
 
 

@@ -7,7 +7,8 @@ What the optimizer observes (gradients, parameters) is held constant, as in Andr
     λₜ = ∂L/∂uₜ = Σ_{s>t} wₛ ρ′(ℓₛ) ∇ℓₛ,     ∂L/∂φ = Σ_i Σₜ λₜ,ᵢ ∂uₜ,ᵢ/∂φ,
 
 so the forward pass keeps one number a coordinate and step (the gradient; further the parameter for
-an optimizer that looks at it, and the gradient of a validation loss that is part of the meta-loss),
+an optimizer that looks at it, its direction for one with a preconditioner, and the gradient of a
+validation loss that is part of the meta-loss),
 and the backward pass takes one block of coordinates through the whole window, forward and back,
 while it is in the cache. The result is that of plain automatic differentiation of the same
 estimator (`autodiff.truncated`, order "first").
@@ -56,7 +57,7 @@ class FirstOrderState(NamedTuple):
 class Seen(NamedTuple):
     """What the forward pass keeps of a window of K steps.
 
-    gradient, params: [K, P], before each step. held_out: of the validation loss after each step,
+    gradient, params: [K, P], before each step. directions: [K, E, P], or (). held_out: of the validation loss after each step,
     or (). last: [P], the gradient after the last step. weights, held_out_weights: [K], w ρ′(ℓ) of
     the training and of the validation loss after each step. tensors: [K, S, G], what the rule saw
     of whole tensors before each step, or ().
@@ -64,6 +65,7 @@ class Seen(NamedTuple):
 
     gradient: jax.Array
     params: jax.Array
+    directions: jax.Array | tuple
     held_out: jax.Array | tuple
     last: jax.Array
     weights: jax.Array
@@ -72,7 +74,7 @@ class Seen(NamedTuple):
 
     def on(self, blocks: coordinates.Blocks, i) -> "Seen":
         """What was seen of the coordinates of block i."""
-        own = ("gradient", "params", "held_out", "last")
+        own = ("gradient", "params", "directions", "held_out", "last")
         return self._replace(**{name: blocks.cut(getattr(self, name), i) for name in own})
 
     def pulls(self):
@@ -122,9 +124,9 @@ def first_order(
         def step(state, _):
             loss, gradient = gradient_of(state.params, state.problem, batch_at(family, state, data))
             g, p = (coordinates.flatten(tree, dtype) for tree in (gradient, state.params))
-            sizes = coordinates.sizes_of(state.params)
-            updates, opt_state, tensors = coordinates.advance(
-                rule, theta, g, p, state.opt_state, state.told, sizes, block
+            shapes = coordinates.shapes_of(state.params)
+            updates, opt_state, seen = coordinates.advance(
+                rule, theta, g, p, state.opt_state, state.told, shapes, block
             )
             change = coordinates.unflatten(updates, state.params)
             params = jax.tree.map(jnp.add, state.params, change)
@@ -134,21 +136,22 @@ def first_order(
                 batch = batch_at(family, state, data, VALIDATION)
                 value, pull = gradient_of(params, state.problem, batch)
                 pull = coordinates.flatten(pull, dtype)
-            return state, (loss, g, p, value, pull, tensors)
+            return state, (loss, g, p, value, pull, seen)
 
         state, out = jax.lax.scan(step, state, None, inner.length)
-        losses, g, p, values, held_out, tensors = out
+        losses, g, p, values, held_out, whole = out
         last, pull = gradient_of(state.params, state.problem, batch_at(family, state, data, TRAIN))
         following = jnp.concatenate([losses[1:], last[None]])
         slope = jax.grad(objective.value)
         seen = Seen(
             gradient=g,
             params=p,
+            directions=whole.directions,
             held_out=held_out,
             last=coordinates.flatten(pull, dtype),
             weights=jnp.zeros_like(losses),
             held_out_weights=(),
-            tensors=tensors,
+            tensors=whole.tensors,
         )
         meta_loss = jnp.zeros((), losses.dtype)
         if objective.reads_train:
@@ -164,7 +167,7 @@ def first_order(
         )
         return state, seen, metrics
 
-    def backward(theta, start, told, seen, moments, imitation, sizes):
+    def backward(theta, start, told, seen, moments, imitation, shapes):
         """(the window's meta-gradient, the teacher's moments after it), block by block."""
         size = seen.last.size
         blocks = coordinates.blocks_of(size, block or coordinates.width(start.hidden))
@@ -190,9 +193,9 @@ def first_order(
 
             def step(carry, xs):
                 statistics, hidden, moments, moved = carry
-                g, p, pull, signals, step = xs
+                g, p, directions, pull, signals, step = xs
                 rows, statistics = rule.observe(g, statistics, p, step)
-                rows = coordinates.below(rows, signals, sizes, first)
+                rows = coordinates.below(rows, directions, signals, shapes, first)
                 context = rule.context(step, told).astype(g.dtype)
                 updates, hidden = rule.propose(theta, rows, context, hidden)
                 # Σₜ ⟨λₜ, uₜ⟩ = Σₛ ⟨pullₛ, Σ_{t≤s} uₜ⟩: the sums λ come out of the backward pass.
@@ -210,7 +213,7 @@ def first_order(
                 return jax.lax.scan(step, carry, xs, length)
 
             pulls = jnp.where(fresh, seen.pulls(), 0)
-            xs = (seen.gradient, seen.params, pulls, signals, steps)
+            xs = (seen.gradient, seen.params, seen.directions, pulls, signals, steps)
             carry = (statistics, hidden, moments, jnp.zeros_like(seen.last))
             (*_, moments, _), out = scan(carry, xs, inner.length)
             return jnp.sum(out), moments
@@ -241,9 +244,9 @@ def first_order(
         if teacher is not None:
             moments = jax.tree.map(lambda x: jnp.where(run.step == 0, 0, x), moments)
         after, seen, metrics = forward(theta, run, data)
-        sizes = coordinates.sizes_of(run.params)
+        shapes = coordinates.shapes_of(run.params)
         gradient, moments = backward(
-            theta, run.opt_state, run.told, seen, moments, stage.imitation, sizes
+            theta, run.opt_state, run.told, seen, moments, stage.imitation, shapes
         )
         return gradient, FirstOrderState(after, moments), metrics
 

@@ -45,12 +45,24 @@ class LearnedState(NamedTuple):
     """The optax state of a bound rule: the step, and statistics and hidden, leaves [..., P].
 
     tensors: (statistics, hidden), leaves [..., G], of a rule that looks at whole tensors; else ().
+    matrices: the statistics of its preconditioner, or ().
     """
 
     step: jax.Array
     statistics: base.PyTree
     hidden: base.PyTree
     tensors: base.PyTree = ()
+    matrices: base.PyTree = ()
+
+
+class Seen(NamedTuple):
+    """What a rule saw in a step that takes more than a block of coordinates to see.
+
+    directions: [E, P], or () without a preconditioner. tensors: [S, G], or ().
+    """
+
+    directions: jax.Array | tuple
+    tensors: jax.Array | tuple
 
 
 class Blocks(NamedTuple):
@@ -112,16 +124,18 @@ def unflatten(flat: jax.Array, like: base.PyTree) -> base.PyTree:
     return jax.tree.unflatten(treedef, out)
 
 
-def sizes_of(params) -> tuple[int, ...]:
-    """The sizes of the tensors of a pytree, in the order in which `flatten` lays them."""
-    return tuple(int(jnp.size(leaf)) for leaf in jax.tree.leaves(params))
+def shapes_of(params) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the tensors of a pytree, in the order in which `flatten` lays them."""
+    return tuple(tuple(jnp.shape(leaf)) for leaf in jax.tree.leaves(params))
 
 
 def start(rule: base.Rule, theta, params, state_dtype=None) -> LearnedState:
     """The state before the first step; hidden is kept in `state_dtype`, or that of theta."""
-    hidden, tensors = rule.hidden(theta, base.count(params)), ()
+    hidden, tensors, matrices = rule.hidden(theta, base.count(params)), (), ()
+    if rule.matrices is not None:
+        matrices = rule.matrices.statistics(params, dtype_of(theta))
     if rule.tensors is not None:
-        own = rule.tensors.hidden(theta, len(sizes_of(params)))
+        own = rule.tensors.hidden(theta, len(shapes_of(params)))
         tensors = (rule.tensors.statistics(params, dtype_of(theta)), jax.tree.map(jnp.array, own))
     return LearnedState(
         step=jnp.zeros((), jnp.int32),
@@ -129,28 +143,42 @@ def start(rule: base.Rule, theta, params, state_dtype=None) -> LearnedState:
         # Copies: leaves that share a buffer could not be donated.
         hidden=jax.tree.map(lambda x: jnp.array(x, state_dtype or x.dtype), hidden),
         tensors=tensors,
+        matrices=matrices,
     )
 
 
-def look(rule: base.Rule, gradient, params, state: LearnedState, sizes: tuple[int, ...]):
-    """What a rule sees of whole tensors before a step, (features [S, G], their statistics after
-    it), for gradient and params [P]; ((), ()) for a rule that does not."""
-    if rule.tensors is None:
-        return (), ()
-    statistics, _ = state.tensors
-    return rule.tensors.observe(gradient, state.statistics, params, statistics, state.step, sizes)
+def look(rule: base.Rule, gradient, params, state: LearnedState, shapes):
+    """What a rule sees of whole tensors before a step, for gradient and params [P]: (`Seen`, the
+    statistics after it, of tensors and of matrices; () for what it does not look at)."""
+    directions, tensors, told, present, matrices = (), (), [], (), ()
+    if rule.matrices is not None:
+        directions, own, matrices = rule.matrices.observe(
+            gradient, state.statistics, state.matrices, state.step, shapes
+        )
+        told = [own]
+    if rule.tensors is not None:
+        tensors, present = rule.tensors.observe(
+            *(gradient, state.statistics, params, state.tensors[0], state.step),
+            tuple(map(math.prod, shapes)),
+        )
+        tensors = jnp.concatenate([tensors, *told])
+    return Seen(directions, tensors), present, matrices
 
 
-def below(rows: jax.Array, signals, sizes: tuple[int, ...], start=None) -> jax.Array:
-    """Features [F, n] with the signals of each coordinate's tensor below them, [F + O, n].
+def below(rows: jax.Array, directions, signals, shapes, start=None) -> jax.Array:
+    """Features [F, n] with the directions [E, n] and the signals of each coordinate's tensor below
+    them, [F + E + O, n].
 
     Args:
-      signals: [O, G], or () for none.
-      sizes: of the G tensors.
+      directions, signals: [E, n] and [O, G], or () for none.
+      shapes: of the G tensors.
       start: the first of the n coordinates; None if they are all.
     """
+    if not isinstance(directions, tuple):
+        rows = jnp.concatenate([rows, directions])
     if isinstance(signals, tuple):
         return rows
+    sizes = tuple(map(math.prod, shapes))
     if start is None:
         parts = [
             jnp.broadcast_to(signals[:, i : i + 1], (len(signals), n)) for i, n in enumerate(sizes)
@@ -170,53 +198,54 @@ def advance(
     params: jax.Array,
     state: LearnedState,
     num_steps: jax.Array,
-    sizes: tuple[int, ...],
+    shapes: tuple[tuple[int, ...], ...],
     block: int | None = None,
-) -> tuple[jax.Array, LearnedState, base.PyTree]:
-    """One step of a rule for gradient and params [P] of tensors of the given sizes: (updates [P],
+) -> tuple[jax.Array, LearnedState, Seen]:
+    """One step of a rule for gradient and params [P] of tensors of the given shapes: (updates [P],
     state, what was seen of whole tensors)."""
     context = rule.context(state.step, num_steps).astype(gradient.dtype)
-    seen, statistics = look(rule, gradient, params, state, sizes)
+    seen, present, matrices = look(rule, gradient, params, state, shapes)
     signals, tensors = (), ()
     if rule.tensors is not None:
-        signals, hidden = rule.tensors.propose(theta, seen, context, state.tensors[1])
-        tensors = (statistics, hidden)
-    arrays = (gradient, params, state.statistics, state.hidden)
+        signals, hidden = rule.tensors.propose(theta, seen.tensors, context, state.tensors[1])
+        tensors = (present, hidden)
+    arrays = (gradient, params, seen.directions, state.statistics, state.hidden)
     updates, statistics, hidden = _through(
-        rule, sizes, block, theta, context, state.step, signals, arrays
+        rule, shapes, block, theta, context, state.step, signals, arrays
     )
-    return updates, LearnedState(state.step + 1, statistics, hidden, tensors), seen
+    return updates, LearnedState(state.step + 1, statistics, hidden, tensors, matrices), seen
 
 
-def _whole(rule, sizes, theta, context, step, signals, arrays, start=None):
-    """(gradient [n], params [n], statistics, hidden) to (updates [n], statistics, hidden)."""
-    gradient, params, statistics, kept = arrays
+def _whole(rule, shapes, theta, context, step, signals, arrays, start=None):
+    """(gradient [n], params [n], directions, statistics, hidden) to (updates [n], statistics,
+    hidden)."""
+    gradient, params, directions, statistics, kept = arrays
     rows, statistics = rule.observe(gradient, statistics, params, step)
-    rows = below(rows, signals, sizes, start)
+    rows = below(rows, directions, signals, shapes, start)
     hidden = jax.tree.map(lambda x: x.astype(gradient.dtype), kept)
     updates, hidden = rule.propose(theta, rows, context, hidden)
     return updates, statistics, jax.tree.map(lambda x, y: x.astype(y.dtype), hidden, kept)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _through(rule, sizes, block, theta, context, step, signals, arrays):
+def _through(rule, shapes, block, theta, context, step, signals, arrays):
     """`_whole`, one block at a time, each result written over what it was made from: no second copy
     of the state.
 
     The transpose of such a loop would touch the whole state once a block: derivatives go through
     `_whole`.
     """
-    gradient, params, statistics, hidden = arrays
+    gradient, params, directions, statistics, hidden = arrays
     blocks = blocks_of(gradient.size, block or width())
     if blocks.count == 1:
-        return _whole(rule, sizes, theta, context, step, signals, arrays)
+        return _whole(rule, shapes, theta, context, step, signals, arrays)
 
     def body(i, carry):
         def go(block):
-            written, params, statistics, bits = block
-            block = (written, params, statistics, _from_bits(bits, hidden))
+            written, read, statistics, bits = block
+            block = (written, *read, statistics, _from_bits(bits, hidden))
             first = blocks.start(i)
-            out, after, kept = _whole(rule, sizes, theta, context, step, signals, block, first)
+            out, after, kept = _whole(rule, shapes, theta, context, step, signals, block, first)
             return out, after, _to_bits(kept)
 
         written, *state = blocks.cut(carry, i)
@@ -227,7 +256,7 @@ def _through(rule, sizes, block, theta, context, step, signals, arrays):
             step >= 0,
             go,
             lambda block: (block[0], block[2], block[3]),
-            (written, blocks.cut(params, i), *state),
+            (written, blocks.cut((params, directions), i), *state),
         )
         return blocks.put(carry, out, i)
 
@@ -254,8 +283,8 @@ def _from_bits(tree, like):
 
 
 @_through.defjvp
-def _through_jvp(rule, sizes, block, primals, tangents):
-    return jax.jvp(partial(_whole, rule, sizes), primals, tangents)
+def _through_jvp(rule, shapes, block, primals, tangents):
+    return jax.jvp(partial(_whole, rule, shapes), primals, tangents)
 
 
 def dtype_of(theta) -> jnp.dtype:
@@ -296,7 +325,7 @@ def bind(
         gradient, position = flatten(updates, dtype), flatten(params, dtype)
         steps = base.as_steps(num_steps)
         out, state, _ = advance(
-            rule, theta, gradient, position, state, steps, sizes_of(params), block
+            rule, theta, gradient, position, state, steps, shapes_of(params), block
         )
         return unflatten(out, updates), state
 

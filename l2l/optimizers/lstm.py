@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from l2l import base, features
-from l2l.optimizers import coordinates, tensors
+from l2l.optimizers import coordinates, tensors, whitening
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # The rate of a coordinate stays within a factor exp(±REACH) of the common one.
@@ -20,6 +20,8 @@ REACH = 3.0
 # rates at which Adam does best on anything.
 TENSOR_REACH = 4.0
 LONG_AGES, LONG_LENGTHS = (10.0, 100.0, 1000.0), (300.0, 3000.0)
+# What is left of an annealed rate at the horizon and after it.
+ANNEALED = 0.01
 
 
 def lstm(
@@ -34,6 +36,8 @@ def lstm(
     inputs: Sequence[str] = ("momentum", "gradient"),
     output: str = "mixture",
     tensor_size: int = 0,
+    matrix_size: int = 0,
+    anneal: float = 0.0,
 ) -> base.LearnedOptimizer:
     """A small LSTM that corrects a nominal Adam step (after STAR, Harrison et al. 2022).
 
@@ -57,7 +61,13 @@ def lstm(
       output: "mixture" as above; "scale" has no b (Adam whose rate is learned coordinate by
         coordinate); "residual" has a free b in place of b · r.
       tensor_size: of a second LSTM, which sees whole tensors (`tensors.py`) and moves a with them;
-        0 for none. |a| may then reach TENSOR_REACH, and the context tells longer runs apart.
+        0 for none. |a| may then reach TENSOR_REACH, the context tells longer runs apart, and each
+        tensor has a weight decay of its own beside `weight_decay`.
+      matrix_size: the nominal step is the whitened direction of `whitening.py`, of matrices whose
+        sides are at most this long, in place of m̂/√v̂, which stays one of r; 0 for none. Untrained
+        it then is SOAP with Nesterov's momentum and the length of NAdam's step.
+      anneal: the rate is times ((1 + cos(π t/T))/2 + ANNEALED)^p where the horizon T is told; p is
+        learned from this on. 0 for a rate that only the network lowers.
     """
     known = ("momentum", "gradient", "parameter", "scale")
     if unknown := set(inputs) - set(known):
@@ -69,12 +79,22 @@ def lstm(
     groups = ["momentum"] * len(decays) + ["gradient", "parameter", "scale"]
     num_directions = len(decays) + 1
     seen = [i for i, group in enumerate(groups) if group in inputs]
+    num_directions += bool(matrix_size)
     num_outputs = {"mixture": 1 + num_directions, "scale": 1, "residual": 2}[output]
 
-    whole, whole_init, clock = None, None, features.time_context
+    whole, whole_init, clock, matrices = None, None, features.time_context, None
+    if matrix_size:
+        matrices = whitening.whitening(
+            largest=matrix_size, decay=decays[0], second_decay=second_decay, eps_root=eps_root
+        )
+    num_matrix = len(matrices.names) if matrix_size else 0
     if tensor_size:
         whole, whole_init = tensors.tensor_rule(
-            hidden_size=tensor_size, decays=decays, second_decay=second_decay, eps_root=eps_root
+            hidden_size=tensor_size,
+            decays=decays,
+            second_decay=second_decay,
+            eps_root=eps_root,
+            further=whitening.PER_TENSOR if matrix_size else 0,
         )
         clock = partial(features.time_context, ages=LONG_AGES, lengths=LONG_LENGTHS)
     reach = TENSOR_REACH if tensor_size else REACH
@@ -102,26 +122,36 @@ def lstm(
     def propose(theta, rows, context, hidden):
         # The rows the network sees stand first unless the inputs were chosen otherwise.
         shown = rows[: len(seen)] if seen == list(range(len(seen))) else rows[jnp.array(seen)]
-        signals = rows[len(names) + 1 :]
-        if tensor_size:
-            shown = jnp.concatenate([shown, signals[1:]])
+        whitened, signals = jnp.split(rows[len(names) + 1 :], [num_matrix])
+        shown = jnp.concatenate([shown, whitened, signals[2:]])
         out, hidden = network.apply(theta["network"], shown, context, hidden)
         size = out[0] + signals[0] if tensor_size else out[0]
-        step = rows[0]
+        step = whitened[0] if matrix_size else rows[0]
         if output == "mixture":
-            step = step + jnp.sum(jnp.tanh(out[1:]) * rows[:num_directions], 0)
+            directions = jnp.concatenate([rows[: len(decays) + 1], whitened])
+            step = step + jnp.sum(jnp.tanh(out[1:]) * directions, 0)
         elif output == "residual":
             step = step + jnp.tanh(out[1])
         step = jnp.exp(reach * jnp.tanh(size / reach)) * step
-        if weight_decay:
+        if tensor_size:
+            step = step + (weight_decay + signals[1]) * rows[len(names)]
+        elif weight_decay:
             step = step + weight_decay * rows[len(names)]
-        return -jnp.exp(theta["log_learning_rate"]) * step, hidden
+        log_rate = theta["log_learning_rate"]
+        if anneal:
+            # The first of the context is t/T, 0 where T is not told.
+            left = 0.5 * (1 + jnp.cos(jnp.pi * context[0])) + ANNEALED
+            log_rate = log_rate + theta["anneal"] * jnp.log(left / (1 + ANNEALED))
+        return -jnp.exp(log_rate) * step, hidden
 
     def init(key):
         context = jnp.zeros_like(clock(jnp.int32(0), jnp.int32(0)))
-        rows = jnp.zeros((len(seen) + (tensors.SIGNALS - 1 if tensor_size else 0), 1))
+        inputs = len(seen) + num_matrix + (tensors.SIGNALS - 2 if tensor_size else 0)
+        rows = jnp.zeros((inputs, 1))
         weights = network.init(key, rows, context, _zeros(hidden_size, layers, 1, jnp.float32))
         own = {"tensors": whole_init(jax.random.fold_in(key, 1), context)} if tensor_size else {}
+        if anneal:
+            own["anneal"] = jnp.asarray(anneal, jnp.float32)
         return own | {
             "network": weights,
             "log_learning_rate": jnp.log(jnp.asarray(learning_rate, jnp.float32)),
@@ -136,6 +166,7 @@ def lstm(
         hidden=lambda theta, n: _zeros(hidden_size, layers, n, coordinates.dtype_of(theta)),
         propose=propose,
         features=(*names, "θ"),
+        matrices=matrices,
         tensors=whole,
     )
     return coordinates.optimizer(init, rule)

@@ -41,7 +41,7 @@ def by_parameter(
             f"No pattern gives a parameter to {idle}: add one to labels, or drop the optimizer."
         )
     rules = {name: optimizers[name].rule for name in names}
-    if lacking := [name for name, r in rules.items() if r is None or r.tensors is not None]:
+    if lacking := [name for name, r in rules.items() if r is None or r.tensors or r.matrices]:
         raise ValueError(
             f"Optimizers {lacking} have no coordinatewise rule, so they cannot share parameters: "
             "use adam(...) of l2l.optimizers.partition, or optax.partition over bound optimizers."

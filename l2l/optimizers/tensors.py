@@ -18,8 +18,11 @@ import jax.numpy as jnp
 from l2l import base, features
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
-# Numbers a tensor sends to its coordinates: the logarithm of its scale, and inputs for their LSTM.
-SIGNALS = 5
+# Numbers a tensor sends to its coordinates: the logarithm of its scale, the decay of its weights, and
+# inputs for their LSTM.
+SIGNALS = 6
+# The decay an untrained network asks for is the logistic function of this, 0.02.
+NO_DECAY = -4.0
 # Averages over time of what is pooled over a tensor.
 FAST, SLOW = 0.9, 0.99
 # The root of the mean square of a tensor counts as this if it is smaller: zero-initialised ones.
@@ -51,6 +54,7 @@ def tensor_rule(
     decays: tuple[float, ...],
     second_decay: float,
     eps_root: float,
+    further: int = 0,
 ) -> tuple[base.TensorRule, Callable]:
     """The rule, and (key, context) -> its weights, which belong in theta["tensors"].
 
@@ -59,8 +63,10 @@ def tensor_rule(
     where steps overshoot), averaged over 10 and over 100 steps; that of g/√v̂, and the trend of |g|;
     the size of the weights, and how it has grown; the tensor's size and fan-in. The same of all
     tensors together. All are bounded, and none changes when the loss is multiplied.
+
+    further: features that a preconditioner adds.
     """
-    inputs = len(features_of(len(decays)))
+    inputs = len(features_of(len(decays))) + further
 
     def statistics(params, dtype):
         leaves = jax.tree.leaves(params)
@@ -136,7 +142,8 @@ def tensor_rule(
 
     def propose(theta, rows, context, state):
         signals, state = network.apply(theta["tensors"], rows, context, state)
-        return jnp.concatenate([signals[:1], jnp.tanh(signals[1:])]), state
+        decay = jax.nn.sigmoid(signals[1:2] + NO_DECAY)
+        return jnp.concatenate([signals[:1], decay, jnp.tanh(signals[2:])]), state
 
     def init(key, context):
         zeros = jnp.zeros((hidden_size, 1))

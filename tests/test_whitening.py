@@ -1,0 +1,137 @@
+"""The whitened direction against closed forms, and what it must not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2l import features
+from l2l.optimizers import coordinates
+from l2l.optimizers.lstm import lstm
+from l2l.optimizers.whitening import whitening
+
+B1, B2, ROOT = 0.9, 0.999, 1e-30
+SHAPES = {"kernel": (2, 3, 4), "matrix": (6, 5), "row": (1, 7), "vector": (9,), "wide": (3, 30)}
+
+
+def see(gradients, shapes=None, largest=20):
+    """Directions [T, P] and features of the tensors [T, S, G] for gradients [T, P]."""
+    shapes = tuple((shapes or SHAPES).values())
+    rule = whitening(largest=largest, decay=B1, second_decay=B2, eps_root=ROOT)
+    gradients = jnp.asarray(gradients)
+    like = [jnp.zeros(shape, gradients.dtype) for shape in shapes]
+    moments = features.zero_moments(1, gradients.shape[1], gradients.dtype)
+
+    def step(carry, xs):
+        moments, present = carry
+        i, g = xs
+        directions, told, present = rule.observe(g, moments, present, i, shapes)
+        moments, _ = features.update_moments(g, moments, i, decays=(B1,), second_decay=B2)
+        return (moments, present), (directions[0], told)
+
+    start = (moments, rule.statistics(like, gradients.dtype))
+    steps = jnp.arange(len(gradients))
+    return jax.jit(lambda: jax.lax.scan(step, start, (steps, gradients))[1])()
+
+
+def noise(steps=40, shapes=None):
+    size = sum(int(np.prod(shape)) for shape in (shapes or SHAPES).values())
+    return np.random.default_rng(0).normal(size=(steps, size)).astype(np.float32)
+
+
+def adam(gradients):
+    """m̃/√v̂ after the last gradient: NAdam's direction, in numpy."""
+    g = np.asarray(gradients, np.float64)
+    t = len(g)
+    mu = sum(B1 ** (t - 1 - i) * (1 - B1) * g[i] for i in range(t)) / (1 - B1**t)
+    nu = sum(B2 ** (t - 1 - i) * (1 - B2) * g[i] ** 2 for i in range(t)) / (1 - B2**t)
+    return (B1 * mu + (1 - B1) * g[-1]) / np.sqrt(nu)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (6, 4), (2, 2, 6)])
+def test_of_one_gradient_forever_it_is_the_polar_factor(shape):
+    """In the basis of its singular vectors G = U S Vᵀ is S, and S/√S² is 1: the direction is U Vᵀ,
+    which is the step of a spectral descent (as long as Adam's, of ±1 in every coordinate)."""
+    matrix = (int(np.prod(shape[:-1])), shape[-1])
+    rng = np.random.default_rng(1)
+    u, _, v = np.linalg.svd(rng.normal(size=matrix), full_matrices=False)
+    g = (u * 4.0 ** -np.arange(len(v))) @ v
+    with jax.enable_x64(True):
+        directions, told = see(np.repeat(g.reshape(1, -1), 1200, 0), {"g": shape})
+    polar = (u @ v).reshape(-1)
+    polar *= np.sqrt(polar.size / np.sum(polar**2))
+    np.testing.assert_allclose(directions[-1], polar, atol=0.02)
+    np.testing.assert_allclose(told[-1, 1, 0], np.mean(polar * np.sign(g.reshape(-1))), atol=0.02)
+
+
+def test_where_no_side_is_short_enough_it_is_adams():
+    directions, told = see(noise(), largest=1)
+    np.testing.assert_allclose(directions[-1], adam(noise()), rtol=2e-4, atol=1e-5)
+    np.testing.assert_array_equal(told[:, 1], 1)
+
+
+def test_it_is_as_long_as_adams_tensor_by_tensor():
+    directions, told = see(noise())
+    start = 0
+    for i, shape in enumerate(SHAPES.values()):
+        size = int(np.prod(shape))
+        ours, theirs = np.asarray(directions[-1]), adam(noise())
+        ours, theirs = (x[start : start + size] for x in (ours, theirs))
+        start += size
+        np.testing.assert_allclose(np.linalg.norm(ours), np.linalg.norm(theirs), rtol=1e-4)
+        cosine = ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)
+        np.testing.assert_allclose(told[-1, 1, i], cosine, atol=1e-4)
+        vector = len(shape) == 1 or shape[0] == 1
+        assert (cosine > 0.9999) == vector  # Or it would be Adam's direction with another name.
+
+
+def test_a_turned_problem_is_solved_by_turned_steps():
+    """Adam has no such symmetry. The length, which is Adam's, is left out of it."""
+    rng = np.random.default_rng(2)
+    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (6, 5))
+    scales = np.outer(2.0 ** -np.arange(6), 3.0 ** -np.arange(5))
+    plain = rng.normal(size=(400, 6, 5)) * scales
+    turned = left @ plain @ right.T
+    with jax.enable_x64(True):
+        one, other = (
+            np.asarray(see(g.reshape(400, -1), {"g": (6, 5)})[0][-1]).reshape(6, 5)
+            for g in (plain, turned)
+        )
+    one = left @ one @ right.T
+    cosine = np.sum(one * other) / np.linalg.norm(one) / np.linalg.norm(other)
+    assert cosine > 0.99
+    naive = [adam(g.reshape(400, -1)).reshape(6, 5) for g in (plain, turned)]
+    naive[0] = left @ naive[0] @ right.T
+    assert np.sum(naive[0] * naive[1]) / np.prod([np.linalg.norm(x) for x in naive]) < 0.95
+
+
+def test_a_loss_times_a_number_looks_the_same():
+    one, other = see(noise()), see(2.0**10 * noise())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, other)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-15, 1e15])
+def test_it_is_finite_and_bounded(scale):
+    gradients = scale * noise()
+    gradients[:, ::3] = 0  # Dead pixels, dead units.
+    gradients[:5] = 0
+    directions, told = see(gradients)
+    assert np.all(np.isfinite(told)) and np.max(np.abs(told)) <= 1.001
+    sizes = np.sqrt(np.mean(np.square(directions), 1))
+    # The first gradient after five of zero: √((1 − 0.999⁶) / 0.001) times as large as its root.
+    assert np.max(sizes) < 2.5
+
+
+def test_untrained_it_goes_along_that_direction():
+    learned = lstm(hidden_size=2, matrix_size=20, learning_rate=0.1, anneal=1.0, eps_root=ROOT)
+    transform = learned.bind(learned.init(jax.random.key(0)))
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    state, steps = transform.init(params), 8
+    update = jax.jit(transform.update)
+    for g in noise(steps):
+        updates, state = update(coordinates.unflatten(g, params), state, params, num_steps=steps)
+    left = (0.5 * (1 + np.cos(np.pi * (steps - 1) / steps)) + 0.01) / 1.01
+    expected = -0.1 * left * see(noise(steps))[0][-1]
+    np.testing.assert_allclose(
+        coordinates.flatten(updates, jnp.float32), expected, rtol=1e-4, atol=1e-7
+    )
