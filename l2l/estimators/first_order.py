@@ -57,10 +57,10 @@ class FirstOrderState(NamedTuple):
 class Seen(NamedTuple):
     """What the forward pass keeps of a window of K steps.
 
-    gradient, params: [K, P], before each step. directions: [K, E, P], or (). held_out: of the validation loss after each step,
-    or (). last: [P], the gradient after the last step. weights, held_out_weights: [K], w ρ′(ℓ) of
-    the training and of the validation loss after each step. tensors: [K, S, G], what the rule saw
-    of whole tensors before each step, or ().
+    gradient, params: [K, P], before each step. directions: [K, E, P], or (). held_out: of the
+    validation loss after each step, or (). last: [P], the gradient after the last step. weights,
+    held_out_weights: [K], w ρ′(ℓ) of the training and of the validation loss after each step.
+    tensors: [K, S, G], what the rule saw of whole tensors before each step, or ().
     """
 
     gradient: jax.Array

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from l2l import base, features
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
-# Numbers a tensor sends to its coordinates: the logarithm of its scale, the decay of its weights, and
-# inputs for their LSTM.
+# Numbers a tensor sends to its coordinates: the logarithm of its scale, the decay of its weights,
+# and inputs for their LSTM.
 SIGNALS = 6
 # The decay an untrained network asks for is the logistic function of this, 0.02.
 NO_DECAY = -4.0
