@@ -1,6 +1,6 @@
 """Networks for the released optimizer on two axes, quality and cost, at equal meta-training time.
 
-    python benchmarks/networks.py [--seconds 240] [--only 8,"8 + tensors 16"] [--output networks]
+    python benchmarks/networks.py [--seconds 240] [--only "8;8 + tensors 16"] [--output networks]
     python benchmarks/networks.py --judge lstm,mlp
 
 Every network is meta-trained on the same small mixture (four families of `configs/release.py`) for
@@ -19,6 +19,7 @@ exports are judged.
 import argparse
 import functools
 import os
+import re
 import statistics
 import time
 from pathlib import Path
@@ -31,15 +32,18 @@ import optax
 
 from l2l import base, build, datasets, evaluate, exports, meta, report, scorecard, tuning
 
+WHITENED = dict(matrix_size=256, anneal=1.0, learning_rate=0.04)
 NETWORKS = {
-    "4": dict(hidden_size=4),
-    "8": dict(hidden_size=8),
-    "16": dict(hidden_size=16),
-    "32": dict(hidden_size=32),
-    "2 x 8": dict(hidden_size=8, layers=2),
-    "4 + tensors 16": dict(hidden_size=4, tensor_size=16),
-    "8 + tensors 16": dict(hidden_size=8, tensor_size=16),
-    "16 + tensors 16": dict(hidden_size=16, tensor_size=16),
+    "8, Adam's directions": dict(hidden_size=8),
+    "8 + tensors 16, Adam's directions": dict(hidden_size=8, tensor_size=16),
+    "4": dict(hidden_size=4, **WHITENED),
+    "8": dict(hidden_size=8, **WHITENED),
+    "16": dict(hidden_size=16, **WHITENED),
+    "32": dict(hidden_size=32, **WHITENED),
+    "2 x 8": dict(hidden_size=8, layers=2, **WHITENED),
+    "4 + tensors 16": dict(hidden_size=4, tensor_size=16, **WHITENED),
+    "8 + tensors 16": dict(hidden_size=8, tensor_size=16, **WHITENED),
+    "16 + tensors 16": dict(hidden_size=16, tensor_size=16, **WHITENED),
 }
 RANGES = dict(initial_scale=(0.5, 2.0), subset=(0.25, 1.0))
 MIXTURE = (
@@ -78,7 +82,7 @@ def config(network: dict, steps: int) -> dict:
     return dict(
         task=MIXTURE,
         augmentations=(dict(name="rescale", per="tensor", magnitude=1.5, probability=0.5),),
-        optimizer=dict(name="lstm", learning_rate=3e-3, eps_root=1e-12, **network),
+        optimizer={"name": "lstm", "learning_rate": 3e-3, "eps_root": 1e-12, **network},
         objective=dict(on="both", form="log", share=0.5),
         inner=dict(length=50, hide=0.25),
         horizon=dict(name="log_uniform", shortest=100, longest=2000),
@@ -177,7 +181,7 @@ def judged(name, optimizer, theta, places, adam, seeds: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=240.0, help="of a processor, a network")
-    parser.add_argument("--only", default=",".join(NETWORKS), help="names from NETWORKS")
+    parser.add_argument("--only", default=";".join(NETWORKS), help="names from NETWORKS")
     parser.add_argument("--judge", default="", help="released names or exports, nothing trained")
     parser.add_argument("--output", default="networks", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
@@ -194,8 +198,8 @@ def main() -> None:
         for cell in places
     ]
     rows = []
-    for name in (flags.judge or flags.only).split(","):
-        path = flags.output / f"{name.replace(' ', '')}-{flags.seconds:g}.safetensors"
+    for name in flags.judge.split(",") if flags.judge else flags.only.split(";"):
+        path = flags.output / f"{re.sub(r'[^0-9A-Za-z+]', '', name)}-{flags.seconds:g}.safetensors"
         if flags.judge:
             path = exports.locate(name)
         elif not path.exists():

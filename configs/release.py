@@ -1,12 +1,9 @@
 """Meta-trains the released `lstm` on a mixture of families, for tasks that it has not seen.
 
-Two runs, the second from the theta of the first:
-
 python -m l2l.launch --config=configs/release.py
-python -m l2l.launch --config=configs/release.py:long --workdir=checkpoints/release-long
 
-30 minutes each on 2 busy cores of an EPYC. Compute is added to the same theta, on any machine, by
---config.start=lstm and another --config.seed. The changelog has what came out of each.
+Compute is added to the same theta, on any machine, by --config.start=lstm and another
+--config.seed. The changelog has what came out, and of what was tried before.
 """
 
 from ml_collections import ConfigDict
