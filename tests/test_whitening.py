@@ -11,7 +11,14 @@ from l2l.optimizers.lstm import lstm
 from l2l.optimizers.whitening import whitening
 
 B1, B2, ROOT = 0.9, 0.999, 1e-30
-SHAPES = {"kernel": (2, 3, 4), "matrix": (6, 5), "row": (1, 7), "vector": (9,), "wide": (3, 30)}
+SHAPES = {
+    "kernel": (2, 3, 4),
+    "matrix": (6, 5),
+    "other matrix": (6, 5),
+    "row": (1, 7),
+    "vector": (9,),
+    "wide": (3, 30),
+}
 
 
 def see(gradients, shapes=None, largest=20):
@@ -120,6 +127,16 @@ def test_it_is_finite_and_bounded(scale):
     sizes = np.sqrt(np.mean(np.square(directions), 1))
     # The first gradient after five of zero: √((1 − 0.999⁶) / 0.001) times as large as its root.
     assert np.max(sizes) < 2.5
+
+
+def test_derivatives_are_finite_where_eigenvalues_meet():
+    """Of the directions by the gradients, which exact meta-gradients take: at zero, at a matrix of
+    rank one, and at one whose singular values are all the same."""
+    for matrix in (np.zeros((4, 4)), np.ones((4, 4)), np.eye(4)):
+        g = jnp.asarray(np.repeat(matrix.reshape(1, -1), 3, 0), jnp.float32)
+        shapes = {"g": (4, 4)}
+        slope = jax.jit(jax.grad(lambda g, s=shapes: jnp.sum(see(g, s)[0][-1] ** 2)))(g)
+        assert np.all(np.isfinite(slope))
 
 
 def test_untrained_it_goes_along_that_direction():

@@ -7,10 +7,12 @@ optimizer observes: free of theta, so that the first-order engine keeps it as it
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2l import base, features
 
@@ -26,15 +28,16 @@ PER_TENSOR = 2
 
 
 class Basis(NamedTuple):
-    """average: of the outer products of the gradients over one side of a matrix, [d, d]. vectors:
-    [d, d], orthonormal columns, about the eigenvectors of that."""
+    """Of one side, d long, of k matrices of one shape. average: of the outer products of the
+    gradients over that side, [k, d, d]. vectors: [k, d, d], orthonormal columns, about the
+    eigenvectors of those."""
 
     average: jax.Array
     vectors: jax.Array
 
 
 class Whitening(NamedTuple):
-    """bases: a pair a tensor, of the rows and of the columns, () for a side left as it is. nu: [P],
+    """bases: a pair a shape, of the rows and of the columns, () for a side left as it is. nu: [P],
     the second moment in the eigenbasis, each tensor as the matrix it is taken for."""
 
     bases: tuple[tuple[Basis | tuple, Basis | tuple], ...]
@@ -65,17 +68,27 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
       eps_root: in every root.
     """
 
-    def sides(shape):
-        rows, columns = matrix_of(shape)
-        matrix = rows > 1 and columns > 1
-        return [size if matrix and size <= largest else () for size in (rows, columns)]
+    def grouped(shapes):
+        """{matrix: the numbers of the tensors taken for such}, of those with a side to whiten.
+        Matrices of one shape go together: what there is to compile grows with the shapes alone."""
+        groups = {}
+        for i, matrix in enumerate(map(matrix_of, shapes)):
+            if min(matrix) > 1 and min(matrix) <= largest:
+                groups.setdefault(matrix, []).append(i)
+        return groups
 
     def statistics(params, dtype):
-        def basis(size):
-            return size and Basis(jnp.zeros((size, size), dtype), jnp.eye(size, dtype=dtype))
+        def basis(size, count):
+            if size > largest:
+                return ()
+            eye = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (count, size, size))
+            return Basis(jnp.zeros_like(eye), eye)
 
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-        bases = tuple(tuple(map(basis, sides(shape))) for shape in shapes)
+        groups = grouped([jnp.shape(leaf) for leaf in jax.tree.leaves(params)])
+        bases = tuple(
+            tuple(basis(size, len(members)) for size in matrix)
+            for matrix, members in groups.items()
+        )
         return Whitening(bases, jnp.zeros((base.count(params),), dtype))
 
     def observe(gradient, moments, past, step, shapes):
@@ -85,49 +98,52 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
         nu = second_decay * moments.nu + (1 - second_decay) * jnp.square(gradient)
         ahead = decay * mu / (1 - decay**count) + (1 - decay) * gradient
         adam = ahead / features.root(nu / (1 - second_decay**count), eps_root)
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        cut = partial(jnp.split, indices_or_sections=ends[:-1])
+        plain, after = cut(adam), cut(past.nu)
+        lengths = [_mean_square(x) for x in plain]
+        directions, cosines = list(plain), [jnp.ones_like(x) for x in lengths]
+        tensors = list(zip(cut(gradient), cut(ahead), strict=True))
         often = (step < OFTEN) | (step % EVERY == 0)
-        bases, directions, after, told, start = [], [], [], [], 0
-        for shape, pair in zip(shapes, past.bases, strict=True):
-            size = math.prod(shape)
-            g, m, plain, second = (
-                x[start : start + size] for x in (gradient, ahead, adam, past.nu)
+        bases = []
+        for (matrix, members), pair in zip(grouped(shapes).items(), past.bases, strict=True):
+            g, m, flat, second = (
+                jnp.stack([x[i] for i in members]).reshape(-1, *matrix)
+                for x in ([x[0] for x in tensors], [x[1] for x in tensors], plain, after)
             )
-            start += size
-            if not any(pair):
-                bases.append(pair)
-                directions.append(plain)
-                after.append(second)
-                length = jnp.sqrt(jnp.sum(plain * plain) / max(size, 1) + 1e-12)
-                told.append(jnp.stack([jnp.tanh(jnp.log(length)), jnp.ones_like(length)]))
-                continue
-            matrix = matrix_of(shape)
-            # A constant, for derivatives too: those of eigenvectors are infinite where two
-            # eigenvalues meet.
-            still = jax.lax.stop_gradient(g.reshape(matrix))
-            pair = _follow(still, pair, often)
+            # Constants, for exact meta-gradients too: the derivatives of eigenvectors are infinite
+            # where two eigenvalues meet.
+            pair = _follow(*jax.lax.stop_gradient((g, pair)), often)
             bases.append(pair)
-            rotated = _into(g.reshape(matrix), pair)
-            second = SECOND_DECAY * second + (1 - SECOND_DECAY) * jnp.square(rotated).reshape(-1)
-            after.append(second)
+            rotated = jnp.square(_into(g, pair))
+            second = SECOND_DECAY * second + (1 - SECOND_DECAY) * rotated
             moment = second / (1 - SECOND_DECAY**count)
-            root = features.root(moment + NOTHING * jnp.mean(moment), eps_root).reshape(matrix)
-            direction = _back(_into(m.reshape(matrix), pair) / root, pair).reshape(-1)
-            own = jnp.mean(direction * direction) + 1e-12
-            adams = jnp.mean(plain * plain) + 1e-12
-            directions.append(direction * jnp.sqrt(adams / own))
-            cosine = jnp.mean(direction * plain) / jnp.sqrt(own * adams)
-            told.append(jnp.stack([jnp.tanh(0.5 * jnp.log(own)), cosine]))
+            nothing = NOTHING * jnp.mean(moment, (1, 2), keepdims=True)
+            direction = _back(_into(m, pair) / features.root(moment + nothing, eps_root), pair)
+            for j, i in enumerate(members):
+                own, adams = _mean_square(direction[j]), lengths[i]
+                scaled = direction[j] * jnp.sqrt(adams / own)
+                cosines[i] = jnp.mean(scaled * flat[j]) / adams
+                lengths[i] = own
+                directions[i], after[i] = scaled.reshape(-1), second[j].reshape(-1)
+        told = jnp.stack([jnp.tanh(0.5 * jnp.log(jnp.stack(lengths))), jnp.stack(cosines)])
         present = Whitening(tuple(bases), jnp.concatenate(after))
-        return jnp.concatenate(directions)[None], jnp.stack(told, 1), present
+        return jnp.concatenate(directions)[None], told, present
 
     return base.Preconditioner(statistics, observe, ("whitened m̃/√ν",))
 
 
-def _follow(gradient, pair, often):
-    """A pair of bases after another gradient."""
+def _mean_square(x):
+    """Of no numbers 1e-12, which keeps roots and logarithms finite."""
+    return jnp.sum(x * x) / max(x.size, 1) + 1e-12
+
+
+def _follow(gradients, pair, often):
+    """A pair of bases after another gradient of each of their matrices, [k, rows, columns]."""
     # Each gradient counts the same, however large: a first one of 1e6 would else be all there is.
-    scale = jnp.mean(jnp.square(gradient)) + 1e-30
-    products = (gradient @ gradient.T, gradient.T @ gradient)
+    scale = jnp.mean(jnp.square(gradients), (1, 2), keepdims=True) + 1e-30
+    turned = gradients.mT
+    products = (gradients @ turned, turned @ gradients)
     pair = tuple(
         basis and Basis(DECAY * basis.average + (1 - DECAY) * product / scale, basis.vectors)
         for basis, product in zip(pair, products, strict=True)
@@ -135,9 +151,9 @@ def _follow(gradient, pair, often):
 
     def iterate(basis):
         # The last term decides where the gradients have no direction at all.
-        turned = basis.average @ basis.vectors
-        turned += 1e-9 * jnp.eye(len(turned), dtype=turned.dtype)
-        return basis._replace(vectors=jnp.linalg.qr(turned)[0])
+        ahead = basis.average @ basis.vectors
+        ahead += 1e-9 * jnp.eye(ahead.shape[-1], dtype=ahead.dtype)[None]
+        return basis._replace(vectors=jnp.linalg.qr(ahead)[0])
 
     def both(pair):
         return tuple(basis and iterate(basis) for basis in pair)
@@ -145,14 +161,14 @@ def _follow(gradient, pair, often):
     return jax.lax.cond(often, both, lambda pair: pair, pair)
 
 
-def _into(matrix, pair):
-    """A matrix in its basis."""
+def _into(matrices, pair):
+    """Matrices in their bases."""
     rows, columns = pair
-    matrix = rows.vectors.T @ matrix if rows else matrix
-    return matrix @ columns.vectors if columns else matrix
+    matrices = rows.vectors.mT @ matrices if rows else matrices
+    return matrices @ columns.vectors if columns else matrices
 
 
-def _back(matrix, pair):
+def _back(matrices, pair):
     rows, columns = pair
-    matrix = rows.vectors @ matrix if rows else matrix
-    return matrix @ columns.vectors.T if columns else matrix
+    matrices = rows.vectors @ matrices if rows else matrices
+    return matrices @ columns.vectors.mT if columns else matrices
