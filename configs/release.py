@@ -40,13 +40,13 @@ def get_config() -> ConfigDict:
         learning_rate=0.04,
         eps_root=1e-12,
     )
-    config.objective = dict(on="both", form="log", cap=1e4, share=0.5)
+    config.objective = dict(on="both", form="log", cap=1e4, share=0.9)
     config.inner = dict(length=200, stagger=True, hide=0.25)
     config.estimator = dict(name="first_order")
     config.horizon = dict(name="log_uniform", shortest=200, longest=4000, start=2000, growth=0.5)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=3e-3)
     config.meta = dict(
-        steps=400,
+        steps=160,
         num_problems=2,
         group=5,
         clip=1.0,
