@@ -2,7 +2,7 @@
 
 python -m l2l.launch --config=configs/release.py
 
-Compute is added to the same theta, on any machine, by --config.start=lstm and another
+4 minutes to compile and 17 to train on 2 busy cores of an EPYC. Compute is added to the same theta, on any machine, by --config.start=lstm and another
 --config.seed. The changelog has what came out, and of what was tried before.
 """
 
