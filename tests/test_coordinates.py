@@ -112,7 +112,7 @@ def gradients_through(loop, rule, theta, cotangent):
         total = 0.0
         for step in range(2):
             context = rule.context(jnp.int32(step), jnp.int32(9))
-            arrays = (gradient, PARAMS, state.statistics, state.hidden)
+            arrays = (gradient, PARAMS, (), state.statistics, state.hidden)
             u, statistics, hidden = loop(theta, context, jnp.int32(step), (), arrays)
             state = coordinates.LearnedState(state.step + 1, statistics, hidden)
             total = total + jnp.vdot(u, cotangent)
@@ -132,8 +132,8 @@ def test_derivatives_are_those_of_all_coordinates_at_once():
     learned = by_parameter(parts, [("no such", "y"), ("", "x")])
     theta, cotangent = shaken(learned), jnp.cos(PARAMS)
     loops = (
-        partial(coordinates._through, learned.rule, (SIZE,), 48),
-        partial(coordinates._whole, learned.rule, (SIZE,)),
+        partial(coordinates._through, learned.rule, ((SIZE,),), 48),
+        partial(coordinates._whole, learned.rule, ((SIZE,),)),
     )
     ours, plain = (gradients_through(loop, learned.rule, theta, cotangent) for loop in loops)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, plain)
