@@ -2,9 +2,9 @@
 
 python -m l2l.launch --config=configs/release.py
 
-4 minutes to compile and 17 to train, on 2 busy cores of an EPYC. Compute is added to the same theta,
-on any machine, by --config.start=lstm and another --config.seed. The changelog has what came out, and
-what was tried before.
+4 minutes to compile and 17 to train, on 2 busy cores of an EPYC. Compute is added to the same
+theta, on any machine, by --config.start=lstm and another --config.seed. The changelog has what came
+out, and what was tried before.
 """
 
 from ml_collections import ConfigDict
