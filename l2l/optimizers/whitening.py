@@ -94,10 +94,12 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
     def observe(gradient, moments, past, step, shapes):
         count = step + 1
         # The moments after this step, of which the rule's own are made later, block by block.
-        mu = decay * moments.mu[0] + (1 - decay) * gradient
-        nu = second_decay * moments.nu + (1 - second_decay) * jnp.square(gradient)
-        ahead = decay * mu / (1 - decay**count) + (1 - decay) * gradient
-        adam = ahead / features.root(nu / (1 - second_decay**count), eps_root)
+        first = features.Moments(moments.mu[:1], moments.nu)
+        _, hat = features.update_moments(
+            gradient, first, step, decays=(decay,), second_decay=second_decay
+        )
+        ahead = decay * hat.mu[0] + (1 - decay) * gradient
+        adam = ahead / features.root(hat.nu, eps_root)
         ends = np.cumsum([math.prod(shape) for shape in shapes])
         cut = partial(jnp.split, indices_or_sections=ends[:-1])
         plain, after = cut(adam), cut(past.nu)
