@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
         dict(digits, dataset=images, hidden=(20,), batch_size=64),
         dict(name="logistic", dataset="digits", batch_size=64, init=0.0, **RANGES),
         dict(name="regression", inputs=10, hidden=(32,), batch_size=64, initial_scale=(0.5, 2.0)),
+        dict(name="regression", inputs=30, hidden=(16, 16), batch_size=32, noise=(0.1, 1.0)),
         dict(name="autoencoder", dataset="digits", hidden=(32, 8, 32), batch_size=64, **RANGES),
         dict(name="conv", dataset="digits", channels=(6, 8), dense=(), batch_size=32, **RANGES),
         dict(name="transformer", width=12, layers=1, heads=2, context=16, batch_size=8),
@@ -41,19 +42,19 @@ def get_config() -> ConfigDict:
         learning_rate=0.04,
         eps_root=1e-12,
     )
-    config.objective = dict(on="both", form="log", cap=1e4, share=0.9)
-    config.inner = dict(length=200, stagger=True, hide=0.25)
+    config.objective = dict(on="both", form="log", cap=1e4, share=0.9, floor=3e-5, emphasis=1.0)
+    config.inner = dict(length=250, stagger=True, hide=0.25)
     config.estimator = dict(name="first_order")
-    config.horizon = dict(name="log_uniform", shortest=200, longest=4000, start=2000, growth=0.5)
+    config.horizon = dict(name="log_uniform", shortest=250, longest=4000, start=2000, growth=0.5)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=3e-3)
     config.meta = dict(
-        steps=160,
+        steps=400,
         num_problems=2,
         group=5,
         clip=1.0,
         max_bad=20,
         optimizer=dict(
-            name="adam", learning_rate=dict(name="cosine_decay_schedule", init_value=3e-3)
+            name="adam", learning_rate=dict(name="cosine_decay_schedule", init_value=2e-3)
         ),
     )
     config.evaluation = dict(horizons=(200,), num_problems=2, every=0)

@@ -5,10 +5,12 @@ Everything here acts on arrays whose last axis runs over coordinates, is free of
 derivative of √v̂ is infinite, and one such coordinate makes an exact meta-gradient NaN.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -49,6 +51,23 @@ def update_moments(
 def root(nu_hat: jax.Array, eps_root: float, eps: float = 1e-8) -> jax.Array:
     """√(v̂ + eps_root) + eps, the denominator of `optax.adam(eps=eps, eps_root=eps_root)`."""
     return jnp.sqrt(nu_hat + eps_root) + eps
+
+
+def pool(
+    products: Sequence[jax.Array], sizes: Sequence[int], tensors: Sequence[int] | None = None
+) -> jax.Array:
+    """Means over whole tensors, 0 for an empty one, of R arrays [P]: [R, G].
+
+    sizes: of all tensors, as they lie in P.
+    tensors: the numbers of those whose means are wanted, all by default.
+    """
+    rows = jnp.stack(list(products))
+    ends = np.cumsum(sizes)
+    chosen = range(len(sizes)) if tensors is None else tensors
+    means = [
+        jnp.sum(rows[:, ends[i] - sizes[i] : ends[i]], 1) / max(sizes[i], 1) for i in chosen
+    ]
+    return jnp.stack(means, 1) if means else jnp.zeros((len(rows), 0), rows.dtype)
 
 
 def log_and_sign(gradient: jax.Array, p: float) -> jax.Array:

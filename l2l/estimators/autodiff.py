@@ -113,6 +113,7 @@ def window(
     """One window of inner training: (state after it, its meta-loss, metrics), differentiable."""
     family = inner.family
     on_train, on_validation = objective.shares(state.step, state.num_steps)
+    emphases = objective.emphases(state.step, state.num_steps, inner.length)
 
     def steps(state, _, length):
         if not objective.reads_validation:
@@ -135,9 +136,9 @@ def window(
     following = jnp.concatenate([losses[1:], last[None]])
     value = jnp.zeros((), losses.dtype)
     if objective.reads_train:
-        value += on_train * objective.value(following)
+        value += on_train * objective.value(following, emphases)
     if objective.reads_validation:
-        value += on_validation * objective.value(held_out)
+        value += on_validation * objective.value(held_out, emphases)
     capped = jnp.mean((following > objective.cap).astype(losses.dtype))
     return state, value, {"meta_loss": value, "loss": last, "capped": capped}
 

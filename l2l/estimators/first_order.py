@@ -120,6 +120,7 @@ def first_order(
         dtype = coordinates.dtype_of(theta)
         gradient_of = jax.value_and_grad(family.loss)
         on_train, on_validation = objective.shares(state.step, state.num_steps)
+        emphases = objective.emphases(state.step, state.num_steps, inner.length)
 
         def step(state, _):
             loss, gradient = gradient_of(state.params, state.problem, batch_at(family, state, data))
@@ -155,11 +156,11 @@ def first_order(
         )
         meta_loss = jnp.zeros((), losses.dtype)
         if objective.reads_train:
-            seen = seen._replace(weights=on_train * slope(following))
-            meta_loss += on_train * objective.value(following)
+            seen = seen._replace(weights=on_train * slope(following, emphases))
+            meta_loss += on_train * objective.value(following, emphases)
         if objective.reads_validation:
-            seen = seen._replace(held_out_weights=on_validation * slope(values))
-            meta_loss += on_validation * objective.value(values)
+            seen = seen._replace(held_out_weights=on_validation * slope(values, emphases))
+            meta_loss += on_validation * objective.value(values, emphases)
         metrics = dict(
             meta_loss=meta_loss,
             loss=last,

@@ -19,8 +19,14 @@ class Objective(NamedTuple):
           it ends, linear in t/T between (late_share None: the same throughout). A meta-loss on
           training batches alone teaches an optimizer to memorise; one on validation batches alone,
           to stop.
-    form: "plain" (ρ = ℓ, mean over the window; Andrychowicz et al. 2016 sum), "log" (ρ = log ℓ,
-          scale-free) or "last" (ρ = ℓ at the end of the window alone; Lv et al. 2017).
+    form: "plain" (ρ = ℓ, mean over the window; Andrychowicz et al. 2016 sum), "log" (ρ =
+          log(ℓ + floor), scale-free) or "last" (ρ = ℓ at the end of the window alone; Lv et al.
+          2017).
+    floor: losses well below it are all the same under "log": nothing is gained by memorising
+          beyond.
+    emphasis: e; a loss after step t of T counts (1 + e)(t/T)ᵉ. A window in the middle of a run is
+          best served by a small rate, which the run pays for later (short-horizon bias; Wu et al.
+          2018): with a positive e such windows weigh little, and the end of a run most.
     cap:  losses above it count as `cap` and pull no gradient; the share of capped losses is
           reported as the metric `capped`.
     """
@@ -30,6 +36,8 @@ class Objective(NamedTuple):
     cap: float = 1e4
     share: float = 0.5
     late_share: float | None = None
+    floor: float = FLOOR
+    emphasis: float = 0.0
 
     @property
     def reads_train(self) -> bool:
@@ -47,12 +55,19 @@ class Objective(NamedTuple):
         validation = self.share + (late - self.share) * (step / num_steps).astype(jnp.float32)
         return 1.0 - validation, validation
 
-    def value(self, losses: jax.Array) -> jax.Array:
+    def emphases(self, step: jax.Array, num_steps: jax.Array, length: int) -> jax.Array:
+        """What each loss of a window that begins at `step` counts: [length]."""
+        progress = (step + 1 + jnp.arange(length)) / num_steps
+        return (1 + self.emphasis) * progress.astype(jnp.float32) ** self.emphasis
+
+    def value(self, losses: jax.Array, emphases: jax.Array) -> jax.Array:
         """L of losses [K] after each update. Non-finite losses stay non-finite."""
         losses = jnp.where(losses > self.cap, self.cap, losses)
         if self.form == "last":
-            return losses[-1]
-        return jnp.mean(jnp.log(losses + FLOOR) if self.form == "log" else losses)
+            return losses[-1] * emphases[-1]
+        return jnp.mean(
+            emphases * (jnp.log(losses + self.floor) if self.form == "log" else losses)
+        )
 
 
 def objective(
@@ -62,8 +77,11 @@ def objective(
     cap: float = 1e4,
     share: float = 0.5,
     late_share: float | None = None,
+    floor: float = FLOOR,
+    emphasis: float = 0.0,
 ) -> Objective:
-    """An `Objective`; raises ValueError for an unknown `on` or `form` or a share outside [0, 1]."""
+    """An `Objective`; raises ValueError for an unknown `on` or `form`, a share outside [0, 1], or a
+    floor or an emphasis below 0."""
     if on not in ("train", "validation", "both"):
         raise ValueError(f"Unknown meta-loss split {on!r}: choose train, validation or both.")
     if form not in ("plain", "log", "last"):
@@ -71,4 +89,7 @@ def objective(
     for value in (share, share if late_share is None else late_share):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"A share {value} of the validation losses is outside [0, 1].")
-    return Objective(on, form, cap, share, late_share)
+    for name, value in (("floor", floor), ("emphasis", emphasis)):
+        if not 0.0 <= value < float("inf"):
+            raise ValueError(f"{name}={value} is no weight: use 0 or a positive number.")
+    return Objective(on, form, cap, share, late_share, floor, emphasis)

@@ -97,7 +97,7 @@ def tensor_rule(
             gradient * gradient,
             params * params,
         ]
-        pooled = jnp.stack([_pool(x, sizes) for x in products])
+        pooled = features.pool(products, sizes)
         began = step > 0
         steady, (along, ahead, square, weights) = pooled[: len(decays)], pooled[len(decays) :]
         cosine = along / (jnp.sqrt(ahead * steady[0]) + 1e-8)
@@ -150,12 +150,6 @@ def tensor_rule(
         return network.init(key, jnp.zeros((inputs, 1)), context, hk.LSTMState(zeros, zeros))
 
     return base.TensorRule(statistics, observe, hidden, propose), init
-
-
-def _pool(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
-    """The mean over each tensor of an array [P]: [G]."""
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return jnp.stack([_mean(x[end - size : end]) for end, size in zip(ends, sizes, strict=True)])
 
 
 def _mean(x: jax.Array) -> jax.Array:

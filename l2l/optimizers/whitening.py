@@ -7,7 +7,6 @@ optimizer observes: free of theta, so that the first-order engine keeps it as it
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,6 +22,8 @@ OFTEN, EVERY = 10, 10
 # Second moments below this part of the mean over the matrix are rounding: directions in which the
 # gradients have nothing, which dividing by themselves would make as long as all others.
 NOTHING = 1e-9
+# Added to mean squares, so that those of zeros have roots and logarithms.
+TINY = 1e-12
 # Numbers a tensor gets from here: see `whitening`.
 PER_TENSOR = 2
 
@@ -100,44 +101,44 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
         )
         ahead = decay * hat.mu[0] + (1 - decay) * gradient
         adam = ahead / features.root(hat.nu, eps_root)
-        ends = np.cumsum([math.prod(shape) for shape in shapes])
-        cut = partial(jnp.split, indices_or_sections=ends[:-1])
-        plain, after = cut(adam), cut(past.nu)
-        lengths = [_mean_square(x) for x in plain]
-        directions, cosines = list(plain), [jnp.ones_like(x) for x in lengths]
-        tensors = list(zip(cut(gradient), cut(ahead), strict=True))
         often = (step < OFTEN) | (step % EVERY == 0)
-        bases = []
-        for (matrix, members), pair in zip(grouped(shapes).items(), past.bases, strict=True):
-            g, m, flat, second = (
-                jnp.stack([x[i] for i in members]).reshape(-1, *matrix)
-                for x in ([x[0] for x in tensors], [x[1] for x in tensors], plain, after)
+        groups = grouped(shapes)
+        sizes = tuple(map(math.prod, shapes))
+        # Few large operations in place of many small ones, of which each costs a microsecond: that
+        # is most of a step of a small network.
+        rows = jnp.stack([gradient, ahead, adam, past.nu])
+        tensors = [rows[:, end - n : end] for end, n in zip(np.cumsum(sizes), sizes, strict=True)]
+        own = [i for i in range(len(sizes)) if not any(i in group for group in groups.values())]
+        lengths = features.pool([adam * adam], sizes, own) + TINY
+        told, order, bases = [jnp.concatenate([lengths, jnp.ones_like(lengths)])], list(own), []
+        after = {i: tensors[i][2:] for i in own}
+        for (matrix, members), pair in zip(groups.items(), past.bases, strict=True):
+            g, m, flat, second = jnp.stack([tensors[i] for i in members], 1).reshape(
+                4, len(members), *matrix
             )
             # Constants, for exact meta-gradients too: the derivatives of eigenvectors are infinite
             # where two eigenvalues meet.
             pair = _follow(*jax.lax.stop_gradient((g, pair)), often)
             bases.append(pair)
-            rotated = jnp.square(_into(g, pair))
-            second = SECOND_DECAY * second + (1 - SECOND_DECAY) * rotated
+            second = SECOND_DECAY * second + (1 - SECOND_DECAY) * jnp.square(_into(g, pair))
             moment = second / (1 - SECOND_DECAY**count)
             nothing = NOTHING * jnp.mean(moment, (1, 2), keepdims=True)
             direction = _back(_into(m, pair) / features.root(moment + nothing, eps_root), pair)
-            for j, i in enumerate(members):
-                own, adams = _mean_square(direction[j]), lengths[i]
-                scaled = direction[j] * jnp.sqrt(adams / own)
-                cosines[i] = jnp.mean(scaled * flat[j]) / adams
-                lengths[i] = own
-                directions[i], after[i] = scaled.reshape(-1), second[j].reshape(-1)
-        told = jnp.stack([jnp.tanh(0.5 * jnp.log(jnp.stack(lengths))), jnp.stack(cosines)])
-        present = Whitening(tuple(bases), jnp.concatenate(after))
-        return jnp.concatenate(directions)[None], told, present
+            length, adams, along = (
+                jnp.mean(x, (1, 2)) for x in (direction**2, flat**2, direction * flat)
+            )
+            length, adams = length + TINY, adams + TINY
+            told.append(jnp.stack([length, along / jnp.sqrt(length * adams)]))
+            order += members
+            scaled = direction * jnp.sqrt(adams / length)[:, None, None]
+            both = jnp.stack([scaled, second]).reshape(2, len(members), -1)
+            after |= {i: both[:, j] for j, i in enumerate(members)}
+        told = jnp.concatenate(told, 1)[:, np.argsort(order)]
+        told = jnp.stack([jnp.tanh(0.5 * jnp.log(told[0])), told[1]])
+        direction, nu = jnp.concatenate([after[i] for i in range(len(sizes))], 1)
+        return direction[None], told, Whitening(tuple(bases), nu)
 
     return base.Preconditioner(statistics, observe, ("whitened m̃/√ν",))
-
-
-def _mean_square(x):
-    """Of no numbers 1e-12, which keeps roots and logarithms finite."""
-    return jnp.sum(x * x) / max(x.size, 1) + 1e-12
 
 
 def _follow(gradients, pair, often):
