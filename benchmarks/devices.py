@@ -5,7 +5,8 @@
 The program that `python -m l2l.launch --config=…` runs, in fresh processes: compiled with an empty
 compilation cache, then from that cache; then, in turns, on one device, on all devices of a process
 (one a core on a CPU, forced; else the accelerators) and, on a CPU, on as many processes of one
-device. The same problems and numbers everywhere. Seconds are those of a call of the program, a
+device, each kept to a core of its own as `launch/cpus.sh` does. The same problems and numbers
+everywhere. Seconds are those of a call of the program, a
 group of meta-steps: the median of three after one that warms up, then the median over rounds.
 """
 
@@ -66,6 +67,9 @@ def compile_seconds(queue, config: str, cache: str) -> None:
 def call_seconds(queue, config: str, devices: int | None, member: dict | None = None) -> None:
     """Median seconds of a call, the number of devices and their kind; of process 0 alone."""
     if member:
+        if hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[member["process_id"] % len(cores)]})
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 
         from l2l import joining

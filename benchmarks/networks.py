@@ -78,17 +78,17 @@ GROUP = 10
 
 
 def config(network: dict, steps: int) -> dict:
-    rate = dict(name="cosine_decay_schedule", init_value=3e-3)
+    rate = dict(name="cosine_decay_schedule", init_value=2e-3)
     return dict(
         task=MIXTURE,
-        augmentations=(dict(name="rescale", per="tensor", magnitude=1.5, probability=0.5),),
+        augmentations=(dict(name="rescale", per="tensor", magnitude=1.0, probability=0.5),),
         optimizer={"name": "lstm", "learning_rate": 3e-3, "eps_root": 1e-12, **network},
-        objective=dict(on="both", form="log", share=0.5),
-        inner=dict(length=50, hide=0.25),
-        horizon=dict(name="log_uniform", shortest=100, longest=2000),
+        objective=dict(on="both", form="log", share=0.9, floor=3e-5, emphasis=1.0),
+        inner=dict(length=100, hide=0.25),
+        horizon=dict(name="log_uniform", shortest=100, longest=1000),
         meta=dict(
             steps=steps,
-            num_problems=4,
+            num_problems=2,
             group=GROUP,
             optimizer=dict(name="adam", learning_rate=rate),
         ),

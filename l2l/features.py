@@ -64,9 +64,7 @@ def pool(
     rows = jnp.stack(list(products))
     ends = np.cumsum(sizes)
     chosen = range(len(sizes)) if tensors is None else tensors
-    means = [
-        jnp.sum(rows[:, ends[i] - sizes[i] : ends[i]], 1) / max(sizes[i], 1) for i in chosen
-    ]
+    means = [jnp.sum(rows[:, ends[i] - sizes[i] : ends[i]], 1) / max(sizes[i], 1) for i in chosen]
     return jnp.stack(means, 1) if means else jnp.zeros((len(rows), 0), rows.dtype)
 
 

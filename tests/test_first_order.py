@@ -43,7 +43,7 @@ PLAIN = Objective("train", "log")
 # Training and validation losses enter linearly: both of them, in every form, and each alone.
 OBJECTIVES = [
     Objective("both", "plain"),
-    Objective("both", "log", share=0.8, late_share=0.3),
+    Objective("both", "log", share=0.8, late_share=0.3, floor=0.1, emphasis=2.0),
     Objective("both", "last"),
     Objective("validation", "plain", cap=3.0),
     Objective("train", "last"),

@@ -65,9 +65,7 @@ class Objective(NamedTuple):
         losses = jnp.where(losses > self.cap, self.cap, losses)
         if self.form == "last":
             return losses[-1] * emphases[-1]
-        return jnp.mean(
-            emphases * (jnp.log(losses + self.floor) if self.form == "log" else losses)
-        )
+        return jnp.mean(emphases * (jnp.log(losses + self.floor) if self.form == "log" else losses))
 
 
 def objective(
