@@ -5,7 +5,7 @@
 digits: the mean of the last ten batch losses, the mean batch loss over the run, and the test loss,
 after 200, 1,000 and 2,000 steps, beside Adam and NAdamW, each the best of 15 rates × {constant,
 cosine} for the horizon by its mean final training loss over the split.
-mnist:  the mean loss over the whole training split (Andrychowicz et al. 2016, figure 4, is this task)
+mnist:  the mean loss over the whole training split (the task of Andrychowicz et al. 2016)
 after 100 to 10,000 steps; skipped where MNIST is not present. Every run is told its horizon. Means
 over all seeds, which are none of the training's.
 """

@@ -92,6 +92,9 @@ class Running(NamedTuple):
     group:        meta-steps a call of the compiled program (and between signs of life).
     clip:         the largest norm of one problem's meta-gradient.
     max_bad:      training stops after so many non-finite meta-gradients in a row.
+    blend:        the theta at the end is that of the beginning plus so much of the way to the
+                  trained one: between them lie optimizers that keep what the first does well on
+                  other tasks (as in WiSE-FT; Wortsman et al. 2022).
     optimizer:    of the meta-optimizer: one section, or several that are chained.
     """
 
@@ -100,6 +103,7 @@ class Running(NamedTuple):
     group: int = 50
     clip: float = 1.0
     max_bad: int = 20
+    blend: float = 1.0
     optimizer: Any = MappingProxyType({"name": "adam", "learning_rate": 1e-3})
 
 
@@ -196,6 +200,11 @@ def experiment(config: Mapping) -> Experiment:
     running = checks.fill("meta", Running, config.get("meta", {}))
     # Every call of the compiled program takes the same number of meta-steps.
     running = running._replace(group=math.gcd(running.steps, running.group))
+    if not 0.0 < running.blend <= 1.0:
+        raise ValueError(
+            f"meta.blend={running.blend} is no part of the way from the first theta to the trained "
+            "one: use a number above 0 and at most 1."
+        )
     specification = config.get("optimizer", {"name": "lstm"})
     learned = optimizer(specification)
     imitation = checks.fill("imitation", curriculum.Imitation, config.get("imitation", {}))

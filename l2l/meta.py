@@ -50,7 +50,7 @@ def meta_init(key: jax.Array, meta: Meta, stage: base.Stage) -> base.MetaState:
 
     @jax.jit
     def build(key, stage):
-        theta = meta.optimizer.init(jax.random.fold_in(key, 0))
+        theta = first_theta(key, meta.optimizer)
         problems = jax.random.fold_in(key, 1)
         keys = jax.vmap(lambda i: jax.random.fold_in(problems, i))(jnp.arange(meta.num_problems))
 
@@ -68,6 +68,12 @@ def meta_init(key: jax.Array, meta: Meta, stage: base.Stage) -> base.MetaState:
         )
 
     return build(key, stage)
+
+
+@partial(jax.jit, static_argnums=1)
+def first_theta(key: jax.Array, optimizer: base.LearnedOptimizer) -> base.PyTree:
+    """The theta that `meta_init` begins with, for its key."""
+    return optimizer.init(jax.random.fold_in(key, 0))
 
 
 def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x: x):

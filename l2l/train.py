@@ -121,6 +121,7 @@ def _run(experiment, directory, devices, signals) -> int:
             out.say(_ending(code, experiment, snapshot))
             if code == DONE:
                 theta = experiment.curriculum.finish(snapshot.memory, snapshot.state.theta)
+                theta = _blended(experiment, key, theta)
                 key = jax.random.fold_in(key, FINAL)
                 out.close()
                 result = cluster.together(
@@ -233,12 +234,27 @@ def _fresh(experiment, key, layout) -> Snapshot:
     theta = experiment.optimizer.init(key)  # Only its shapes matter to the first stage.
     stage = _stage(experiment.curriculum, experiment.curriculum.start(theta))
     state = meta.meta_init(jax.random.fold_in(key, TRAIN), experiment.meta, stage)
-    if experiment.start:
-        state = state._replace(theta=outcome.earlier(experiment)[0])
+    state = state._replace(theta=_first_theta(experiment, key))
     memory = experiment.curriculum.start(jax.device_get(state.theta))
     # Placed as the compiled program leaves it, which otherwise would be compiled twice.
     state = cluster.place(state, _where(state, layout))
     return Snapshot(state, memory, jnp.float32(0))
+
+
+def _first_theta(experiment, key):
+    """What training begins with."""
+    if experiment.start:
+        return outcome.earlier(experiment)[0]
+    return meta.first_theta(jax.random.fold_in(key, TRAIN), experiment.optimizer)
+
+
+def _blended(experiment, key, theta):
+    """What training ends with: `meta.blend` of the way from where it began."""
+    part, theta = experiment.running.blend, jax.device_get(theta)
+    if part == 1.0:
+        return theta
+    first = jax.device_get(_first_theta(experiment, key))
+    return jax.tree.map(lambda x, y: x + np.asarray(part, x.dtype) * (y - x), first, theta)
 
 
 def _stage(plan, memory) -> base.Stage:

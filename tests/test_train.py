@@ -9,6 +9,7 @@ import sys
 import threading
 
 import jax
+import jax.flatten_util
 import numpy as np
 import pytest
 
@@ -149,6 +150,23 @@ def test_a_run_may_begin_with_the_theta_of_another(tiny, whole, tmp_path):
     tiny["optimizer"]["hidden_size"] = 3
     with pytest.raises(ValueError, match=r"another optimizer \(optimizer.hidden_size is 2 there"):
         train.run(build.experiment(tiny), tmp_path / "other")
+
+
+def test_the_end_lies_between_the_first_theta_and_the_trained_one(tiny, whole, tmp_path):
+    tiny["meta"]["blend"] = 0.25
+    assert train.run(build.experiment(tiny), tmp_path / "blended") == train.DONE
+    tiny["meta"]["optimizer"]["learning_rate"] = 0.0
+    tiny["meta"]["blend"] = 1.0
+    assert train.run(build.experiment(tiny), tmp_path / "first") == train.DONE
+    parts = (whole, tmp_path / "blended", tmp_path / "first")
+    trained, blended, first = (
+        jax.flatten_util.ravel_pytree(theta_of(directory))[0] for directory in parts
+    )
+    assert np.linalg.norm(trained - first) > 0.01 * np.linalg.norm(first)
+    np.testing.assert_allclose(blended, 0.75 * first + 0.25 * trained, rtol=1e-5, atol=1e-6)
+    tiny["meta"]["blend"] = 0.0
+    with pytest.raises(ValueError, match=r"meta\.blend=0\.0 is no part of the way"):
+        build.experiment(tiny)
 
 
 def test_another_configuration_is_refused_with_the_keys(tiny, whole):
