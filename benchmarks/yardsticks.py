@@ -1,26 +1,28 @@
-"""Two public yardsticks: digits 64-32-10 ReLU and MNIST 784-20-10 sigmoid, batches of 128.
+"""Yardsticks: digits 64-32-10 ReLU and MNIST 784-20-10 sigmoid, and digits in large batches.
 
-    python benchmarks/yardsticks.py [--load lstm] [--seeds 5] [--only digits,mnist]
+    python benchmarks/yardsticks.py [--load lstm] [--seeds 5] [--only digits,mnist,batches]
 
 digits: the mean of the last ten batch losses, the mean batch loss over the run, and the test loss,
 after 200, 1,000 and 2,000 steps, beside Adam and NAdamW, each the best of 15 rates × {constant,
 cosine} for the horizon by its mean final training loss over the split.
-mnist:  the mean loss over the whole training split (the task of Andrychowicz et al. 2016)
-after 100 to 10,000 steps; skipped where MNIST is not present. Every run is told its horizon. Means
-over all seeds, which are none of the training's.
+mnist: the mean loss over the whole training split (the task of Andrychowicz et al. 2016) after 100
+to 10,000 steps; skipped where MNIST is not present.
+batches: digits MLPs with batches of 1,024, 1,000 steps: the speed-up over tuned Adam in steps to
+the same loss (`speed.speed_up`, median), what a training step costs in Adam's (with JAX's own
+settings, on all cores), and their ratio, the speed-up in time.
+
+Batches of 128 otherwise. Every run is told its horizon. Means over all seeds, which are none of the
+training's.
 """
 
 import argparse
 import math
-import os
 from pathlib import Path
-
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import jax
 import numpy as np
 
-from l2l import cache, datasets, exports, report, suite, tuning
+from l2l import build, cache, datasets, exports, report, speed, suite, tuning
 from l2l.optimizers import baselines
 
 KEY = 31
@@ -67,11 +69,32 @@ def mnist(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
     return rows
 
 
+def batches(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
+    key, rows = jax.random.key(KEY), []
+    for hidden in ((32,), (128,), (256, 256)):
+        task = dict(suite.CELLS["mlp"].task, hidden=hidden, batch_size=1024)
+        family = build.task(task)
+        data = family.data()
+        tuned = tuning.tune(key, "adam", family, data, seeds, (1_000,), cache_dir=directory)
+        best = tuning.point_setting(tuned.by_train_loss[1_000])
+        field = {"learned": (optimizer, theta), "adam": (baselines.grid("adam"), best)}
+        losses = {
+            name: cache.curves(key, *own, family, data, seeds, 1_000, directory).losses
+            for name, own in field.items()
+        }
+        steps = float(np.median(speed.speed_up(losses["learned"], losses["adam"])))
+        seconds = speed.step_seconds(key, field, family, data)
+        cost = seconds["learned"] / seconds["adam"]
+        row = {"hidden": "-".join(map(str, hidden)), "steps": steps, "cost": cost}
+        rows.append(row | {"time": steps / cost})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load", default="lstm", help="a released name, a run or an export")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", default="digits,mnist")
+    parser.add_argument("--only", default="digits,mnist,batches")
     parser.add_argument("--cache", default="yardsticks", help="keeps what was measured")
     flags = parser.parse_args()
     optimizer, theta, _ = exports.read(exports.locate(flags.load))
@@ -79,7 +102,7 @@ def main() -> None:
         if name == "mnist" and not datasets.present("mnist"):
             print(f"MNIST is not present below {datasets.data_dir()}: skipped.")
             continue
-        rows = {"digits": digits, "mnist": mnist}[name](
+        rows = {"digits": digits, "mnist": mnist, "batches": batches}[name](
             optimizer, theta, flags.seeds, Path(flags.cache)
         )
         print(f"\n{name}\n\n{report.table(rows)}")
