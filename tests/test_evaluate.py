@@ -88,9 +88,10 @@ def test_adam_equals_a_plain_loop():
 
 
 def test_divergence_is_flagged_from_where_it_happens():
-    run = lambda rate: evaluate.evaluate(  # noqa: E731
-        jax.random.key(0), optax.sgd(rate), bowl(), (), 2, 200, checkpoints=(1,)
-    )
+    def run(rate):
+        key = jax.random.key(0)
+        return evaluate.evaluate(key, optax.sgd(rate), bowl(), (), 2, 200, checkpoints=(1,))
+
     assert run(4.0).diverged.tolist() == [[True, True]] * 2  # |1 − 4a| = 3 where a = 1.
     assert not run(0.1).diverged.any()
     poisoned = optax.chain(
@@ -192,9 +193,10 @@ def test_a_grid_grows_where_its_best_is_at_the_edge_and_says_so():
 
 def test_the_cache_saves_the_work_and_knows_other_work(tmp_path, monkeypatch):
     arguments = dict(rates=(0.1, 1.0, 3), schedules=("cosine",), cache_dir=tmp_path, extensions=0)
-    tune = lambda key, **more: tuning.tune(  # noqa: E731
-        *(key, "sgd", bowl(), (), 2, (4,)), **arguments, **more
-    )
+
+    def tune(key, **more):
+        return tuning.tune(key, "sgd", bowl(), (), 2, (4,), **arguments, **more)
+
     first = tune(jax.random.key(0))
     files = set(tmp_path.iterdir())
     assert len(files) == 1

@@ -1,5 +1,6 @@
 """Suites: definitions against closed forms, cells that build, runs that go on after a stop."""
 
+import functools
 import json
 import os
 import subprocess
@@ -164,8 +165,8 @@ def tiny_suite(monkeypatch):
     cells["two"] = cells["two"]._replace(task=task | {"dimension": 3})
     for name, item in cells.items():
         monkeypatch.setitem(suite.CELLS, name, item)
-    few = lambda *a, **k: tune(*a, **k, rates=(1e-2, 1e-1, 3), extensions=0)  # noqa: E731
-    monkeypatch.setattr(tuning, "tune", few)
+    few = dict(rates=(1e-2, 1e-1, 3), extensions=0)
+    monkeypatch.setattr(tuning, "tune", functools.partial(tune, **few))
     monkeypatch.setattr(
         speed, "step_seconds", lambda key, field, *a: dict.fromkeys(field, 2e-5) | {"slow": 4e-5}
     )
@@ -259,16 +260,17 @@ def test_what_was_measured_is_not_measured_again(tiny_suite, tmp_path, monkeypat
     monkeypatch.setattr(speed, "step_seconds", None)  # Not called now.
     again = list(measure(tmp_path))
     assert len(calls) == count
-    rows = lambda results: [scoring.rows(r) for r in results]  # noqa: E731
-    assert str(rows(again)) == str(rows(whole)) and str(rows(whole)[:2]) == str(rows(results))
+    shown = [str(list(map(scoring.rows, part))) for part in (again, whole, whole[:2], results)]
+    assert shown[0] == shown[1] and shown[2] == shown[3]
 
 
 def test_another_theta_is_another_result(tmp_path):
     family = build.task(dict(name="quadratic", dimension=2, batch_size=3))
-    run = lambda rate: cache.curves(  # noqa: E731
-        *(jax.random.key(0), baselines.grid("adam"), baselines.setting(rate), family, (), 2, 3),
-        tmp_path,
-    )
+    key, adam = jax.random.key(0), baselines.grid("adam")
+
+    def run(rate):
+        return cache.curves(key, adam, baselines.setting(rate), family, (), 2, 3, tmp_path)
+
     first, other, again = run(0.1), run(0.2), run(0.1)
     assert len(list(tmp_path.iterdir())) == 2 and not np.array_equal(first.losses, other.losses)
     np.testing.assert_array_equal(first.losses, again.losses)

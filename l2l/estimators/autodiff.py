@@ -64,7 +64,7 @@ def truncated(
     frozen = jax.lax.stop_gradient if order == "first" else lambda tree: tree
 
     def start_teacher(params):
-        return () if teacher is None else _adam(teacher).init(params)
+        return () if teacher is None else teacher.adam.init(params)
 
     def init(keys, theta, stage):
         def one(key):
@@ -143,10 +143,6 @@ def window(
     return state, value, {"meta_loss": value, "loss": last, "capped": capped}
 
 
-def _adam(teacher):
-    return optax.scale_by_adam(b1=teacher.b1, b2=teacher.b2, eps_root=teacher.eps_root)
-
-
 def _beside(student, teacher):
     """The student's updates, and in the state how far they are from the teacher's."""
 
@@ -154,12 +150,12 @@ def _beside(student, teacher):
         # Held constant: the student is to come to the teacher, not the teacher to the student.
         gradient = jax.lax.stop_gradient(updates)
         out, inside = student.update(updates, state.student, params, **extra_args)
-        direction, taught = _adam(teacher).update(gradient, state.teacher)
+        direction, taught = teacher.adam.update(gradient, state.teacher)
         off = jax.tree.map(lambda u, d: u / teacher.learning_rate + d, out, direction)
         miss = sum(jnp.sum(x * x) for x in jax.tree.leaves(off))
         return out, Imitation(inside, taught, state.miss + miss)
 
     def init(params):
-        return Imitation(student.init(params), _adam(teacher).init(params), jnp.zeros(()))
+        return Imitation(student.init(params), teacher.adam.init(params), jnp.zeros(()))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -39,6 +39,11 @@ class Teacher(NamedTuple):
     b2: float = 0.999
     eps_root: float = 1e-8
 
+    @property
+    def adam(self) -> optax.GradientTransformation:
+        """Its direction, before the rate."""
+        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps_root=self.eps_root)
+
 
 # Windows longer than twice this go back segment by segment, each computed a second time from the
 # state at its beginning: what a block then stores between the two passes stays in the cache.
@@ -287,8 +292,7 @@ def over_problems(function, states):
 
 def _teach(teacher, gradient, moments, step):
     """Adam's update [n] from the same gradient, and its moments."""
-    adam = optax.scale_by_adam(b1=teacher.b1, b2=teacher.b2, eps_root=teacher.eps_root)
     state = optax.ScaleByAdamState(step, moments.mu[0], moments.nu)
-    direction, state = adam.update(gradient, state)
+    direction, state = teacher.adam.update(gradient, state)
     moments = features.Moments(state.mu[None], state.nu)
     return -teacher.learning_rate * direction, moments

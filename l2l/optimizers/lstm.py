@@ -200,10 +200,7 @@ def dm(
         features=("log |g|", "sign g"),
     )
 
-    def init(key):
-        return network.init(key, jnp.zeros((2, 1)), _zeros(hidden_size, layers, 1, jnp.float32))
-
-    return coordinates.optimizer(init, rule)
+    return coordinates.optimizer(_initialiser(network, 2, hidden_size, layers), rule)
 
 
 def rnnprop(
@@ -246,10 +243,15 @@ def rnnprop(
         features=("m̂/√v̂", "g/√v̂"),
     )
 
-    def init(key):
-        return network.init(key, jnp.zeros((2, 1)), _zeros(hidden_size, layers, 1, jnp.float32))
+    return coordinates.optimizer(_initialiser(network, 2, hidden_size, layers), rule)
 
-    return coordinates.optimizer(init, rule)
+
+def _initialiser(network, inputs, hidden_size, layers):
+    def init(key):
+        state = _zeros(hidden_size, layers, 1, jnp.float32)
+        return network.init(key, jnp.zeros((inputs, 1)), state)
+
+    return init
 
 
 def _stack(columns, context, states, hidden_size, layers):
