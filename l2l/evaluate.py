@@ -7,6 +7,7 @@ parameters and every batch from `fold_in(key, i)`, whatever the optimizer and th
 """
 
 import functools
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -220,6 +221,18 @@ def _begin(family):
 # A transformation is a pair of functions, so the same one is recognised when it comes again.
 _fixed = functools.lru_cache(maxsize=64)(base.fixed)
 _compiled = functools.lru_cache(maxsize=64)(compile_evaluation)
+
+
+def forget() -> None:
+    """Lets go of every compiled program of this process.
+
+    On a CPU each takes dozens of the 65,530 memory mappings that Linux allows a process by default
+    (vm.max_map_count); after some hundreds of programs the compiler finds no memory.
+    """
+    for kept in (_compiled, _begin, _fixed):
+        kept.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def score(
                 if isinstance(entry.theta, baselines.Setting):
                     kind = entry.name.split(",")[0]
                     rows[-1]["setting"] = baselines.expression(kind, entry.theta)
+        evaluate.forget()  # No cell has a program that another can use.
     return Score(rows, summarise(rows), curves, notes)
 
 

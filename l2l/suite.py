@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from l2l import base, build, cache, datasets, speed, tuning
+from l2l import base, build, cache, datasets, evaluate, speed, tuning
 from l2l.optimizers import baselines
 from l2l.scorecard import Entry
 
@@ -241,6 +241,7 @@ def measure(
             progress(round(before + share * cost), round(total), f"{label}: {text}")
 
         yield from _cell(key, entries, suite, horizons, name, seeds, cache_dir, told)
+        evaluate.forget()  # No cell has a program that another can use.
     progress(round(sum(costs)), round(sum(costs)), "done")
 
 

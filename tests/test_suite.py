@@ -177,8 +177,19 @@ def measure(directory=None, **more):
     return suite.measure(jax.random.key(0), entries, TINY, PARTS, 2, cache_dir=directory, **more)
 
 
+def live() -> int:
+    """Compiled programs of this process."""
+    return len(jax.local_devices()[0].client.live_executables())
+
+
 def test_a_baseline_beside_itself_is_even(tiny_suite):
-    results = list(measure())
+    evaluate.forget()
+    before, results, compiled = live(), [], []
+    for result in measure():
+        results.append(result)
+        compiled.append(live() - before)
+    # Programs go with their cell: a process has room for some hundreds.
+    assert compiled[0] >= 2 and compiled[-1] <= 1.5 * compiled[0] and live() == before
     assert [(r.cell, r.steps) for r in results] == [("one", 3), ("one", 6), ("two", 3), ("two", 6)]
     for result in results:
         slow, adam, sgd = scoring.rows(result)
