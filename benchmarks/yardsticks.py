@@ -71,11 +71,13 @@ def mnist(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
 
 def batches(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
     key, rows = jax.random.key(KEY), []
-    for hidden in ((32,), (128,), (256, 256)):
+    for hidden in ((32,), (128,), (64, 64)):
         task = dict(suite.CELLS["mlp"].task, hidden=hidden, batch_size=1024)
         family = build.task(task)
         data = family.data()
-        tuned = tuning.tune(key, "adam", family, data, seeds, (1_000,), cache_dir=directory)
+        tuned = tuning.tune(
+            *(key, "adam", family, data, seeds, (1_000,)), eps_roots=(0.0,), cache_dir=directory
+        )
         best = tuning.point_setting(tuned.by_train_loss[1_000])
         field = {"learned": (optimizer, theta), "adam": (baselines.grid("adam"), best)}
         losses = {
@@ -87,6 +89,7 @@ def batches(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
         cost = seconds["learned"] / seconds["adam"]
         row = {"hidden": "-".join(map(str, hidden)), "steps": steps, "cost": cost}
         rows.append(row | {"time": steps / cost})
+        print(rows[-1], flush=True)
     return rows
 
 
