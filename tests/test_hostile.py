@@ -46,8 +46,13 @@ sys.addaudithook(_hear)  # For good: Python has no way to take one back.
 
 
 def listening(call):
-    """(what `call` returned or raised, what it ran or wrote meanwhile)."""
+    """(what `call` returned or raised, what it ran or wrote meanwhile).
+
+    JAX's cache of compiled programs, which the tests share, is not written meanwhile: whether a
+    program is in it yet depends on the tests before."""
     global _heard
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     _heard = heard = []
     try:
         return call(), heard
@@ -55,6 +60,7 @@ def listening(call):
         return error, heard
     finally:
         _heard = None
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 def test_the_listener_hears(tmp_path, monkeypatch):
