@@ -16,13 +16,13 @@ from l2l import exports, host, launch
 
 
 @pytest.fixture
-def command(tmp_path):
+def command(request, tmp_path):
     config_of(tmp_path)
-    cache = Path(os.environ.get("PYTEST_XLA_CACHE", tmp_path / "cache"))
     environment = os.environ | {
         "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(request.config.cache.mkdir("xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "MPLCONFIGDIR": str(tmp_path),
     }
 
