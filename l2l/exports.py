@@ -30,7 +30,8 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     Args:
       specification: a section `optimizer` of a configuration: a name of `build.OPTIMIZERS`, and
         settings.
-      metadata: what else to remember, as JSON allows: configuration, seed, meta-steps, cost.
+      metadata: what else to remember, as JSON allows: configuration, seed, meta-steps, cost. That
+        of another export will do, as `read` returns it: what it says of its own theta is replaced.
 
     Returns:
       The path.
@@ -40,10 +41,10 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     tensors = {_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(theta)}
     specification = dict(specification)
     header = {
+        **(metadata or {}),
         "format": FORMAT,
         "optimizer": {"name": specification.pop("name"), "settings": specification},
         "sha256": _digest(tensors),
-        **(metadata or {}),
     }
     content = save(tensors, {"l2l": json.dumps(header)})
     read_bytes = 8 + int.from_bytes(content[:8], "little")

@@ -51,6 +51,15 @@ def test_an_export_comes_back(path, theta):
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # No temporary file is left.
 
 
+def test_metadata_of_another_export_say_nothing_of_this_theta(path, theta, tmp_path):
+    about = exports.read(path)[2]
+    moved = jax.tree.map(lambda x: 2 * x, theta)
+    again = exports.export(tmp_path / "again.safetensors", SPECIFICATION, moved, about)
+    _, found, told = exports.read(again)
+    jax.tree.map(np.testing.assert_array_equal, moved, found)
+    assert told["seed"] == about["seed"] and told["sha256"] != about["sha256"]
+
+
 def test_load_takes_a_horizon_that_update_overrides(path, theta):
     params, gradient = jnp.ones(4), jnp.full(4, 0.5)
     bound = build.optimizer(SPECIFICATION).bind(theta)
