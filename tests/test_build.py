@@ -52,16 +52,11 @@ def test_a_mistake_is_one_sentence(config, sentence):
     assert "\n" not in str(error.value)
 
 
-def loaded(path):
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds_and_shows_its_command(path, monkeypatch):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_builds_and_shows_its_command(path, monkeypatch):
-    module = loaded(path)
     experiment = build.experiment(module.get_config())
     assert f"python -m l2l.launch --config=configs/{path.name}" in module.__doc__
     assert len(path.read_text().splitlines()) <= 70
@@ -69,15 +64,6 @@ def test_every_config_builds_and_shows_its_command(path, monkeypatch):
     assert experiment.running.group == module.get_config().meta.group
     like = jax.eval_shape(experiment.optimizer.init, jax.random.key(0))
     jax.eval_shape(experiment.meta.meta_optimizer.init, like)
-
-
-def test_the_longer_phase_of_the_release_builds():
-    module = loaded(next(path for path in CONFIGS if path.stem == "release"))
-    first, longer = (build.experiment(module.get_config(phase)) for phase in ("", "longer"))
-    assert longer.specification == first.specification
-    assert longer.curriculum.stage((), longer.running.steps)[0].longest == 10_000
-    with pytest.raises(ValueError, match="short is no phase"):
-        module.get_config("short")
 
 
 def test_chains_and_schedules_of_the_meta_optimizer():
