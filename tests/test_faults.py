@@ -19,6 +19,7 @@ import pytest
 
 from l2l.data import datasets
 from l2l.evaluation import report
+from l2l.optimizers import registry
 from l2l.storage import exports, files
 from l2l.training import experiment as build
 from l2l.training import finish as outcome
@@ -221,7 +222,7 @@ def sentence_of(error):
 def test_an_export_that_does_not_fit_leaves_the_old_one(tmp_path):
     path = tmp_path / exports.EXPORT
     specification = {"name": "lstm", "hidden_size": 2}
-    theta = build.optimizer(specification).init(jax.random.key(0))
+    theta = registry.optimizer(specification).init(jax.random.key(0))
     before = exports.export(path, specification, theta).read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

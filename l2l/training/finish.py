@@ -7,13 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l2l import evaluate
 from l2l.core import base
 from l2l.evaluation import comparison as scorecard
+from l2l.evaluation import curves as evaluate
 from l2l.evaluation import tuning
 from l2l.storage import exports, files
 from l2l.training import experiment as build
 from l2l.training.run_directory import differences
+from l2l.version import __version__
 
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
 
@@ -119,7 +120,7 @@ def about(experiment: build.Experiment, snapshot) -> dict:
         "training_before": [*before.get("training_before", ()), before["training"]]
         if before
         else [],
-        "versions": {"l2l": "0.1.0", "jax": jax.__version__},
+        "versions": {"l2l": __version__, "jax": jax.__version__},
     }
 
 
