@@ -20,6 +20,7 @@ _CONTENTS = {
         "lift",
     ),
     "l2l.build": ("experiment",),
+    "l2l.console.errors": ("UserError",),
     "l2l.exports": ("export", "load", "read", "released"),
     "l2l.optimizers.guard": ("guard",),
     "l2l.optimizers.lstm": ("dm", "lstm", "rnnprop"),

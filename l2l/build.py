@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import optax
 
 from l2l import base, checks, curriculum, tasks
+from l2l.console.errors import UserError
 from l2l.estimators import autodiff, first_order, mixture, objective, pes
 from l2l.meta import Meta
 from l2l.optimizers import baselines, lstm, partition
@@ -190,18 +191,18 @@ def experiment(config: Mapping) -> Experiment:
     """Builds everything that a configuration (a ConfigDict or dict) describes.
 
     Raises:
-      ValueError: a key or name that is not known (with the nearest that is), or a value of the
+      UserError: a key or name that is not known (with the nearest that is), or a value of the
         wrong type or out of range.
     """
     config = checks.plain(config)
     for key in config:
         if key not in SECTIONS:
-            raise ValueError(checks.unknown("section", key, SECTIONS, "config"))
+            raise UserError(checks.unknown("section", key, SECTIONS, "config"))
     running = checks.fill("meta", Running, config.get("meta", {}))
     # Every call of the compiled program takes the same number of meta-steps.
     running = running._replace(group=math.gcd(running.steps, running.group))
     if not 0.0 < running.blend <= 1.0:
-        raise ValueError(
+        raise UserError(
             f"meta.blend={running.blend} is no part of the way from the first theta to the trained "
             "one: use a number above 0 and at most 1."
         )
@@ -247,7 +248,7 @@ def _mixture(config):
     sections = config.get("task", {"name": "mlp"})
     sections = (sections,) if isinstance(sections, Mapping) else sections
     if not sections:
-        raise ValueError("task=() leaves nothing to train on: name at least one family.")
+        raise UserError("task=() leaves nothing to train on: name at least one family.")
     families, weights, sources = [], [], []
     for section in sections:
         section = dict(section)
@@ -291,14 +292,14 @@ def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, I
     section = config.get("estimator", {"name": "first_order"})
     factory, _ = _factory("estimator", ESTIMATORS, section)
     if learned.rule is None and factory is first_order.first_order:
-        raise ValueError(
+        raise UserError(
             "Estimator 'first_order' works coordinate by coordinate, which this optimizer does "
             "not: choose 'truncated' or 'pes'."
         )
     given = {"inner": inner, "objective": losses, "teacher": None}
     if imitation.weight or imitation.final:
         if "teacher" not in inspect.signature(factory).parameters:
-            raise ValueError(
+            raise UserError(
                 f"Estimator {section['name']!r} cannot imitate Adam: "
                 "set imitation.weight and imitation.final to 0."
             )
@@ -351,14 +352,14 @@ def make(kind: str, table: Mapping[str, Callable], settings: Mapping, given: Map
 def _factory(kind: str, table: Mapping[str, Callable], settings: Mapping):
     """(table[settings["name"]], the other settings)."""
     if not isinstance(settings, Mapping) or "name" not in settings:
-        raise ValueError(
+        raise UserError(
             f"The {kind} {settings!r} has no name: write dict(name=…, …) with one of "
             f"{', '.join(sorted(table))}."
         )
     settings = dict(settings)
     name = settings.pop("name")
     if name not in table:
-        raise ValueError(checks.unknown(kind, name, table))
+        raise UserError(checks.unknown(kind, name, table))
     return table[name], settings
 
 
@@ -376,7 +377,7 @@ def _own(name: str) -> dict[str, Callable]:
             module = importlib.import_module(place)
         return {name: getattr(module, attribute)}
     except (ImportError, AttributeError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"The task {name!r} could not be imported ({error}): write "
             "path/to/file.py:function or package.module:function."
         ) from error

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from l2l import base, build, evaluate, exports, files, scorecard, tuning
+from l2l.console.errors import UserError
 from l2l.directory import differences
 
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
@@ -76,11 +77,11 @@ def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> s
 
 
 def earlier(experiment) -> tuple[base.PyTree, dict]:
-    """(theta, metadata) of the export that training begins with; ValueError if it does not fit."""
+    """(theta, metadata) of the export that training begins with; UserError if it does not fit."""
     _, theta, metadata = exports.read(exports.locate(experiment.start))
     mine = json.loads(json.dumps(experiment.specification))
     if different := differences(exports.specification_of(metadata), mine, "optimizer"):
-        raise ValueError(
+        raise UserError(
             f"start={experiment.start!r} is another optimizer ({'; '.join(different)}): set "
             "section `optimizer` to its settings, or begin without it."
         )
@@ -90,7 +91,8 @@ def earlier(experiment) -> tuple[base.PyTree, dict]:
 def finished(directory) -> str | None:
     """The summary of a run that has ended in a directory, or None."""
     path = Path(directory) / SUMMARY
-    return path.read_text() if path.exists() else None
+    with files.naming(path):
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def about(experiment: build.Experiment, snapshot) -> dict:

@@ -13,6 +13,7 @@ ROOT = Path(l2l.__file__).parent
 # Each layer imports from those before it (and from itself). `tuning` is what evaluation compares
 # with, `command` what `python -m l2l.evaluate` runs.
 LAYERS = [
+    ("console",),
     ("base", "files", "host", "cluster"),
     ("joining",),
     ("datasets", "layouts", "tabular", "features", "checks", "strangers", "tasks"),
