@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from l2l import build, exports, train
 from l2l.console.errors import UserError
+from l2l.storage import exports
+from l2l.training import experiment as build
+from l2l.training import loop as train
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])

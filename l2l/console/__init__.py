@@ -1,1 +1,1 @@
-"""Between the program and whoever types: errors as sentences, files of the user's, the terminal."""
+"""What stands between a person and the programs: configurations, checked; errors, in a sentence."""

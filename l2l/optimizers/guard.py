@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import base
 from l2l.console.errors import UserError
+from l2l.core import base
 from l2l.optimizers import coordinates
 
 
