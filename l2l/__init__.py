@@ -13,6 +13,7 @@ from l2l.version import __version__ as __version__
 
 if TYPE_CHECKING:  # The same names as in `_CONTENTS`, for editors and type checkers.
     from l2l import estimators, evaluation, optimizers, tasks
+    from l2l.console.errors import UserError
     from l2l.core.base import LearnedOptimizer, Rule, TaskFamily, fixed, lift
     from l2l.optimizers.guard import guard
     from l2l.storage.exports import export, load, released
@@ -24,6 +25,7 @@ __all__ = [
     "LearnedOptimizer",
     "Rule",
     "TaskFamily",
+    "UserError",
     "build_experiment",
     "estimators",
     "evaluation",
@@ -43,6 +45,7 @@ _CONTENTS = {
     "LearnedOptimizer": ("l2l.core.base", "LearnedOptimizer"),
     "Rule": ("l2l.core.base", "Rule"),
     "TaskFamily": ("l2l.core.base", "TaskFamily"),
+    "UserError": ("l2l.console.errors", "UserError"),
     "build_experiment": ("l2l.training.experiment", "experiment"),
     "estimators": ("l2l.estimators", None),
     "evaluation": ("l2l.evaluation", None),

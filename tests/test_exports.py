@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2l.console.errors import UserError
 from l2l.optimizers import registry
 from l2l.storage import exports, files
 
@@ -182,6 +183,6 @@ def test_a_write_that_fails_leaves_what_was(path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         files.write(path, b"other")
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from l2l.console.errors import UserError
 from l2l.core import base
 
 
@@ -62,9 +63,9 @@ KINDS = {
 
 
 def kind(name: str) -> Kind:
-    """The kind of that name; ValueError with the nearest name for an unknown one."""
+    """The kind of that name; UserError with the nearest name for an unknown one."""
     if name not in KINDS:
-        raise ValueError(
+        raise UserError(
             f"There is no baseline {name!r}{_meant(name, KINDS)}: choose from {', '.join(KINDS)}."
         )
     return KINDS[name]
@@ -139,18 +140,18 @@ def parse(text: str) -> optax.GradientTransformationExtraArgs:
     nothing typed is ever evaluated.
 
     Raises:
-      ValueError: anything else, or arguments that optax does not take.
+      UserError: anything else, or arguments that optax does not take.
     """
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise ValueError(
+        raise UserError(
             f"{text!r} is not an expression: write it like adam(learning_rate=1e-2)."
         ) from None
     if isinstance(node, ast.Name | ast.Attribute):
         node = ast.Call(func=node, args=[], keywords=[])
     if not isinstance(node, ast.Call):
-        raise ValueError(
+        raise UserError(
             f"{text!r} does not name an optimizer: write it like adam(learning_rate=1e-2)."
         )
     made = _call(node, OPTIMIZERS, text)
@@ -160,13 +161,13 @@ def parse(text: str) -> optax.GradientTransformationExtraArgs:
 def _call(node: ast.Call, known: dict[str, Callable], text: str):
     name = ast.unparse(node.func).removeprefix("optax.")
     if name not in known:
-        raise ValueError(
+        raise UserError(
             f"{text!r} names {name!r}, which is not among the optax functions known here"
             f"{_meant(name, known)}: choose from {', '.join(known)}."
         )
     starred = [a for a in node.args if isinstance(a, ast.Starred)]
     if starred or any(k.arg is None for k in node.keywords):
-        raise ValueError(f"{text!r} unpacks arguments with *: write each one out.")
+        raise UserError(f"{text!r} unpacks arguments with *: write each one out.")
     args = [_value(a, text) for a in node.args]
     kwargs = {k.arg: _value(k.value, text) for k in node.keywords}
     if known is OPTIMIZERS and not args:
@@ -174,7 +175,7 @@ def _call(node: ast.Call, known: dict[str, Callable], text: str):
     try:
         return known[name](*args, **kwargs)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optax refuses {text!r} ({error}): correct its arguments.") from None
+        raise UserError(f"optax refuses {text!r} ({error}): correct its arguments.") from None
 
 
 def _value(node: ast.expr, text: str):
@@ -183,7 +184,7 @@ def _value(node: ast.expr, text: str):
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"{text!r} has the argument {ast.unparse(node)!r}, which is no plain value: "
             "use numbers, strings, True, False or None."
         ) from None

@@ -21,6 +21,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from l2l.cluster import environment as host
+from l2l.console import errors
+from l2l.console.errors import UserError
 from l2l.evaluation import baselines, scoring
 from l2l.evaluation import comparison as scorecard
 from l2l.evaluation import suites as suite
@@ -76,7 +78,7 @@ def split(text: str) -> list[str]:
 def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise ValueError(f"{text!r} sets nothing: write it like hidden=64,64.")
+        raise UserError(f"{text!r} sets nothing: write it like hidden=64,64.")
     values = [_literal(part) for part in split(value)]
     return name, tuple(values) if len(values) != 1 or value.endswith(",") else values[0]
 
@@ -138,8 +140,8 @@ def main(argv) -> int:
         entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
         output = files.local(values.output, "--output")
         return (_tasks if values.suite is None else _suite)(values, entries, output)
-    except (ValueError, OSError) as error:
-        return files.fail(error)
+    except UserError as error:
+        return errors.fail(error)
 
 
 def _tasks(values, entries, output) -> int:
@@ -159,7 +161,7 @@ def _tasks(values, entries, output) -> int:
 
 def _suite(values, entries, output) -> int:
     if given := [f"--{name}" for name in _OWN if values[name].present]:
-        raise ValueError(
+        raise UserError(
             f"--suite={values.suite} decides its own tasks and baselines: "
             f"leave out {', '.join(given)}."
         )
@@ -205,7 +207,7 @@ def _horizons(values, default) -> tuple[int, ...]:
     if values.horizons is None:
         return default
     if not values.horizons or not all(x.strip().isdecimal() and int(x) for x in values.horizons):
-        raise ValueError(f"--horizons={','.join(values.horizons)} are no steps: try 500,1000.")
+        raise UserError(f"--horizons={','.join(values.horizons)} are no steps: try 500,1000.")
     return tuple(int(x) for x in values.horizons)
 
 

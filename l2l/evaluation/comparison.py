@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -154,8 +153,7 @@ def write(directory: str | os.PathLike, result: Score, about: dict | None = None
 
     about: what else results.json should say, as plain data.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = files.folder(directory, "--output")
     several = len({row["task"] for row in result.rows}) > 1
     text = report.table(result.rows)
     if several:

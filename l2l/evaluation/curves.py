@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l2l.console.errors import UserError
 from l2l.core import base, unroll
 
 
@@ -91,16 +92,16 @@ def compile_evaluation(
         share each step's batch and go abreast, which is several times faster than one by one.
 
     Raises:
-      ValueError: no problems, no steps, or checkpoints outside [1, num_steps].
+      UserError: no problems, no steps, or checkpoints outside [1, num_steps].
     """
     if num_problems < 1 or num_steps < 1:
-        raise ValueError(
+        raise UserError(
             f"num_problems={num_problems} and num_steps={num_steps} leave nothing to measure: "
             "both must be 1 or more."
         )
     steps = sorted({*checkpoints, num_steps})
     if steps[0] < 1 or steps[-1] > num_steps:
-        raise ValueError(
+        raise UserError(
             f"checkpoints={tuple(checkpoints)} leave the run of {num_steps} steps: "
             f"give steps between 1 and {num_steps}."
         )

@@ -146,8 +146,7 @@ def write(
       notes: further sentences for the reader.
       about: what else results.json should say, as plain data.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = files.folder(directory, "--output")
     ordered = sorted(results, key=lambda r: (r.steps, list(CELLS).index(r.cell)))
     found = [row for result in ordered for row in rows(result)]
     summary, lacking = summarise(found), missing(results, cells, horizons)

@@ -161,7 +161,7 @@ class Result(NamedTuple):
 
 
 def find(name: str) -> Suite:
-    """The suite of that name; ValueError with the nearest for an unknown one."""
+    """The suite of that name; UserError with the nearest for an unknown one."""
     return SUITES[datasets.check_name("suite", name, SUITES)]
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.optimizers import coordinates, features
 
@@ -59,10 +60,10 @@ def learned_adam(
     learned: with 0 the exact meta-gradient is NaN at every coordinate whose gradient is zero.
 
     Raises:
-      ValueError: a learning rate that is not positive, or a decay outside (0, 1).
+      UserError: a learning rate that is not positive, or a decay outside (0, 1).
     """
     if not (learning_rate > 0 and 0 < b1 < 1 and 0 < b2 < 1):
-        raise ValueError(
+        raise UserError(
             f"learning_rate={learning_rate}, b1={b1}, b2={b2} cannot be learned in log space: "
             "use a positive rate and decays strictly between 0 and 1."
         )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.optimizers import coordinates
 
@@ -33,16 +34,16 @@ def by_parameter(
     names = sorted(optimizers)
     labels = tuple((pattern, label) for pattern, label in labels)
     if unknown := sorted({label for _, label in labels} - set(names)):
-        raise ValueError(
+        raise UserError(
             f"No optimizer is labelled {unknown}: label parameters with {', '.join(names)}."
         )
     if idle := sorted(set(names) - {label for _, label in labels}):
-        raise ValueError(
+        raise UserError(
             f"No pattern gives a parameter to {idle}: add one to labels, or drop the optimizer."
         )
     rules = {name: optimizers[name].rule for name in names}
     if lacking := [name for name, r in rules.items() if r is None or r.tensors or r.matrices]:
-        raise ValueError(
+        raise UserError(
             f"Optimizers {lacking} have no coordinatewise rule, so they cannot share parameters: "
             "use adam(...) of l2l.optimizers.adam, or optax.partition of bound optimizers."
         )
@@ -107,7 +108,7 @@ def _label(path, labels) -> str:
                 return label
         elif pattern in name:
             return label
-    raise ValueError(
+    raise UserError(
         f"Parameter {name!r} matches none of the patterns {[pattern for pattern, _ in labels]}: "
         'add one for it, or end the labels with ("*", label) to say who takes the rest.'
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l2l.console.errors import UserError
 from l2l.core import base
 
 # Columns in a block on a CPU; an accelerator takes all of them at once, which is what fills the
@@ -316,7 +317,7 @@ def bind(
     def update(updates, state, params=None, *, num_steps=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(
+            raise UserError(
                 "The learned optimizer looks at the parameters, and `params` is None: call "
                 "update(gradients, state, params)."
             )
@@ -336,7 +337,7 @@ def check_leaves(params) -> None:
     """Raises TypeError for leaves that have no real gradient."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
+            raise UserError(
                 f"Parameter {jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}: learned "
                 "optimizers update real floating-point numbers. Leave it out with optax.masked."
             )

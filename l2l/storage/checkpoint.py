@@ -21,8 +21,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from l2l.cluster import collectives as cluster
+from l2l.console import errors
+from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.storage import files
 
 _TIMES = "_CHECKPOINT_METADATA"  # Orbax's name.
 
@@ -51,9 +52,9 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
     """Opens (or creates) a directory of checkpoints, of which the last `keep` are kept.
 
     Raises:
-      OSError: the directory cannot be written; from `save` and `close` too, which is where it is
-        heard that an earlier checkpoint could not be written.
-      ValueError: from `restore`, where there are checkpoints and none can be read.
+      UserError: the directory cannot be written; from `save` and `close` too, which is where it is
+        heard that an earlier checkpoint could not be written; and from `restore`, where there are
+        checkpoints and none can be read.
     """
     import orbax.checkpoint as ocp  # A second and a half, which `load` does not need.
 
@@ -61,7 +62,8 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     directory = Path(directory).absolute()
-    directory.mkdir(exist_ok=True)
+    with errors.naming(directory):
+        directory.mkdir(exist_ok=True)
     opened = os.stat(directory)
     policies = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
@@ -78,8 +80,8 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
 
     try:
         manager = ocp.CheckpointManager(directory, options=options)
-    except OSError:
-        raise
+    except OSError as error:
+        raise errors.about(directory, error) from error
     except Exception:  # Of the times in any of these files, without which it opens them as well.
         cluster.together(_set_times_aside)
         manager = ocp.CheckpointManager(directory, options=options)
@@ -101,7 +103,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             try:
                 tree = _open(step, like, shardings)
             except Exception as error:  # Orbax and what is below it raise all kinds.
-                failed[step] = " ".join(files.printable(str(error)).split())[:200]
+                failed[step] = " ".join(errors.printable(str(error)).split())[:200]
                 continue
             # Moved only now that another is found to be good: where none is, nothing is touched.
             cluster.together(lambda: [_set_aside(step) for step in failed] and None)
@@ -111,7 +113,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
                 manager.reload()
             return tree, step
         if failed:
-            raise ValueError(
+            raise UserError(
                 f"No checkpoint under {directory} can be read ({failed[max(failed)]}). "
                 "Choose another --workdir, or move that directory away to start again."
             )
@@ -157,7 +159,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
 
 @contextlib.contextmanager
 def _writing(directory):
-    """What Orbax and TensorStore raise for a checkpoint that cannot be written, as an OSError."""
+    """What Orbax and TensorStore raise for a checkpoint that cannot be written, as a UserError."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
@@ -166,16 +168,16 @@ def _writing(directory):
         code = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(code[1]) if code else getattr(error, "errno", None)
         if number == errno.ENOENT or not directory.is_dir():
-            raise OSError(
+            raise UserError(
                 f"{directory} is gone: it was removed, or its file system unmounted, while the run "
-                f"was at work. Bring it back if you can and {files.AGAIN} there, or from the start."
+                f"was at work. Bring it back if you can and {errors.AGAIN}, or from the start."
             ) from error
         if number:
-            raise OSError(number, os.strerror(number), str(directory)) from error
+            raise errors.about(directory, OSError(number, "")) from error
         reason = " ".join(str(error).split())[:300]
-        raise OSError(
+        raise UserError(
             f"No checkpoint could be written under {directory} ({reason}). Those before it are "
-            f"kept: mend the cause, then {files.AGAIN}."
+            f"kept: mend the cause, then {errors.AGAIN}."
         ) from error
 
 

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l2l.console import errors
 from l2l.console import schema as checks
+from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.optimizers import coordinates, registry
 from l2l.storage import export_header as strangers
@@ -52,7 +54,7 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     content = save(tensors, {"l2l": json.dumps(header)})
     read_bytes = 8 + int.from_bytes(content[:8], "little")
     if read_bytes > strangers.LARGEST_HEADER:
-        raise ValueError(f"The metadata of {path} take {read_bytes} bytes: leave some out.")
+        raise UserError(f"The metadata of {path} take {read_bytes} bytes: leave some out.")
     files.write(path, content)
     return Path(path)
 
@@ -61,17 +63,16 @@ def read(path) -> tuple[base.LearnedOptimizer, Any, dict]:
     """An export, local or remote, as (optimizer, theta, metadata). Executes nothing that it brings.
 
     Raises:
-      ValueError: the file is no export, or not a whole one.
-      OSError: it cannot be opened.
+      UserError: the file is no export, or not a whole one, or cannot be opened.
     """
     path = files.readable(path)
-    with files.copied(path) as local, open(local, "rb") as file:
+    with files.reached(path), files.copied(path) as local, open(local, "rb") as file:
         try:
             return _read(local, file)
         except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-            reason = files.printable(reason)[:300].rstrip(". ")
-            raise ValueError(f"{path} is no whole export of l2l: {reason}.") from error
+            reason = errors.printable(reason)[:300].rstrip(". ")
+            raise UserError(f"{path} is no whole export of l2l: {reason}.") from error
 
 
 def _read(path, file):
@@ -127,14 +128,14 @@ def load(
         jnp.bfloat16 takes 48 bytes a parameter of the default optimizer, not 80.
 
     Raises:
-      ValueError: there is no such optimizer, or the file is damaged; or it has no recurrent state
+      UserError: there is no such optimizer, or the file is damaged; or it has no recurrent state
         and `state_dtype` is given.
     """
     optimizer, theta, _ = read(locate(name_or_path))
     bound = optimizer.bind(theta)
     if state_dtype is not None:
         if optimizer.rule is None:
-            raise ValueError(
+            raise UserError(
                 f"{name_or_path} has no recurrent state to keep in {jnp.dtype(state_dtype).name}: "
                 "leave state_dtype out."
             )
@@ -150,7 +151,7 @@ def load(
 
 def locate(name_or_path):
     """The path of an export, for `read`: from a released name, a file or a run directory (remote
-    ones too); or a ValueError."""
+    ones too); or a UserError."""
     path = files.readable(name_or_path)
     with files.reached(path):
         if path.is_dir() and (path / EXPORT).is_file():
@@ -158,11 +159,11 @@ def locate(name_or_path):
         if path.is_file():
             return path
         if path.is_dir():
-            raise ValueError(f"{path} has no {EXPORT} yet: it is written when its training ends.")
+            raise UserError(f"{path} has no {EXPORT} yet: it is written when its training ends.")
     names = released()
     if str(name_or_path) in names:
         return names[str(name_or_path)]
-    raise ValueError(
+    raise UserError(
         checks.unknown("optimizer", str(name_or_path), names)
         + " A path to an export or to a run directory will do as well."
     )

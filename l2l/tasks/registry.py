@@ -8,6 +8,7 @@ from pathlib import Path
 
 from l2l import tasks
 from l2l.console import schema
+from l2l.console.errors import UserError
 from l2l.core import base
 
 TASKS = {
@@ -58,7 +59,7 @@ def _own(name: str) -> dict[str, Callable]:
             module = importlib.import_module(place)
         return {name: getattr(module, attribute)}
     except (ImportError, AttributeError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"The task {name!r} could not be imported ({error}): write "
             "path/to/file.py:function or package.module:function."
         ) from error

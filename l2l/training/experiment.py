@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import optax
 
 from l2l.console import schema as checks
+from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.core.unroll import Inner
 from l2l.estimators import first_order, mixture, objective
@@ -154,18 +155,18 @@ def experiment(config: Mapping) -> Experiment:
     """Builds everything that a configuration (a ConfigDict or dict) describes.
 
     Raises:
-      ValueError: a key or name that is not known (with the nearest that is), or a value of the
+      UserError: a key or name that is not known (with the nearest that is), or a value of the
         wrong type or out of range.
     """
     config = checks.plain(config)
     for key in config:
         if key not in SECTIONS:
-            raise ValueError(checks.unknown("section", key, SECTIONS, "config"))
+            raise UserError(checks.unknown("section", key, SECTIONS, "config"))
     running = checks.fill("meta", Running, config.get("meta", {}))
     # Every call of the compiled program takes the same number of meta-steps.
     running = running._replace(group=math.gcd(running.steps, running.group))
     if not 0.0 < running.blend <= 1.0:
-        raise ValueError(
+        raise UserError(
             f"meta.blend={running.blend} is no part of the way from the first theta to the trained "
             "one: use a number above 0 and at most 1."
         )
@@ -211,7 +212,7 @@ def _mixture(config):
     sections = config.get("task", {"name": "mlp"})
     sections = (sections,) if isinstance(sections, Mapping) else sections
     if not sections:
-        raise ValueError("task=() leaves nothing to train on: name at least one family.")
+        raise UserError("task=() leaves nothing to train on: name at least one family.")
     families, weights, sources = [], [], []
     for section in sections:
         section = dict(section)
@@ -251,14 +252,14 @@ def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, I
     section = config.get("estimator", {"name": "first_order"})
     factory, _ = checks.factory_of("estimator", ESTIMATORS, section)
     if learned.rule is None and factory is first_order.first_order:
-        raise ValueError(
+        raise UserError(
             "Estimator 'first_order' works coordinate by coordinate, which this optimizer does "
             "not: choose 'truncated' or 'pes'."
         )
     given = {"inner": inner, "objective": losses, "teacher": None}
     if imitation.weight or imitation.final:
         if "teacher" not in inspect.signature(factory).parameters:
-            raise ValueError(
+            raise UserError(
                 f"Estimator {section['name']!r} cannot imitate Adam: "
                 "set imitation.weight and imitation.final to 0."
             )

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from l2l.console import errors
+from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.evaluation import comparison as scorecard
 from l2l.evaluation import curves as evaluate
@@ -82,11 +84,11 @@ def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> s
 
 
 def earlier(experiment) -> tuple[base.PyTree, dict]:
-    """(theta, metadata) of the export that training begins with; ValueError if it does not fit."""
+    """(theta, metadata) of the export that training begins with; UserError if it does not fit."""
     _, theta, metadata = exports.read(exports.locate(experiment.start))
     mine = json.loads(json.dumps(experiment.specification))
     if different := differences(exports.specification_of(metadata), mine, "optimizer"):
-        raise ValueError(
+        raise UserError(
             f"start={experiment.start!r} is another optimizer ({'; '.join(different)}): set "
             "section `optimizer` to its settings, or begin without it."
         )
@@ -96,7 +98,8 @@ def earlier(experiment) -> tuple[base.PyTree, dict]:
 def finished(directory) -> str | None:
     """The summary of a run that has ended in a directory, or None."""
     path = Path(directory) / SUMMARY
-    return path.read_text() if path.exists() else None
+    with errors.naming(path):
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def about(experiment: build.Experiment, snapshot) -> dict:

@@ -63,16 +63,16 @@ def run(
       3 when meta-gradients were not finite `meta.max_bad` times in a row.
 
     Raises:
-      ValueError: the directory holds another configuration, or a second run is at work in it, or
-        the devices do not divide the problems; or the processes do not see the same files.
-      OSError: the directory cannot be written.
+      UserError: the directory holds another configuration, or a second run is at work in it, or
+        the devices do not divide the problems; or the processes do not see the same files; or
+        the directory cannot be written.
     """
     directory = files.local(directory)
     devices = meta.devices_for(experiment.running.num_problems, devices)
     with contextlib.ExitStack() as held:
 
         def enter():
-            directory.mkdir(parents=True, exist_ok=True)
+            files.folder(directory)
             held.enter_context(lock(directory))
             claim(directory, experiment.config)
             return outcome.finished(directory)
