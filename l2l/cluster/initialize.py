@@ -45,8 +45,7 @@ def find(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
             found[name] = value if name == "coordinator_address" else _whole(name, value)
     if not found:
         return {} if _on_tpu(environment) else None
-    count, number = found.get("num_processes"), found.get("process_id")
-    if count == 1 and not number:
+    if found.get("num_processes") == 1 and not found.get("process_id"):
         return None
     known = {"SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri"} & set(environment) if launcher else ()
     missing = [name for name in VARIABLES if name not in found]
@@ -58,6 +57,7 @@ def find(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
             + ", ".join(f"--{name} (or {VARIABLES[name]})" for name in missing)
             + "."
         )
+    count, number = found["num_processes"], found["process_id"]
     if not 0 <= number < count:
         raise UserError(
             f"process_id={number} is not one of num_processes={count}: give each process its own "

@@ -235,18 +235,13 @@ def _cut(inputs: np.ndarray, labels: np.ndarray, validation: int, test: int) -> 
 
 def _images(name: str, root: Path) -> Dataset:
     read = _cifar if name == "cifar10" else _mnist
-    parts = [None, None]
-    for folder in (root / folder for folder in _FOLDERS[name]):
-        parts = read(folder)
-        if any(parts):
-            break
-    else:
-        parts = _openml(name, root)
-    train, test = parts
+    found = (read(root / folder) for folder in _FOLDERS[name])
+    train, test = next(filter(any, found), None) or _openml(name, root)
     if train and test:
-        whole = Split(*map(np.concatenate, zip(train, test, strict=True)))
-        return _cut(*whole, min(5000, len(train.labels) // 10), len(test.labels))
+        inputs, labels = map(np.concatenate, zip(train, test, strict=True))
+        return _cut(inputs, labels, min(5000, len(train.labels) // 10), len(test.labels))
     only = train or test
+    assert only is not None  # What is downloaded is one table.
     tenth = len(only.labels) // 10
     return _cut(*only, min(5000, tenth), tenth)
 
