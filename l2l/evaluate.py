@@ -2,7 +2,7 @@
 
     python -m l2l.evaluate --optimizer=runs/mlp/export,adam --task=mlp --horizons=500,1000
 
-`command.py` is the body of that command. Paired by design: problem i draws its initial
+`cli.py` is the body of that command. Paired by design: problem i draws its initial
 parameters and every batch from `fold_in(key, i)`, whatever the optimizer and the devices.
 """
 
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l import base, unroll
+from l2l.console.errors import UserError
+from l2l.core import base, unroll
 
 
 class Curves(NamedTuple):
@@ -93,16 +94,16 @@ def compile_evaluation(
         share each step's batch and go abreast, which is several times faster than one by one.
 
     Raises:
-      ValueError: no problems, no steps, or checkpoints outside [1, num_steps].
+      UserError: no problems, no steps, or checkpoints outside [1, num_steps].
     """
     if num_problems < 1 or num_steps < 1:
-        raise ValueError(
+        raise UserError(
             f"num_problems={num_problems} and num_steps={num_steps} leave nothing to measure: "
             "both must be 1 or more."
         )
     steps = sorted({*checkpoints, num_steps})
     if steps[0] < 1 or steps[-1] > num_steps:
-        raise ValueError(
+        raise UserError(
             f"checkpoints={tuple(checkpoints)} leave the run of {num_steps} steps: "
             f"give steps between 1 and {num_steps}."
         )
@@ -236,6 +237,6 @@ def forget() -> None:
 
 
 if __name__ == "__main__":
-    from l2l import command
+    from l2l.evaluation import cli as command
 
     command.run()

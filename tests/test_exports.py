@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2l import build, exports, files
+from l2l.console.errors import UserError
+from l2l.storage import exports, files
+from l2l.training import experiment as build
 
 SPECIFICATION = {"name": "lstm", "hidden_size": 3, "decays": (0.9, 0.99)}
 
@@ -181,6 +183,6 @@ def test_a_write_that_fails_leaves_what_was(path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         files.write(path, b"other")
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1

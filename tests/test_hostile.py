@@ -17,7 +17,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mutations import MUTATIONS, NASTY, cut, flip, joined, parts, places, replaced
 
-from l2l import build, checkpoint, exports
+from l2l.console.errors import UserError
+from l2l.storage import checkpoint, exports
+from l2l.training import experiment as build
 
 SPECIFICATION = {"name": "lstm", "hidden_size": 3, "decays": (0.9, 0.99)}
 # What Python tells of itself when it runs, imports or loads something, or touches other files.
@@ -100,7 +102,7 @@ def fuzz_exports(folder, trials, seed=0):
             jax.tree.map(np.testing.assert_array_equal, result[1], theta)
             ends["loads"] += 1
             continue
-        assert type(result) is ValueError, (where, result)
+        assert type(result) is UserError, (where, result)
         said = str(result)
         assert said.startswith(f"{path} is no whole export of l2l: "), (where, said)
         assert said.isprintable() and len(said) < 500, (where, said)
@@ -199,7 +201,7 @@ def fuzz_checkpoints(folder, trials, seed=0):
             np.testing.assert_array_equal(result[0]["w"], expected["w"])
             ends["loads"] += 1
         else:
-            assert type(result) is ValueError, (where, result)
+            assert type(result) is UserError, (where, result)
             said = str(result)
             assert said.startswith(f"No checkpoint under {mine} can be read"), (where, said)
             assert said.isprintable() and len(said) < 700, (where, said)

@@ -1,7 +1,7 @@
 """Hand-designed optimizers to compare with: grids, meta-learned Adam, any by expression.
 
 The optimizers of a grid are `LearnedOptimizer`s whose theta is a `Setting`: its numbers are traced,
-so that one compiled program serves a whole grid (`l2l.tuning` searches it).
+so that one compiled program serves a whole grid (`l2l.evaluation.tuning` searches it).
 """
 
 import ast
@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import base
+from l2l.console.errors import UserError
+from l2l.core import base
 
 
 class Setting(NamedTuple):
@@ -64,9 +65,9 @@ KINDS = {
 
 
 def kind(name: str) -> Kind:
-    """The kind of that name; ValueError with the nearest name for an unknown one."""
+    """The kind of that name; UserError with the nearest name for an unknown one."""
     if name not in KINDS:
-        raise ValueError(
+        raise UserError(
             f"There is no baseline {name!r}{_meant(name, KINDS)}: choose from {', '.join(KINDS)}."
         )
     return KINDS[name]
@@ -124,10 +125,10 @@ def learned_adam(
     learned: with 0 the exact meta-gradient is NaN at every coordinate whose gradient is zero.
 
     Raises:
-      ValueError: a learning rate that is not positive, or a decay outside (0, 1).
+      UserError: a learning rate that is not positive, or a decay outside (0, 1).
     """
     if not (learning_rate > 0 and 0 < b1 < 1 and 0 < b2 < 1):
-        raise ValueError(
+        raise UserError(
             f"learning_rate={learning_rate}, b1={b1}, b2={b2} cannot be learned in log space: "
             "use a positive rate and decays strictly between 0 and 1."
         )
@@ -183,18 +184,18 @@ def parse(text: str) -> optax.GradientTransformationExtraArgs:
     nothing typed is ever evaluated.
 
     Raises:
-      ValueError: anything else, or arguments that optax does not take.
+      UserError: anything else, or arguments that optax does not take.
     """
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise ValueError(
+        raise UserError(
             f"{text!r} is not an expression: write it like adam(learning_rate=1e-2)."
         ) from None
     if isinstance(node, ast.Name | ast.Attribute):
         node = ast.Call(func=node, args=[], keywords=[])
     if not isinstance(node, ast.Call):
-        raise ValueError(
+        raise UserError(
             f"{text!r} does not name an optimizer: write it like adam(learning_rate=1e-2)."
         )
     made = _call(node, OPTIMIZERS, text)
@@ -204,13 +205,13 @@ def parse(text: str) -> optax.GradientTransformationExtraArgs:
 def _call(node: ast.Call, known: dict[str, Callable], text: str):
     name = ast.unparse(node.func).removeprefix("optax.")
     if name not in known:
-        raise ValueError(
+        raise UserError(
             f"{text!r} names {name!r}, which is not among the optax functions known here"
             f"{_meant(name, known)}: choose from {', '.join(known)}."
         )
     starred = [a for a in node.args if isinstance(a, ast.Starred)]
     if starred or any(k.arg is None for k in node.keywords):
-        raise ValueError(f"{text!r} unpacks arguments with *: write each one out.")
+        raise UserError(f"{text!r} unpacks arguments with *: write each one out.")
     args = [_value(a, text) for a in node.args]
     kwargs = {k.arg: _value(k.value, text) for k in node.keywords}
     if known is OPTIMIZERS and not args:
@@ -218,7 +219,7 @@ def _call(node: ast.Call, known: dict[str, Callable], text: str):
     try:
         return known[name](*args, **kwargs)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optax refuses {text!r} ({error}): correct its arguments.") from None
+        raise UserError(f"optax refuses {text!r} ({error}): correct its arguments.") from None
 
 
 def _value(node: ast.expr, text: str):
@@ -227,7 +228,7 @@ def _value(node: ast.expr, text: str):
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"{text!r} has the argument {ast.unparse(node)!r}, which is no plain value: "
             "use numbers, strings, True, False or None."
         ) from None

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l import base
+from l2l.console.errors import UserError
+from l2l.core import base
 from l2l.optimizers import leaves
 
 # Columns in a block on a CPU; an accelerator takes all of them at once, which is what fills the
@@ -319,9 +320,9 @@ def bind(
         for float64 parameters. By default all is in theta's.
 
     Raises:
-      ValueError: `state_dtype` is no floating-point type; from `update`, where params is None,
-        gradients or state do not fit it, or `num_steps` is no number of steps.
-      TypeError: from `init`, for parameters that are no real floating-point numbers.
+      UserError: `state_dtype` is no floating-point type; from `update`, where params is None,
+        gradients or state do not fit it, or `num_steps` is no number of steps; from `init`, for
+        parameters that are no real floating-point numbers.
     """
     state_dtype = leaves.state_type(state_dtype)
     # Only for the sentence about a state that does not fit.
@@ -339,7 +340,7 @@ def bind(
     def update(updates, state, params=None, *, num_steps=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(
+            raise UserError(
                 "The learned optimizer looks at the parameters, and `params` is None: call "
                 "update(gradients, state, params)."
             )
@@ -350,7 +351,7 @@ def bind(
         try:
             return _step(rule, block, wide, theta, gradients, state, params, steps)
         except leaves.Unfit as unfit:
-            raise ValueError(unfit.sentence(begun, leaves.described(params))) from None
+            raise UserError(unfit.sentence(begun, leaves.described(params))) from None
 
     return optax.GradientTransformationExtraArgs(init, update)
 

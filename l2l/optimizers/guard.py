@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l import base
+from l2l.console.errors import UserError
+from l2l.core import base
 from l2l.optimizers import coordinates, leaves
 
 
@@ -136,7 +137,7 @@ def guard(
       max_falls: after which it is Adam for good.
 
     Raises:
-      ValueError: an option out of range, or what is no optax transformation; from `update`, where
+      UserError: an option out of range, or what is no optax transformation; from `update`, where
         `params` is None or `value` no scalar.
     """
     learned = _transformation("optimizer", optimizer, "l2l.load(…)")
@@ -147,13 +148,13 @@ def guard(
         "share": share,
     }.items():
         if not (isinstance(number, float | int) and 0 < number < float("inf")):
-            raise ValueError(f"{name}={number!r} is no threshold: give a positive finite number.")
+            raise UserError(f"{name}={number!r} is no threshold: give a positive finite number.")
     counts = {"window": window, "patience": patience, "period": period, "max_falls": max_falls}
     for name, number in counts.items():
         if not (isinstance(number, int) and number > 0):
-            raise ValueError(f"{name}={number!r} counts nothing: give a positive int.")
+            raise UserError(f"{name}={number!r} counts nothing: give a positive int.")
     if period << (max_falls - 1) >= 1 << 31:
-        raise ValueError(
+        raise UserError(
             f"period={period} doubled after each of max_falls={max_falls} falls is more than an "
             "int32 counts: lower either."
         )
@@ -179,7 +180,7 @@ def guard(
 
     def update(updates, state, params=None, *, value=None, **extra_args):
         if params is None:
-            raise ValueError(
+            raise UserError(
                 "A guarded optimizer goes back to earlier parameters, and `params` is None: call "
                 "update(gradients, state, params)."
             )
@@ -286,7 +287,7 @@ def _heard(state: GuardState, value, window, deviations, share):
     """(LossRecord with one more loss, whether it is above the limit, whether the mean is at a new
     low); a loss that is not finite is above, and changes nothing."""
     if jnp.shape(value) != ():
-        raise ValueError(
+        raise UserError(
             f"value has the shape {jnp.shape(value)}, and a loss is one number: take its mean."
         )
     value = jnp.asarray(value, jnp.float32)
@@ -338,10 +339,10 @@ def _numbers(tree: base.PyTree) -> bool:
 
 
 def _transformation(name: str, given, example: str) -> optax.GradientTransformationExtraArgs:
-    """What was given, if it is an optax transformation; else a ValueError."""
+    """What was given, if it is an optax transformation; else a UserError."""
     if not all(isinstance(getattr(given, part, None), Callable) for part in ("init", "update")):
         bound = " It is not bound to a theta: call its bind." if hasattr(given, "bind") else ""
-        raise ValueError(
+        raise UserError(
             f"{name}={str(given)[:60]} is a {type(given).__name__}, no optax transformation: "
             f"give one, like {example}.{bound}"
         )

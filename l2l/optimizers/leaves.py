@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2l import base
+from l2l.console.errors import UserError
+from l2l.core import base
 
 
 def check(params: base.PyTree) -> None:
-    """Raises TypeError for a leaf that has no real gradient."""
+    """Raises UserError for a leaf that has no real gradient."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         kind = _kind(leaf)
         if kind is None or not jnp.issubdtype(kind, jnp.floating):
-            raise TypeError(
+            raise UserError(
                 f"Parameter {_name(path)} is {kind or f'a {type(leaf).__name__}'}: learned "
                 "optimizers update real floating-point numbers. Leave it out with optax.masked."
             )
@@ -37,20 +38,20 @@ def matched(given: base.PyTree, params: base.PyTree, what: str = "gradients") ->
     as equinox leaves it where nothing is trained, stays None.
 
     Raises:
-      ValueError: the two differ in structure, or in the shape of a leaf; the sentence calls the
+      UserError: the two differ in structure, or in the shape of a leaf; the sentence calls the
         first tree `what` and names the first leaf in which they differ.
     """
     leaves, treedef = jax.tree.flatten(params)
     try:
         found = treedef.flatten_up_to(given)
     except (ValueError, TypeError, KeyError):
-        raise ValueError(_difference(what, given, params)) from None
+        raise UserError(_difference(what, given, params)) from None
     for i, (one, leaf) in enumerate(zip(found, leaves, strict=True)):
         # What stands where params has a leaf may be a whole subtree.
         if one is not None and (_kind(one) is None or np.shape(one) != np.shape(leaf)):
             name = _name(jax.tree_util.tree_leaves_with_path(params)[i][0])
             have = f"shape {np.shape(one)}" if _kind(one) else f"a {type(one).__name__}"
-            raise ValueError(
+            raise UserError(
                 f"The {what} have {have} at {name} where params has shape {np.shape(leaf)}: "
                 f"{_REMEDY[what]}."
             )
@@ -99,7 +100,7 @@ def horizon(num_steps: Any) -> jax.Array:
     """`num_steps` as an int32 scalar; None becomes 0, which says that the horizon is unknown.
 
     Raises:
-      ValueError: it is no whole number from 0 to 2³¹ − 1. The value of an array is not looked at.
+      UserError: it is no whole number from 0 to 2³¹ − 1. The value of an array is not looked at.
     """
     if isinstance(num_steps, jax.Array):
         fine = num_steps.shape == () and jnp.issubdtype(num_steps.dtype, jnp.integer)
@@ -118,7 +119,7 @@ def horizon(num_steps: Any) -> jax.Array:
             if isinstance(num_steps, jax.Array)
             else repr(num_steps)
         )
-        raise ValueError(
+        raise UserError(
             f"num_steps={shown} is no number of steps: give a whole number of 0 or more, the "
             "length of the run, or leave it out where that is not known."
         )
@@ -130,7 +131,7 @@ def state_type(state_dtype: Any) -> np.dtype | None:
     """The dtype to keep a recurrent state in, from what a user wrote; None for None.
 
     Raises:
-      ValueError: it is no floating-point type that JAX computes in.
+      UserError: it is no floating-point type that JAX computes in.
     """
     if state_dtype is None:
         return None
@@ -140,7 +141,7 @@ def state_type(state_dtype: Any) -> np.dtype | None:
     except TypeError:
         dtype = state_dtype
     if not isinstance(dtype, np.dtype) or dtype not in kept:
-        raise ValueError(
+        raise UserError(
             f"state_dtype={dtype} cannot hold a recurrent state: choose bfloat16, float16, float32 "
             "or float64."
         )
@@ -157,11 +158,10 @@ def _name(path: Sequence) -> str:
     return jax.tree_util.keystr(path) or "the root"
 
 
-def _kind(leaf):
-    try:
-        return jnp.result_type(leaf)
-    except TypeError:
-        return None
+def _kind(leaf) -> np.dtype | None:
+    """The dtype of a number or array; None for what is neither."""
+    number = hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+    return jnp.result_type(leaf) if number else None
 
 
 def _change(name, begun, now) -> str:

@@ -10,8 +10,9 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from l2l import base, features
-from l2l.optimizers import coordinates, tensors, whitening
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.optimizers import coordinates, features, tensors, whitening
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # The rate of a coordinate stays within a factor exp(±REACH) of the common one.
@@ -71,9 +72,9 @@ def lstm(
     """
     known = ("momentum", "gradient", "parameter", "scale")
     if unknown := set(inputs) - set(known):
-        raise ValueError(f"Unknown inputs {sorted(unknown)}: choose from {', '.join(known)}.")
+        raise UserError(f"Unknown inputs {sorted(unknown)}: choose from {', '.join(known)}.")
     if output not in ("mixture", "scale", "residual"):
-        raise ValueError(f"Unknown output {output!r}: choose mixture, scale or residual.")
+        raise UserError(f"Unknown output {output!r}: choose mixture, scale or residual.")
     decays = tuple(decays)
     names = [f"m̂({d:g})/√v̂" for d in decays] + ["g/√v̂", "clipped θ", "log √v̂"]
     groups = ["momentum"] * len(decays) + ["gradient", "parameter", "scale"]
