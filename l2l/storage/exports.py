@@ -1,8 +1,8 @@
 """Exports: trained optimizers as safetensors files, to give away.
 
 An export is one file: theta and the specification that rebuilds its optimizer. Nothing in it is
-ever executed: the optimizer is looked up in `build.OPTIMIZERS`, and what the file says is checked
-(`export_header.py`) before memory is taken.
+ever executed: the optimizer is looked up in `optimizers.registry`, and what the file says is
+checked (`export_header.py`) before memory is taken.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import optax
 
+from l2l.console import errors
 from l2l.console import schema as checks
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, leaves
+from l2l.optimizers import coordinates, leaves, registry
 from l2l.storage import export_header as strangers
 from l2l.storage import files
-from l2l.training import experiment as build
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
 FORMAT = 1
@@ -32,7 +32,7 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     """Writes theta [pytree of arrays] and its optimizer's specification as one safetensors file.
 
     Args:
-      specification: a section `optimizer` of a configuration: a name of `build.OPTIMIZERS`, and
+      specification: a section `optimizer` of a configuration: a name of `optimizers.registry`, and
         settings.
       metadata: what else to remember, as JSON allows: configuration, seed, meta-steps, cost. That
         of another export will do, as `read` returns it: what it says of its own theta is replaced.
@@ -70,7 +70,7 @@ def read(path) -> tuple[base.LearnedOptimizer, Any, dict]:
             return _read(local, file)
         except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-            reason = files.printable(reason)[:300].rstrip(". ")
+            reason = errors.printable(reason)[:300].rstrip(". ")
             raise UserError(f"{path} is no whole export of l2l: {reason}.") from error
 
 
@@ -90,7 +90,7 @@ def _read(path, file):
         shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
         types = {name: x.get_dtype() for name, x in slices.items()}
         strangers.plausible(stored["settings"], len(shapes))
-        optimizer = build.optimizer(specification_of(metadata))
+        optimizer = registry.optimizer(specification_of(metadata))
         like = jax.eval_shape(lambda: optimizer.init(jax.random.key(0)))
         paths, treedef = jax.tree_util.tree_flatten_with_path(like)
         expected = {_name(p): x for p, x in paths}
