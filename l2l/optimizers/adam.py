@@ -39,7 +39,7 @@ def adam(
 
     rule = base.Rule(
         statistics=lambda params, dtype: features.zero_moments(1, base.count(params), dtype),
-        context=lambda step, num_steps: jnp.zeros((0,)),
+        context=lambda step, num_steps: jnp.zeros((0,), jnp.float32),
         observe=observe,
         hidden=lambda theta, n: (),
         propose=propose,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -20,7 +19,7 @@ from l2l.console import errors
 from l2l.console import schema as checks
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, registry
+from l2l.optimizers import coordinates, leaves, registry
 from l2l.storage import export_header as strangers
 from l2l.storage import files
 
@@ -92,7 +91,7 @@ def _read(path, file):
         types = {name: x.get_dtype() for name, x in slices.items()}
         strangers.plausible(stored["settings"], len(shapes))
         optimizer = registry.optimizer(specification_of(metadata))
-        like = jax.eval_shape(optimizer.init, jax.random.key(0))
+        like = jax.eval_shape(lambda: optimizer.init(jax.random.key(0)))
         paths, treedef = jax.tree_util.tree_flatten_with_path(like)
         expected = {_name(p): x for p, x in paths}
         check(set(expected) == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
@@ -105,7 +104,8 @@ def _read(path, file):
     check(_digest(found) == metadata["sha256"], "its numbers are not those written")
     fine = all(np.isfinite(x.astype(np.float32)).all() for x in found.values())
     check(fine, "not all of its numbers are finite")
-    theta = jax.tree.unflatten(treedef, [jnp.asarray(found[name]) for name in expected])
+    # In one transfer, which a guard against those that nobody asked for lets pass.
+    theta = jax.tree.unflatten(treedef, jax.device_put([found[name] for name in expected]))
     return optimizer, theta, metadata
 
 
@@ -127,19 +127,26 @@ def load(
       state_dtype: in which the recurrent state is kept between steps (`coordinates.bind`):
         jnp.bfloat16 takes 48 bytes a parameter of the default optimizer, not 80.
 
+    Its updates are in the dtypes of the parameters. It computes in float32, and in float64 where
+    any of the parameters is; with `jax_enable_x64` on or off theta is what the file holds.
+
     Raises:
-      UserError: there is no such optimizer, or the file is damaged; or it has no recurrent state
-        and `state_dtype` is given.
+      UserError: there is no such optimizer, or the file is damaged; `num_steps` is no number of
+        steps; or `state_dtype` is no floating-point type, or given where there is no such state.
     """
+    if num_steps is not None:
+        leaves.horizon(num_steps)
+    state_dtype = leaves.state_type(state_dtype)
     optimizer, theta, _ = read(locate(name_or_path))
-    bound = optimizer.bind(theta)
-    if state_dtype is not None:
-        if optimizer.rule is None:
-            raise UserError(
-                f"{name_or_path} has no recurrent state to keep in {jnp.dtype(state_dtype).name}: "
-                "leave state_dtype out."
-            )
-        bound = coordinates.bind(optimizer.rule, theta, state_dtype=state_dtype)
+    if optimizer.rule is not None:
+        bound = coordinates.bind(optimizer.rule, theta, state_dtype=state_dtype, wide=True)
+    elif state_dtype is None:
+        bound = optimizer.bind(theta)
+    else:
+        raise UserError(
+            f"{name_or_path} has no recurrent state to keep in {state_dtype}: leave state_dtype "
+            "out."
+        )
     if num_steps is None:
         return bound
 
