@@ -28,7 +28,7 @@ _LOST = ("gloo", "connection", "barrier", "heartbeat", "unavailable", "coordinat
 
 
 class Elsewhere(ValueError):
-    """Process 0 failed, and says why itself."""
+    """Another process failed, and says why itself."""
 
 
 def count() -> int:
