@@ -159,7 +159,12 @@ def whole(tree, same):
 
     if count() == 1:
         return tree
-    return jax.tree.map(lambda x: x.addressable_data(0), place(tree, same))
+
+    def local(x):
+        replicated = x.sharding.is_fully_replicated  # Then this process has it already: no copy.
+        return (x if replicated else place(x, same)).addressable_data(0)
+
+    return jax.tree.map(local, tree)
 
 
 def wait(tree) -> None:

@@ -103,6 +103,7 @@ def about(experiment: build.Experiment, snapshot) -> dict:
         "seed": experiment.seed,
         "meta_steps": running.steps,
         "skipped": int(snapshot.state.skipped),
+        "dropped": int(snapshot.state.dropped),
         "training": {
             "seconds": round(float(snapshot.seconds), 1),
             "devices": jax.device_count(),

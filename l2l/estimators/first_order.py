@@ -135,7 +135,7 @@ def first_order(
                 rule, theta, g, p, state.opt_state, state.told, shapes, block
             )
             change = coordinates.unflatten(updates, state.params)
-            params = jax.tree.map(jnp.add, state.params, change)
+            params = optax.apply_updates(state.params, change)
             state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
             value, pull = (), ()
             if objective.reads_validation:
@@ -159,7 +159,7 @@ def first_order(
             held_out_weights=(),
             tensors=whole.tensors,
         )
-        meta_loss = jnp.zeros((), losses.dtype)
+        meta_loss = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32))
         if objective.reads_train:
             seen = seen._replace(weights=on_train * slope(following, emphases))
             meta_loss += on_train * objective.value(following, emphases)
@@ -170,6 +170,7 @@ def first_order(
             meta_loss=meta_loss,
             loss=last,
             capped=jnp.mean((following > objective.cap).astype(losses.dtype)),
+            lowest=objective.lowest(following, values),
         )
         return state, seen, metrics
 
