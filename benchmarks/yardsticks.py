@@ -22,8 +22,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l2l import build, cache, datasets, exports, report, speed, suite, tuning
+from l2l.data import datasets
+from l2l.evaluation import cache, report, tuning
+from l2l.evaluation import suites as suite
+from l2l.evaluation import timing as speed
 from l2l.optimizers import baselines
+from l2l.storage import exports
+from l2l.training import experiment as build
 
 KEY = 31
 DIGITS = (200, 1_000, 2_000)

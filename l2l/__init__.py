@@ -8,7 +8,7 @@ Names are imported when they are first used, so that `import l2l` costs nothing.
 import importlib
 
 _CONTENTS = {
-    "l2l.base": (
+    "l2l.core.base": (
         "InnerState",
         "LearnedOptimizer",
         "MetaGradient",
@@ -19,12 +19,12 @@ _CONTENTS = {
         "fixed",
         "lift",
     ),
-    "l2l.build": ("experiment",),
-    "l2l.exports": ("export", "load", "read", "released"),
+    "l2l.training.experiment": ("experiment",),
+    "l2l.storage.exports": ("export", "load", "read", "released"),
     "l2l.optimizers.guard": ("guard",),
     "l2l.optimizers.lstm": ("dm", "lstm", "rnnprop"),
-    "l2l.train": ("run",),
-    "l2l.unroll": ("Inner",),
+    "l2l.training.loop": ("run",),
+    "l2l.core.unroll": ("Inner",),
 }
 _HOME = {name: module for module, names in _CONTENTS.items() for name in names}
 __all__ = sorted(_HOME)

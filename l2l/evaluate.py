@@ -2,7 +2,7 @@
 
     python -m l2l.evaluate --optimizer=runs/mlp/export,adam --task=mlp --horizons=500,1000
 
-`command.py` is the body of that command. Paired by design: problem i draws its initial
+`cli.py` is the body of that command. Paired by design: problem i draws its initial
 parameters and every batch from `fold_in(key, i)`, whatever the optimizer and the devices.
 """
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l import base, unroll
+from l2l.core import base, unroll
 
 
 class Curves(NamedTuple):
@@ -236,6 +236,6 @@ def forget() -> None:
 
 
 if __name__ == "__main__":
-    from l2l import command
+    from l2l.evaluation import cli as command
 
     command.run()

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from l2l import files, fleet_summary
+from l2l.storage import files
+from l2l.training import sweep_summary as fleet_summary
 
 INTERRUPTED = (130, 143)
 COMMAND = (sys.executable, "-m", "l2l.launch")
@@ -107,7 +108,9 @@ def _plain(text: str) -> str:
 
 
 def _check(member: Member) -> None:
-    from l2l import build  # It imports JAX: after `main` has kept it off the accelerator.
+    from l2l.training import (
+        experiment as build,  # It imports JAX: after `main` has kept it off the accelerator.
+    )
 
     argv = ["fleet", *member.arguments]
     values = _flags(argv)

@@ -3,7 +3,7 @@
 import json
 import struct
 
-from l2l import build
+from l2l.training import experiment as build
 
 
 def parts(content):

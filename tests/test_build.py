@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import build, exports
+from l2l.storage import exports
+from l2l.training import experiment as build
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from l2l import datasets
+from l2l.data import datasets
 
 needs_files = pytest.mark.skipif(
     not os.path.isdir(os.environ.get("L2L_DATA_DIR", "")),

@@ -11,7 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import base, command, evaluate, scorecard, tasks, tuning, unroll
+from l2l import evaluate, tasks
+from l2l.core import base, unroll
+from l2l.evaluation import cli as command
+from l2l.evaluation import comparison as scorecard
+from l2l.evaluation import tuning
 from l2l.optimizers import baselines, lstm
 
 CURVATURE = jnp.asarray([1.0, 0.5, 0.1])

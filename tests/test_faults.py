@@ -17,8 +17,13 @@ import jax
 import numpy as np
 import pytest
 
-from l2l import build, datasets, exports, files, outcome, report, train
-from l2l.progress import progress
+from l2l.data import datasets
+from l2l.evaluation import report
+from l2l.storage import exports, files
+from l2l.training import experiment as build
+from l2l.training import finish as outcome
+from l2l.training import loop as train
+from l2l.training.run_log import progress
 
 
 @pytest.fixture(autouse=True)

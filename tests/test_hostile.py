@@ -17,7 +17,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mutations import MUTATIONS, NASTY, cut, flip, joined, parts, places, replaced
 
-from l2l import build, checkpoint, exports
+from l2l.storage import checkpoint, exports
+from l2l.training import experiment as build
 
 SPECIFICATION = {"name": "lstm", "hidden_size": 3, "decays": (0.9, 0.99)}
 # What Python tells of itself when it runs, imports or loads something, or touches other files.

@@ -12,11 +12,11 @@ import pytest
 from flax.training.train_state import TrainState
 from sklearn.datasets import load_digits
 
-from l2l import base
+from l2l.core import base
 from l2l.optimizers import tensors
+from l2l.optimizers.by_parameter import adam, by_parameter
 from l2l.optimizers.guard import GuardState, guard
 from l2l.optimizers.lstm import dm, lstm, rnnprop
-from l2l.optimizers.partition import adam, by_parameter
 
 # Compiling is what these tests spend their time on, and the answers need no fast code.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from l2l import build, exports, train
+from l2l.storage import exports
+from l2l.training import experiment as build
+from l2l.training import loop as train
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])

@@ -12,8 +12,15 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import base, build, cache, datasets, evaluate, scorecard, scoring, speed, suite, tuning
+from l2l import evaluate
+from l2l.core import base
+from l2l.data import datasets
+from l2l.evaluation import cache, scoring, tuning
+from l2l.evaluation import comparison as scorecard
+from l2l.evaluation import suites as suite
+from l2l.evaluation import timing as speed
 from l2l.optimizers import baselines
+from l2l.training import experiment as build
 
 
 def descent(rate, steps):

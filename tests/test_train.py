@@ -13,8 +13,12 @@ import jax.flatten_util
 import numpy as np
 import pytest
 
-from l2l import build, exports, files, outcome, preflight, train
-from l2l.directory import lock
+from l2l.storage import exports, files
+from l2l.training import ahead_of_time as preflight
+from l2l.training import experiment as build
+from l2l.training import finish as outcome
+from l2l.training import loop as train
+from l2l.training.run_directory import lock
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +220,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     """In a process of its own: SIGTERM, then SIGTERM while the first is not yet acted upon."""
     program = """
 import os, signal, sys, time
-from l2l.directory import Signals
+from l2l.training.run_directory import Signals
 with Signals() as signals:
     os.kill(os.getpid(), signal.SIGTERM)
     print("noted", signals.got, flush=True)

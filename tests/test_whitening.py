@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2l import features
-from l2l.optimizers import coordinates
+from l2l.optimizers import coordinates, features
 from l2l.optimizers.lstm import lstm
 from l2l.optimizers.whitening import whitening
 

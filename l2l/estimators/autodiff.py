@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import base
+from l2l.core import base
+from l2l.core.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew, unroll
 from l2l.estimators.first_order import Teacher, in_segments, over_problems
 from l2l.estimators.objective import Objective
-from l2l.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew, unroll
 
 
 class AutodiffState(NamedTuple):

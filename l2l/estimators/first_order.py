@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import base, features
+from l2l.core import base
+from l2l.core.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew
 from l2l.estimators.objective import Objective
-from l2l.optimizers import coordinates
-from l2l.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew
+from l2l.optimizers import coordinates, features
 
 
 class Teacher(NamedTuple):

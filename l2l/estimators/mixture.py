@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from l2l import base
+from l2l.core import base
 
 
 def mixture(

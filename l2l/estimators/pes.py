@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l import base, unroll
+from l2l.core import base, unroll
 from l2l.estimators.autodiff import window
 from l2l.estimators.first_order import over_problems
 from l2l.estimators.objective import Objective

@@ -1,7 +1,7 @@
 """Hand-designed optimizers to compare with: grids, meta-learned Adam, any by expression.
 
 The optimizers of a grid are `LearnedOptimizer`s whose theta is a `Setting`: its numbers are traced,
-so that one compiled program serves a whole grid (`l2l.tuning` searches it).
+so that one compiled program serves a whole grid (`l2l.evaluation.tuning` searches it).
 """
 
 import ast
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import base
+from l2l.core import base
 
 
 class Setting(NamedTuple):

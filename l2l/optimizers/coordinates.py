@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l import base
+from l2l.core import base
 
 # Columns in a block on a CPU; an accelerator takes all of them at once, which is what fills the
 # chip. A step forward has the best of it at 512 (M coordinate-steps a second: 2xLSTM-20 4.8 at 128,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import base
+from l2l.core import base
 from l2l.optimizers import coordinates
 
 

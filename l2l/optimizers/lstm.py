@@ -10,8 +10,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from l2l import base, features
-from l2l.optimizers import coordinates, tensors, whitening
+from l2l.core import base
+from l2l.optimizers import coordinates, features, tensors, whitening
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # The rate of a coordinate stays within a factor exp(±REACH) of the common one.

@@ -15,7 +15,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from l2l import base, features
+from l2l.core import base
+from l2l.optimizers import features
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # Numbers a tensor sends to its coordinates: the logarithm of its scale, the decay of its weights,

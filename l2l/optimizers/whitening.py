@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2l import base, features
+from l2l.core import base
+from l2l.optimizers import features
 
 # Of the averages of GGᵀ/mean(G²) and of the second moment in the eigenbasis.
 DECAY, SECOND_DECAY = 0.95, 0.999

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import haiku as hk
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 
 
@@ -26,7 +26,7 @@ def residual(
     """An MLP of residual blocks: x + linear(activation(linear(layer_norm(x)))).
 
     Args:
-      dataset: a name of `l2l.datasets` other than text; images are flattened.
+      dataset: a name of `l2l.data.datasets` other than text; images are flattened.
       width: of the residual stream and of the hidden layers.
       blocks: how many.
       activations, initial_scale, subset, batch_size: as in `mlp`; the scale is on matrices alone.

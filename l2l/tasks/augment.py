@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import PyTree, TaskFamily
+from l2l.core.base import PyTree, TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 
 

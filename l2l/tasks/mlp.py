@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 
 # The standard deviation of a weight by the number of inputs and outputs of its unit.
@@ -33,7 +33,7 @@ def mlp(
     """Classification by softmax cross-entropy (nats), or regression by mean squared error.
 
     Args:
-      dataset: a name of `l2l.datasets` other than text; images are flattened.
+      dataset: a name of `l2l.data.datasets` other than text; images are flattened.
       hidden: the widths of the hidden layers; () is a linear model.
       activations: one of these a problem: relu, tanh, sigmoid, gelu, silu, sin.
       initial_scale: a factor on the initial weights, log-uniform in this range a problem.

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 
 
 class Quadratic(NamedTuple):

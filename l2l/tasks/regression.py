@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import PyTree, TaskFamily
+from l2l.core.base import PyTree, TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 from l2l.tasks.mlp import dense, dense_init
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,

@@ -6,8 +6,8 @@ import haiku as hk
 import jax.numpy as jnp
 import optax
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 
 
@@ -26,7 +26,7 @@ def transformer(
     """A causal transformer, normalised before each block, with learned positions.
 
     Args:
-      dataset: a text of `l2l.datasets`, in 128 characters.
+      dataset: a text of `l2l.data.datasets`, in 128 characters.
       width: of the residual stream; the hidden layers have four times as many units.
       layers, heads: of attention.
       context: how many characters a row has, and the most that a prediction sees.

@@ -1,0 +1,257 @@
+"""The checkpoints of a run (Orbax), to go on from.
+
+A checkpoint holds the whole `MetaState`, free of the number of devices and processes, and what else
+the loop needs; a checksum of all of it is read before it is trusted. What a run gives away in the
+end is an export (`exports.py`).
+"""
+
+import contextlib
+import errno
+import functools
+import itertools
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from l2l.cluster import collectives as cluster
+from l2l.core import base
+from l2l.storage import files
+
+_TIMES = "_CHECKPOINT_METADATA"  # Orbax's name.
+# A read that the system refuses is tried again after so many seconds each: network file systems
+# have moments.
+WAITS = (0.5, 1.0, 2.0)
+# What Orbax and TensorStore raise for content that is not what was written: fields that are not
+# there, text that is no JSON, blocks whose own checksums are wrong. All else is no damage.
+_FORMAT = (ValueError, LookupError, AttributeError, TypeError, EOFError)
+# Of the system, these say that a file is not there at all, which no second read will change.
+_MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+class Saver(NamedTuple):
+    """Checkpoints of one directory.
+
+    save:    (step, tree) -> None. Returns once the arrays are copied; they are written behind.
+    restore: (like, shardings) -> (tree, step) or None where there is no checkpoint. `like` and
+             `shardings` are pytrees of jax.ShapeDtypeStruct and of NamedShardings. A damaged
+             checkpoint, that is one whose format or checksum is wrong, is set aside (renamed) and
+             the one before it is taken.
+    close:   () -> None, when all is on the disk; more than once if you like.
+    """
+
+    save: Callable[[int, Any], None]
+    restore: Callable[[Any, Any], tuple[Any, int] | None]
+    close: Callable[[], None]
+
+
+class _Stored(NamedTuple):
+    tree: Any
+    checksum: Any
+
+
+class _Damaged(Exception):
+    """What a checkpoint holds is not what was written."""
+
+
+_FINE, _DAMAGED, _REFUSED, _FAILED = range(4)  # How a process fared with a read, best to worst.
+
+
+def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning) -> Saver:
+    """Opens (or creates) a directory of checkpoints, of which the last `keep` are kept.
+
+    Raises:
+      OSError: the directory cannot be written; from `save` and `close` too, which is where it is
+        heard that an earlier checkpoint could not be written. From `restore` if the system
+        refuses to read a checkpoint several times; that says nothing of what is in it, and
+        nothing is renamed.
+      ValueError: from `restore`, where there are checkpoints and all are damaged.
+    """
+    import orbax.checkpoint as ocp  # A second and a half, which `load` does not need.
+
+    # Orbax tells every file it writes, and its threads every error that `writing` tells as well.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    directory = Path(directory).absolute()
+    directory.mkdir(exist_ok=True)
+    opened = os.stat(directory)
+    policies = ocp.checkpoint_managers
+    options = ocp.CheckpointManagerOptions(
+        save_decision_policy=policies.FixedIntervalPolicy(1),  # The loop decides.
+        preservation_policy=policies.LatestN(keep),
+        enable_async_checkpointing=True,
+        # Else a thread of Orbax waits five minutes for a folder that could not be made.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    )
+
+    def _set_times_aside():
+        for file in directory.glob(f"*/{_TIMES}"):
+            file.rename(file.with_name("damaged" + _TIMES))
+
+    try:
+        manager = ocp.CheckpointManager(directory, options=options)
+    except _FORMAT:  # Of the times in any of these files, without which it opens them as well.
+        cluster.together(_set_times_aside)
+        manager = ocp.CheckpointManager(directory, options=options)
+
+    def save(step, tree):
+        tree = jax.tree.map(jnp.asarray, base.raw(tree))
+        stored = _Stored(tree, checksum(tree))
+        # Orbax knows a NamedTuple by its keys; a plain list needs no class to be read.
+        with _writing(directory):
+            # Orbax would make it anew, without what else the run had there.
+            if not os.path.samestat(opened, os.stat(directory)):
+                raise FileNotFoundError(errno.ENOENT, "another is in its place", str(directory))
+            manager.save(step, args=ocp.args.StandardSave(_leaves(stored)))
+
+    def restore(like, shardings):
+        failed: dict[int, Exception] = {}
+        # Process 0's list: another host may see a new directory later, or an old one longer.
+        for step in cluster.together(lambda: sorted(manager.all_steps(), reverse=True)):
+            try:
+                tree = _open(step, like, shardings)
+            except _Damaged as error:
+                failed[step] = error
+                continue
+            # Moved only now that another is found to be good: where none is, nothing is touched.
+            cluster.together(lambda: [_set_aside(step) for step in failed] and None)
+            for bad, reason in failed.items():
+                say(f"Checkpoint {bad} is damaged ({reason}): set aside for that of {step}.")
+            if failed:
+                manager.reload()
+            return tree, step
+        if failed:
+            raise ValueError(
+                f"No checkpoint under {directory} can be read ({failed[max(failed)]}). "
+                "Choose another --workdir, or move that directory away to start again."
+            ) from failed[max(failed)]
+        return None
+
+    def _open(step, like, shardings):
+        data = jax.eval_shape(base.raw, like)
+        where = jax.tree.leaves(shardings)
+        same = NamedSharding(where[0].mesh, PartitionSpec())
+        number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=same)
+        target = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+            for x, s in zip(jax.tree.leaves(data), where, strict=True)
+        ]
+        target = {str(i): x for i, x in enumerate([*target, number])}
+        leaves = _read(directory / str(step) / "default", target)
+        *leaves, expected = (leaves[str(i)] for i in range(len(target)))
+        tree = jax.tree.unflatten(jax.tree.structure(data), leaves)
+        if int(checksum(tree)) != int(expected):
+            raise _Damaged("its checksum is wrong")
+        return base.typed(tree)
+
+    def _read(folder, target):
+        # Not through the manager: its processes wait for one another, also for one that failed.
+        handler, arguments = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target)
+        for wait in (*WAITS, None):
+            leaves, failure = {}, None
+            try:
+                leaves = handler.restore(folder, args=arguments)
+            except Exception as error:
+                failure = _judged(error, folder)
+            # The worst that any process met decides for all of them.
+            worst = int(cluster.largest(np.int32(_severity(failure))))
+            if worst == _REFUSED and wait is not None:
+                time.sleep(wait)
+                continue
+            if worst:
+                if _severity(failure) == worst:
+                    raise failure
+                if worst == _DAMAGED:
+                    raise _Damaged("another process cannot read its part")
+                raise cluster.Elsewhere("Another process cannot read its part, and says why.")
+            return leaves
+
+    def _set_aside(step):
+        name = f"damaged-{step}"  # Of a step that was damaged before, damaged-3-2 and so on.
+        others = (directory / f"{name}-{i}" for i in itertools.count(2))
+        free = (path for path in itertools.chain([directory / name], others) if not path.exists())
+        (directory / str(step)).rename(next(free))
+
+    @functools.cache
+    def close():
+        with _writing(directory):
+            manager.wait_until_finished()
+            manager.close()
+
+    return Saver(save, restore, close)
+
+
+@contextlib.contextmanager
+def _writing(directory):
+    """What Orbax and TensorStore raise for a checkpoint that cannot be written, as an OSError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        # The error holds on to half-done writes, which would complain when the program ends.
+        error.__traceback__ = None
+        number = _number(error)
+        if number == errno.ENOENT or not directory.is_dir():
+            raise OSError(
+                f"{directory} is gone: it was removed, or its file system unmounted, while the run "
+                f"was at work. Bring it back if you can and {files.AGAIN} there, or from the start."
+            ) from error
+        if number:
+            raise OSError(number, os.strerror(number), str(directory)) from error
+        reason = " ".join(str(error).split())[:300]
+        raise OSError(
+            f"No checkpoint could be written under {directory} ({reason}). Those before it are "
+            f"kept: mend the cause, then {files.AGAIN}."
+        ) from error
+
+
+def _number(error: Exception) -> int | None:
+    """The errno of an error of the system, also of one that TensorStore reports in words."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else getattr(error, "errno", None)
+
+
+def _judged(error: Exception, folder: Path) -> Exception:
+    """What a failed read of a checkpoint means: `_Damaged`, an OSError about its folder, or, of
+    what is neither (no memory, a bug), the error itself."""
+    number, judged = _number(error), error
+    if number is not None:  # OSError makes the subclass that fits, such as FileNotFoundError.
+        judged = OSError(number, os.strerror(number), str(folder))
+    if isinstance(judged, (*_MISSING, *_FORMAT)):
+        judged = _Damaged(" ".join(files.printable(str(error)).split())[:200])
+    judged.__cause__ = None if judged is error else error
+    return judged
+
+
+def _severity(failure: Exception | None) -> int:
+    if failure is None:
+        return _FINE
+    if isinstance(failure, _Damaged):
+        return _DAMAGED
+    return _REFUSED if isinstance(failure, OSError) else _FAILED
+
+
+def _leaves(tree):
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+@jax.jit
+def checksum(tree) -> jax.Array:
+    """Σᵢ (2i + 1) xᵢ mod 2³² over the bits of all leaves: any one flipped bit changes it, and it is
+    the same however the arrays are split over devices. A uint32 scalar."""
+    total = jnp.zeros((), jnp.uint32)
+    for number, x in enumerate(jax.tree.leaves(tree)):
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, width).reshape(-1).astype(jnp.uint32)
+        odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+        total += jnp.sum(odd * bits, dtype=jnp.uint32) * jnp.uint32(2 * number + 1)
+    return total
