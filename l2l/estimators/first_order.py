@@ -286,7 +286,7 @@ def in_segments(steps: Callable, carry, xs, length: int, size: int):
 def over_problems(function, states):
     """Maps over problems: one after another on a CPU (each window stays in the cache, and memory is
     that of one problem), all at once on an accelerator."""
-    if jax.default_backend() == "cpu":
+    if coordinates.platform() == "cpu":
         return jax.lax.map(function, states)
     return jax.vmap(function)(states)
 

@@ -63,7 +63,11 @@ def explainer(
 
     def explain(state, data, steps):
         # On one device: the states of a run may be spread over several.
-        state, data = jax.device_put((state, data), jax.local_devices()[0])
+        device = min(state.step.devices(), key=lambda device: device.id)
+        with jax.default_device(device):
+            return on_one(*jax.device_put((state, data), device), steps)
+
+    def on_one(state, data, steps):
         found = _replay(step, state, data, steps)
         if found is None:
             return (

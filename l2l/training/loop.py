@@ -345,7 +345,8 @@ def _validation(experiment, key, data, layout):
             return loss, {"validation": loss, **each}
 
         # One process's word: hosts of other hardware may differ in the last bit.
-        return cluster.together(measure)
+        with jax.default_device(layout.devices[0].platform):
+            return cluster.together(measure)
 
     return validate
 

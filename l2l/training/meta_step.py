@@ -136,9 +136,10 @@ def compile_steps(meta: Meta, group: int, devices: Sequence[jax.Device]) -> Call
         return unravel(jnp.mean(jax.lax.all_gather(flat, AXIS), 0))
 
     def steps(state, data):
-        state, metrics = jax.lax.scan(
-            lambda state, _: meta_step(meta, state, data, mean), base.typed(state), None, group
-        )
+        with jax.default_device(devices[0].platform):  # Which decides how arrays are laid out.
+            state, metrics = jax.lax.scan(
+                lambda state, _: meta_step(meta, state, data, mean), base.typed(state), None, group
+            )
         return base.raw(state), jax.lax.all_gather(metrics, AXIS, axis=1, tiled=True)
 
     return jax.pmap(
