@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
+from l2l.console import errors
 from l2l.storage import files
 from l2l.training import sweep_summary as fleet_summary
 
@@ -45,7 +46,7 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Member]]:
     built, so that a mistake in any of them shows before the first is trained.
 
     Raises:
-      ValueError, OSError, flags.Error: a flag, key or value is wrong.
+      UserError, OSError, flags.Error: a flag, key or value is wrong.
     """
     values = _flags(argv)
     # What is not the fleet's own goes on to every member as it was typed.
@@ -185,7 +186,7 @@ def main(argv) -> int:
     except KeyboardInterrupt:
         return 130
     except (AttributeError, OSError, TypeError, ValueError, flags.Error) as error:
-        return files.fail(error)
+        return errors.fail(error)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from ml_collections import config_flags
 from l2l.cluster import collectives as cluster
 from l2l.cluster import environment as host
 from l2l.cluster import initialize as joining
-from l2l.storage import files
+from l2l.console import errors
+from l2l.console.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run; by default checkpoints/<config>.")
@@ -48,13 +49,13 @@ def main(argv) -> int:
 
         workdir = _WORKDIR.value or f"checkpoints/{name}"
         return cluster.guard(lambda: train.run(build.experiment(_CONFIG.value), workdir))
-    except (ValueError, OSError) as error:
+    except UserError as error:
         return _fail(error)
 
 
 def _fail(error) -> int:
     if not isinstance(error, cluster.Elsewhere):
-        files.fail(error)
+        errors.fail(error)
     cluster.leave(2)
     return 2
 

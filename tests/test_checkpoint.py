@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from l2l.console.errors import UserError
 from l2l.storage import checkpoint
 
 
@@ -136,7 +137,7 @@ def test_a_read_that_the_system_refuses_is_tried_again_and_renames_nothing(saved
         raise refusal
 
     reading(always)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"not be read in 3 attempts .*; it is left as it is"):
         reopen(saved)
     assert len(calls) == 6  # Of the newest alone: an older one would only hide it.
     assert sorted(p.name for p in saved.iterdir() if p.is_dir()) == ["2", "3"]

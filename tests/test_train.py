@@ -13,6 +13,7 @@ import jax.flatten_util
 import numpy as np
 import pytest
 
+from l2l.console.errors import UserError
 from l2l.storage import exports, files
 from l2l.training import ahead_of_time as preflight
 from l2l.training import experiment as build
@@ -246,5 +247,5 @@ def test_signals_are_left_alone_outside_the_main_thread(tiny, tmp_path):
 
 def test_an_unwritable_directory_is_an_error_of_the_system(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
+    with pytest.raises(UserError):
         train.run(build.experiment(tiny), tmp_path / "file" / "run")

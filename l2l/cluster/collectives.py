@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from l2l.console.errors import UserError
+
 LEAVE_SECONDS = 10
 WEEK = 7 * 24 * 3600
 LOST = 4  # The exit code where another process is gone, or has never come.
@@ -27,7 +29,7 @@ LOST = 4  # The exit code where another process is gone, or has never come.
 _LOST = ("gloo", "connection", "barrier", "heartbeat", "unavailable", "coordination", "nccl")
 
 
-class Elsewhere(ValueError):
+class Elsewhere(UserError):
     """Another process failed, and says why itself."""
 
 
@@ -88,7 +90,7 @@ def together(action: Callable[[], Any]):
     fails, all fail.
 
     Raises:
-      ValueError, OSError: on process 0, what `action` raised; `Elsewhere` on the others.
+      UserError: on process 0, what `action` raised; `Elsewhere` on the others.
     """
     if count() == 1:
         return action()
@@ -96,7 +98,7 @@ def together(action: Callable[[], Any]):
     if first():
         try:
             result = action()
-        except (ValueError, OSError) as error:
+        except UserError as error:
             failure = error
     _meet()
     failed, result = told((failure is not None, result))
@@ -134,14 +136,14 @@ def stopped(got: int, turn: int) -> int:
 
 
 def alike(content: Iterable, sentence: str) -> None:
-    """ValueError(sentence) on all processes where they have different content: bytes, arrays."""
+    """UserError(sentence) on all processes where they have different content: bytes, arrays."""
     if count() == 1:
         return
     # 31 bits, of which there is a negative.
     number = functools.reduce(lambda total, part: zlib.crc32(part, total), content, 0) & 0x7FFFFFFF
     high, low = largest(np.array([number, -number], np.int32))
     if high != -low:
-        raise ValueError(sentence)
+        raise UserError(sentence)
 
 
 def place(tree, shardings):
@@ -178,10 +180,10 @@ def wait(tree) -> None:
 
 def guard(run: Callable[[], int]) -> int:
     """run(); where it fails in one process of several, all of them end in bounded time, as
-    otherwise they would wait for it. What a user can mend (ValueError, OSError) is raised."""
+    otherwise they would wait for it. What a user can mend (UserError) is raised."""
     try:
         return run()
-    except (ValueError, OSError):
+    except UserError:
         raise
     except Exception as error:
         if count() == 1:

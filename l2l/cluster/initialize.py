@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from l2l.cluster import collectives as cluster
+from l2l.console.errors import UserError
 
 # JAX reads the first of these variables itself; the others follow the names of its arguments.
 VARIABLES = {
@@ -34,7 +35,7 @@ def find(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
     MPI's variables; on a Cloud TPU JAX finds all of them, and the result is {}.
 
     Raises:
-      ValueError: they contradict each other, or one is missing.
+      UserError: they contradict each other, or one is missing.
     """
     launcher, alone = _launcher(environment)
     found: dict[str, Any] = dict(launcher)
@@ -51,20 +52,20 @@ def find(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
     missing = [name for name in VARIABLES if name not in found]
     if missing and not (known and missing == ["coordinator_address"]):
         given = ", ".join(f"{name}={value}" for name, value in found.items())
-        raise ValueError(
+        raise UserError(
             f"{given} says that this run has several processes, but {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing: add "
             + ", ".join(f"--{name} (or {VARIABLES[name]})" for name in missing)
             + "."
         )
     if not 0 <= number < count:
-        raise ValueError(
+        raise UserError(
             f"process_id={number} is not one of num_processes={count}: give each process its own "
             f"number from 0 to {count - 1}."
         )
     address = found.get("coordinator_address")
     if address and not re.fullmatch(r"\S+:\d+", address):
-        raise ValueError(f"coordinator_address={address!r} has no port: write host:port.")
+        raise UserError(f"coordinator_address={address!r} has no port: write host:port.")
     if alone:  # JAX would take one device a task; a process alone on its host takes all.
         found["local_device_ids"] = []
     return found
@@ -96,14 +97,14 @@ def _whole(name: str, value) -> int:
     try:
         return int(value)
     except ValueError as error:
-        raise ValueError(f"{name}={value!r} is not a whole number.") from error
+        raise UserError(f"{name}={value!r} is not a whole number.") from error
 
 
 def join(arguments: Mapping | None) -> None:
     """Joins the run that `find` found. Processes on CPUs talk over gloo, JAX's default.
 
     Raises:
-      ValueError: the others are not there, or not all alike.
+      UserError: the others are not there, or not all alike.
     """
     if arguments is None:
         return
@@ -135,12 +136,12 @@ def join(arguments: Mapping | None) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"{failed} ({str(error).splitlines()[0][:150]})") from error
+        raise UserError(f"{failed} ({str(error).splitlines()[0][:150]})") from error
     finally:
         watch.cancel()
     counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
     if len(set(counts)) > 1:
-        raise ValueError(
+        raise UserError(
             f"The processes have {counts} devices: all must have as many. On CPUs set "
             "XLA_FLAGS=--xla_force_host_platform_device_count=N everywhere."
         )

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from l2l.console.errors import UserError
+
 
 def fill(section: str, record: type, settings: Mapping):
     """A NamedTuple from a section of the configuration."""
@@ -21,7 +23,7 @@ def check(where: str, factory: Callable, settings: Mapping, hidden=()) -> dict:
     Lists become tuples and, where a float is wanted, ints become floats.
     """
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{where} is {settings!r}, where settings are expected: dict(key=value).")
+        raise UserError(f"{where} is {settings!r}, where settings are expected: dict(key=value).")
     parameters = inspect.signature(factory).parameters
     hints = _hints(factory)
     valid = [
@@ -32,12 +34,40 @@ def check(where: str, factory: Callable, settings: Mapping, hidden=()) -> dict:
     out = {}
     for key, value in settings.items():
         if key not in valid:
-            raise ValueError(unknown("setting", key, valid, where))
+            raise UserError(unknown("setting", key, valid, where))
         out[key] = fits(where, key, value, hints.get(key, Any))
         least = _least(factory, parameters[key], hints.get(key))
         if least is not None and min(_tuple(out[key]), default=least) < least:
-            raise ValueError(f"{key}={value!r} in {where} cannot be: {least} or more is needed.")
+            raise UserError(f"{key}={value!r} in {where} cannot be: {least} or more is needed.")
     return out
+
+
+def make(kind: str, table: Mapping[str, Callable], settings: Mapping, given: Mapping = {}):
+    """table[settings["name"]] called with the other settings and with those of what is `given` by
+    the program that it takes."""
+    factory, rest = factory_of(kind, table, settings)
+    name, known = settings["name"], inspect.signature(factory).parameters
+    own = {key: value for key, value in given.items() if key in known}
+    return factory(**own, **check(f"{kind} {name!r}", factory, rest, given))
+
+
+def factory_of(kind: str, table: Mapping[str, Callable], settings: Mapping):
+    """(table[settings["name"]], the other settings)."""
+    if not isinstance(settings, Mapping) or "name" not in settings:
+        raise UserError(
+            f"The {kind} {settings!r} has no name: write dict(name=…, …) with one of "
+            f"{', '.join(sorted(table))}."
+        )
+    settings = dict(settings)
+    name = settings.pop("name")
+    if name not in table:
+        raise UserError(unknown(kind, name, table))
+    return table[name], settings
+
+
+def several(sections) -> tuple:
+    """One section, or a sequence of them, as a tuple of sections."""
+    return (sections,) if isinstance(sections, Mapping) else tuple(sections)
 
 
 def _least(factory, parameter, hint) -> int | None:
@@ -57,13 +87,13 @@ def _tuple(value) -> tuple:
 
 
 def fits(where: str, key: str, value, hint):
-    """The value in the type of `hint`; ValueError where it is of another."""
+    """The value in the type of `hint`; UserError where it is of another."""
     if _is(value, hint):
         return tuple(value) if isinstance(value, list) else value
     if isinstance(value, int) and not isinstance(value, bool) and _is(float(value), hint):
         return float(value)
     wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else None
-    raise ValueError(
+    raise UserError(
         f"{key}={value!r} in {where} is a {type(value).__name__}: "
         f"{wanted or str(hint).replace('typing.', '').replace('collections.abc.', '')} is needed."
     )
@@ -88,7 +118,7 @@ def plain(config):
         return tuple(plain(value) for value in config)
     if config is None or isinstance(config, bool | int | float | str):
         return config
-    raise ValueError(f"{config!r} in a configuration is no text, number, tuple or dict.")
+    raise UserError(f"{config!r} in a configuration is no text, number, tuple or dict.")
 
 
 def _hints(factory) -> dict:

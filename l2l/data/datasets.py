@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from l2l.console.errors import UserError
 from l2l.data import image_files as layouts
 from l2l.data import table_files as tabular
 
@@ -86,7 +87,7 @@ _OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST", "cifar10": "C
 
 
 def spec(name: str, kind: str = "any") -> Spec:
-    """The `Spec` of a data set; ValueError for a name that is not in the table, or of the wrong
+    """The `Spec` of a data set; UserError for a name that is not in the table, or of the wrong
     kind ("any", "vector" for what an MLP reads, "image", "text")."""
     fits = {
         "any": lambda s: True,
@@ -99,13 +100,13 @@ def spec(name: str, kind: str = "any") -> Spec:
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Gives `name` back if it is known, else a ValueError that suggests the nearest."""
+    """Gives `name` back if it is known, else a UserError that suggests the nearest."""
     known = sorted(known)
     if name in known:
         return name
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}."
-    raise ValueError(f"There is no {kind} named {name!r}: {hint}")
+    raise UserError(f"There is no {kind} named {name!r}: {hint}")
 
 
 def data_dir() -> Path:
@@ -141,8 +142,8 @@ def load(name: str) -> Dataset:
     Text: 80 %, 10 %, 10 % in reading order.
 
     Raises:
-      ValueError: an unknown name, or a file that is corrupt or too short.
-      FileNotFoundError: no file below `data_dir()`, and no download.
+      UserError: an unknown name, or a file that is corrupt or too short.
+      UserError: no file below `data_dir()`, and no download.
     """
     spec(name)
     return _load(name, data_dir())
@@ -266,7 +267,7 @@ def _mnist_part(folder: Path, part: str) -> Split | None:
         return None
     if images is None or labels is None:
         missing = stems[0] if images is None else stems[1]
-        raise FileNotFoundError(
+        raise UserError(
             f"{folder} holds {images or labels} but not {missing}[.gz], and one is of no use "
             "without the other: put the missing file beside it."
         )
@@ -307,7 +308,7 @@ def _openml(name: str, root: Path) -> list[Split | None]:
             )
             partial.replace(kept)
         except OSError as error:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{name} is neither in {kept.parent} nor could it be downloaded ({error}): put its "
                 f"published files there (L2L_DATA_DIR moves the folder), or run this once with a "
                 "network."
@@ -335,7 +336,7 @@ def _text(name: str, root: Path) -> Dataset:
     else:
         path = root / "tinyshakespeare" / "input.txt"
         if not path.is_file():
-            raise FileNotFoundError(
+            raise UserError(
                 f"{path} is not there and is not fetched by itself: put Karpathy's char-rnn file "
                 "tinyshakespeare/input.txt there, or use 'pydoc', which comes with Python."
             )

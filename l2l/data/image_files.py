@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from l2l.console import errors
+from l2l.console.errors import UserError
+
 
 def find(folder: Path, stem: str) -> Path | None:
     """The file of that stem, gzipped or not, as its publishers or a browser named it."""
@@ -16,7 +19,8 @@ def find(folder: Path, stem: str) -> Path | None:
 
 def read(path: Path) -> bytes:
     """The content of a file, unpacked if it is gzipped."""
-    content = path.read_bytes()
+    with errors.naming(path):
+        content = path.read_bytes()
     if content[:2] != b"\x1f\x8b":  # By content: browsers unpack .gz and keep the name.
         return content
     try:
@@ -25,14 +29,14 @@ def read(path: Path) -> bytes:
         raise broken(path, f"is not a whole gzip file ({error})") from error
 
 
-def broken(path: Path, fact: str) -> ValueError:
+def broken(path: Path, fact: str) -> UserError:
     """The error of a file that is not what its name says."""
-    return ValueError(f"{path} {fact}: it was cut short or is another file; fetch it again.")
+    return UserError(f"{path} {fact}: it was cut short or is another file; fetch it again.")
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
     """The uint8 array in an IDX file (LeCun's layout: 0, 0, type 8, rank, big-endian sizes, bytes),
-    gzipped or not. ValueError if it is anything else."""
+    gzipped or not. UserError if it is anything else."""
     content = read(path)
     if content[:4] != bytes([0, 0, 8, ndim]) or len(content) < 4 + 4 * ndim:
         raise broken(path, f"does not start like an IDX file of {ndim}-dimensional bytes")
@@ -45,7 +49,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
 
 def read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """A CIFAR-10 batch in the binary layout, gzipped or not: records of one label and 3,072 bytes
-    in planes of red, green and blue. ValueError if it is anything else."""
+    in planes of red, green and blue. UserError if it is anything else."""
     content = np.frombuffer(read(path), np.uint8)
     if len(content) == 0 or len(content) % 3073:
         raise broken(path, f"has {len(content):,} bytes, not a multiple of a record's 3,073")

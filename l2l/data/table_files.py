@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from l2l.console import errors
+from l2l.console.errors import UserError
 from l2l.data.image_files import broken
 
 # Of adult.names, None for a number.
@@ -81,13 +83,13 @@ ADULT, HOUSING, WINE = width(_ADULT_COLUMNS), width(_HOUSING_COLUMNS) - 1, 11 + 
 
 
 def _rows(path: Path, delimiter: str) -> list[list[str]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file, delimiter=delimiter, skipinitialspace=True))
-    except FileNotFoundError:
-        raise FileNotFoundError(
+    if not path.exists():
+        raise UserError(
             f"{path} is not there and is not fetched by itself: put the published file there."
-        ) from None
+        )
+    try:
+        with errors.naming(path), path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file, delimiter=delimiter, skipinitialspace=True))
     except UnicodeDecodeError as error:
         raise broken(path, f"is no text ({error.reason})") from None
     return [row for row in rows if row]

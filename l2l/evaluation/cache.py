@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l2l import evaluate
+from l2l.evaluation import curves as evaluate
 from l2l.storage import files
 
 
@@ -30,7 +30,7 @@ def kept(directory: str | os.PathLike | None, inputs, compute: Callable[[], dict
         if written == _checksum(text):
             return json.loads(text)
     result = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.folder(path.parent, "--output")
     text = json.dumps(result)
     files.write(path, f"{_checksum(text)}\n{text}".encode())
     return result

@@ -21,13 +21,14 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from l2l.cluster import environment as host
+from l2l.console import errors
+from l2l.console.errors import UserError
+from l2l.evaluation import baselines, scoring
 from l2l.evaluation import comparison as scorecard
-from l2l.evaluation import scoring
 from l2l.evaluation import suites as suite
 from l2l.evaluation.comparison import Cell, Entry
-from l2l.optimizers import baselines
 from l2l.storage import exports, files
-from l2l.training import experiment as build
+from l2l.tasks import registry
 
 
 def read_optimizer(text: str) -> Entry:
@@ -46,7 +47,7 @@ def read_cells(section: dict, vary: str | None) -> list[Cell]:
         name, values = _assignment(vary)
         values = values if isinstance(values, tuple) else (values,)
         sections = {str(value): {**section, name: value} for value in values}
-    families = {name: build.task(_wrapped(s, build.TASKS)) for name, s in sections.items()}
+    families = {name: registry.task(_wrapped(s, registry.TASKS)) for name, s in sections.items()}
     return [Cell(" ".join((f.name, name)).strip(), f, f.data()) for name, f in families.items()]
 
 
@@ -77,7 +78,7 @@ def split(text: str) -> list[str]:
 def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise ValueError(f"{text!r} sets nothing: write it like hidden=64,64.")
+        raise UserError(f"{text!r} sets nothing: write it like hidden=64,64.")
     values = [_literal(part) for part in split(value)]
     return name, tuple(values) if len(values) != 1 or value.endswith(",") else values[0]
 
@@ -98,7 +99,7 @@ def _define_flags():
         "'sgd(0.1, momentum=0.9)'; comma-separated or repeated.",
     )
     text("suite", None, f"Score on the cells of a suite: {', '.join(suite.SUITES)}.")
-    text("task", "mlp", "A name of build.TASKS.")
+    text("task", "mlp", "A name of tasks.registry.TASKS.")
     several("set", [], "A setting of the task, like hidden=64,64.")
     text("vary", None, "One task for each value, like activations=relu,tanh,sigmoid.")
     config_flags.DEFINE_config_file("config", None, "Take the task of this file of configs/.")
@@ -139,8 +140,8 @@ def main(argv) -> int:
         entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
         output = files.local(values.output, "--output")
         return (_tasks if values.suite is None else _suite)(values, entries, output)
-    except (ValueError, OSError) as error:
-        return files.fail(error)
+    except UserError as error:
+        return errors.fail(error)
 
 
 def _tasks(values, entries, output) -> int:
@@ -160,7 +161,7 @@ def _tasks(values, entries, output) -> int:
 
 def _suite(values, entries, output) -> int:
     if given := [f"--{name}" for name in _OWN if values[name].present]:
-        raise ValueError(
+        raise UserError(
             f"--suite={values.suite} decides its own tasks and baselines: "
             f"leave out {', '.join(given)}."
         )
@@ -206,7 +207,7 @@ def _horizons(values, default) -> tuple[int, ...]:
     if values.horizons is None:
         return default
     if not values.horizons or not all(x.strip().isdecimal() and int(x) for x in values.horizons):
-        raise ValueError(f"--horizons={','.join(values.horizons)} are no steps: try 500,1000.")
+        raise UserError(f"--horizons={','.join(values.horizons)} are no steps: try 500,1000.")
     return tuple(int(x) for x in values.horizons)
 
 

@@ -5,16 +5,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from l2l import evaluate
 from l2l.core import base
-from l2l.evaluation import report, tuning
-from l2l.optimizers import baselines
+from l2l.evaluation import baselines, report, tuning
+from l2l.evaluation import curves as evaluate
 from l2l.storage import files
 
 
@@ -173,8 +171,7 @@ def write(directory: str | os.PathLike, result: Score, about: dict | None = None
 
     about: what else results.json should say, as plain data.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = files.folder(directory, "--output")
     several = len({row["task"] for row in result.rows}) > 1
     text = report.table(result.rows)
     if several:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from l2l.console.errors import UserError
 from l2l.storage import files
 
 # Okabe and Ito (2008), without yellow, which is faint on white: told apart by the colour-blind.
@@ -47,14 +48,14 @@ def figure(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
       path: of the file; its directory must exist.
 
     Raises:
-      ValueError: no panels.
+      UserError: no panels.
     """
     # Imported here: matplotlib takes a second, which tables do not need. No display is touched.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if not panels:
-        raise ValueError("There are no curves to draw: give at least one panel.")
+        raise UserError("There are no curves to draw: give at least one panel.")
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l2l import evaluate
+from l2l.evaluation import curves as evaluate
 from l2l.evaluation import report
 from l2l.evaluation import timing as speed
 from l2l.evaluation.suites import CELLS, Result, Suite, tuned_name
@@ -146,8 +146,7 @@ def write(
       notes: further sentences for the reader.
       about: what else results.json should say, as plain data.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = files.folder(directory, "--output")
     ordered = sorted(results, key=lambda r: (r.steps, list(CELLS).index(r.cell)))
     found = [row for result in ordered for row in rows(result)]
     summary, lacking = summarise(found), missing(results, cells, horizons)

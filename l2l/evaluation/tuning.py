@@ -8,10 +8,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from l2l import evaluate
+from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.evaluation import cache
-from l2l.optimizers import baselines
+from l2l.evaluation import baselines, cache
+from l2l.evaluation import curves as evaluate
 
 # Rates that go abreast on a CPU: 3 are as fast as 15 there, and a grid grows by 3 at a time, so
 # that an extension needs no new program. An accelerator takes a whole schedule's rates at once.
@@ -89,11 +89,11 @@ def tune(
     found = baselines.kind(kind)
     low, high, count = rates or (found.low, found.high, 15)
     if not (0 < low < high and count > 1):
-        raise ValueError(
+        raise UserError(
             f"rates=({low:g}, {high:g}, {count}) is no grid: give 0 < low < high and 2 or more."
         )
     if unknown := set(schedules) - {"constant", "cosine"}:
-        raise ValueError(f"Unknown schedules {sorted(unknown)}: choose constant, cosine or both.")
+        raise UserError(f"Unknown schedules {sorted(unknown)}: choose constant, cosine or both.")
     horizons = tuple(sorted(set(horizons)))
     roots = tuple(dict.fromkeys(eps_roots)) if found.rooted else (0.0,)
     spacing = (high / low) ** (1 / (count - 1))

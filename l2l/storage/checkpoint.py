@@ -23,8 +23,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from l2l.cluster import collectives as cluster
+from l2l.console import errors
+from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.storage import files
 
 _TIMES = "_CHECKPOINT_METADATA"  # Orbax's name.
 # A read that the system refuses is tried again after so many seconds each: network file systems
@@ -69,11 +70,10 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
     """Opens (or creates) a directory of checkpoints, of which the last `keep` are kept.
 
     Raises:
-      OSError: the directory cannot be written; from `save` and `close` too, which is where it is
-        heard that an earlier checkpoint could not be written. From `restore` if the system
-        refuses to read a checkpoint several times; that says nothing of what is in it, and
-        nothing is renamed.
-      ValueError: from `restore`, where there are checkpoints and all are damaged.
+      UserError: the directory cannot be written; from `save` and `close` too, which is where it is
+        heard that an earlier checkpoint could not be written. From `restore`, where there are
+        checkpoints and all are damaged, or if the system refuses several times to read one, which
+        says nothing of what is in it: nothing is renamed then.
     """
     import orbax.checkpoint as ocp  # A second and a half, which `load` does not need.
 
@@ -81,7 +81,8 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     directory = Path(directory).absolute()
-    directory.mkdir(exist_ok=True)
+    with errors.naming(directory):
+        directory.mkdir(exist_ok=True)
     opened = os.stat(directory)
     policies = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
@@ -98,6 +99,8 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
 
     try:
         manager = ocp.CheckpointManager(directory, options=options)
+    except OSError as error:
+        raise errors.about(directory, error) from error
     except _FORMAT:  # Of the times in any of these files, without which it opens them as well.
         cluster.together(_set_times_aside)
         manager = ocp.CheckpointManager(directory, options=options)
@@ -129,7 +132,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
                 manager.reload()
             return tree, step
         if failed:
-            raise ValueError(
+            raise UserError(
                 f"No checkpoint under {directory} can be read ({failed[max(failed)]}). "
                 "Choose another --workdir, or move that directory away to start again."
             ) from failed[max(failed)]
@@ -167,7 +170,9 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
                 time.sleep(wait)
                 continue
             if worst:
-                if _severity(failure) == worst:
+                if worst == _severity(failure) == _REFUSED:
+                    raise _refusal(folder, failure) from failure
+                if worst == _severity(failure):
                     raise failure
                 if worst == _DAMAGED:
                     raise _Damaged("another process cannot read its part")
@@ -191,7 +196,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
 
 @contextlib.contextmanager
 def _writing(directory):
-    """What Orbax and TensorStore raise for a checkpoint that cannot be written, as an OSError."""
+    """What Orbax and TensorStore raise for a checkpoint that cannot be written, as a UserError."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
@@ -199,16 +204,16 @@ def _writing(directory):
         error.__traceback__ = None
         number = _number(error)
         if number == errno.ENOENT or not directory.is_dir():
-            raise OSError(
+            raise UserError(
                 f"{directory} is gone: it was removed, or its file system unmounted, while the run "
-                f"was at work. Bring it back if you can and {files.AGAIN} there, or from the start."
+                f"was at work. Bring it back if you can and {errors.AGAIN}, or from the start."
             ) from error
         if number:
-            raise OSError(number, os.strerror(number), str(directory)) from error
+            raise errors.about(directory, OSError(number, "")) from error
         reason = " ".join(str(error).split())[:300]
-        raise OSError(
+        raise UserError(
             f"No checkpoint could be written under {directory} ({reason}). Those before it are "
-            f"kept: mend the cause, then {files.AGAIN}."
+            f"kept: mend the cause, then {errors.AGAIN}."
         ) from error
 
 
@@ -219,15 +224,24 @@ def _number(error: Exception) -> int | None:
 
 
 def _judged(error: Exception, folder: Path) -> Exception:
-    """What a failed read of a checkpoint means: `_Damaged`, an OSError about its folder, or, of
-    what is neither (no memory, a bug), the error itself."""
+    """What a failed read of a checkpoint means: `_Damaged`, an OSError, or, of what is neither
+    (no memory, a bug), the error itself."""
     number, judged = _number(error), error
     if number is not None:  # OSError makes the subclass that fits, such as FileNotFoundError.
         judged = OSError(number, os.strerror(number), str(folder))
     if isinstance(judged, (*_MISSING, *_FORMAT)):
-        judged = _Damaged(" ".join(files.printable(str(error)).split())[:200])
+        judged = _Damaged(" ".join(errors.printable(str(error)).split())[:200])
     judged.__cause__ = None if judged is error else error
     return judged
+
+
+def _refusal(folder: Path, error: OSError) -> UserError:
+    reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+    remedy = errors.REMEDIES.get(error.errno or 0, f"Mend the cause, then {errors.AGAIN}.")
+    return UserError(
+        f"{folder} could not be read in {len(WAITS) + 1} attempts ({errors.printable(reason)}); it "
+        f"is left as it is. {remedy}"
+    )
 
 
 def _severity(failure: Exception | None) -> int:

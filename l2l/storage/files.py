@@ -1,25 +1,14 @@
 """Files are written whole or not at all, and what goes wrong with them is one sentence."""
 
 import contextlib
-import errno
 import os
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-AGAIN = "give the same command again: it goes on from the last checkpoint"
-REMEDIES = {
-    errno.EACCES: "Make it readable and writable for you, or choose another path.",
-    errno.EDQUOT: f"Make room in your quota, then {AGAIN}.",
-    errno.EFBIG: f"Raise the limit on the size of files (ulimit -f), then {AGAIN}.",
-    errno.EIO: f"The disk may be failing: save what is on it, then {AGAIN}.",
-    errno.ENOSPC: f"Make room, then {AGAIN}.",
-    errno.EPERM: "Make it readable and writable for you, or choose another path.",
-    errno.EROFS: f"Make it writable and {AGAIN}; or choose another path.",
-    errno.ESTALE: f"Mount its file system again, then {AGAIN}.",
-}
+from l2l.console.errors import UserError, about, naming, printable
+
 # What etils needs to read each kind of remote path.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 
@@ -42,37 +31,21 @@ def write(path, content: bytes) -> None:
             raise
 
 
-@contextlib.contextmanager
-def naming(path):
-    """Errors of the system inside are about `path`: those of an open file name none."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None:
-            error.filename, error.filename2 = str(path), None
-        raise
+def folder(path, what: str = "--workdir") -> Path:
+    """Makes a directory to write to, and those above it.
 
-
-def sentence(error: BaseException) -> str:
-    """An error as one line: the fact, the file, and for errors of the system what to do."""
-    if isinstance(error, OSError) and error.errno in REMEDIES:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{os.strerror(error.errno)}. {REMEDIES[error.errno]}"
-    text = " ".join(printable(str(error).replace("\\n", " ")).split())
-    if isinstance(error, AttributeError):  # ml_collections' word for a key that is not there.
-        return "no such key in this configuration: " + text.strip("'\"\\")
-    return text
-
-
-def fail(error: BaseException) -> int:
-    """Says, in one line, what a user can mend, and nothing else: the exit code for that."""
-    print("l2l:", sentence(error), file=sys.stderr)
-    return 2
-
-
-def printable(text: str) -> str:
-    """Text from a file or a library, with nothing in it that moves a terminal's cursor."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    Raises:
+      UserError: it is remote (`local`), or a file is in its place, or may not be made.
+    """
+    path = local(path, what)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(
+                f"{what}={path} cannot be a directory: {place} is a file. Choose another."
+            )
+    with naming(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def scheme(path) -> str | None:
@@ -83,9 +56,9 @@ def scheme(path) -> str | None:
 
 
 def local(path, what: str = "--workdir") -> Path:
-    """A directory to write to as a Path. ValueError for a remote one, before anything is made."""
+    """A directory to write to as a Path; UserError for a remote one."""
     if scheme(path):
-        raise ValueError(
+        raise UserError(
             f"{what}={path} is remote, and what is written there needs locks, appending and "
             "renaming: mount the bucket (gcsfuse, mount-s3) and name the mounted path, or write to "
             "a local one and copy it afterwards. l2l.load reads remote paths as they are."
@@ -97,13 +70,13 @@ def readable(path):
     """What a path to read from is: a Path, or for remote ones etils' like of it.
 
     Raises:
-      ValueError: a kind of remote path that etils does not offer.
+      UserError: a kind of remote path that etils does not offer.
     """
     kind = scheme(path)
     if kind is None:
         return Path(path)
     if kind not in PACKAGES:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read: of remote paths there is "
             f"{', '.join(f'{k}://' for k in PACKAGES)}. Download it and name the file."
         )
@@ -114,21 +87,23 @@ def readable(path):
 
 @contextlib.contextmanager
 def reached(path):
-    """Errors inside, of whatever reads a remote path, become a ValueError or an OSError."""
+    """Errors inside, of whatever reads a path that a user named, become a `UserError`."""
     try:
         yield
     except ImportError as error:
         kind = scheme(path)
-        raise ValueError(
+        raise UserError(
             f"{path} is remote and reading it needs a package that is not installed ({error}): "
             f"pip install {PACKAGES.get(kind, kind)}, or download the file and name it."
         ) from error
-    except (OSError, ValueError):
+    except UserError:
         raise
+    except OSError as error:
+        raise about(path, error) from error
     except Exception as error:  # Each cloud's library has its own.
         if scheme(path) is None:
             raise
-        raise OSError(f"{path} could not be read ({printable(str(error))[:300]}).") from error
+        raise UserError(f"{path} could not be read ({printable(str(error))[:300]}).") from error
 
 
 @contextlib.contextmanager

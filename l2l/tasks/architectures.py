@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import haiku as hk
 import jax.numpy as jnp
 
+from l2l.console.errors import UserError
 from l2l.core.base import TaskFamily
 from l2l.data import datasets
 from l2l.tasks import supervised
@@ -128,7 +129,7 @@ def row_lstm(
 def _check(**sizes: int):
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name}={size} leaves no network: use 1 or more.")
+            raise UserError(f"{name}={size} leaves no network: use 1 or more.")
 
 
 def _family(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from l2l.console.errors import UserError
 from l2l.core import base, unroll
 from l2l.estimators.objective import Objective
 
@@ -67,11 +68,11 @@ def log_uniform(
     `start` (by default twice the shortest) to `longest` over the first `growth` of the meta-steps.
 
     Raises:
-      ValueError: shortest, start, longest are not in this order.
+      UserError: shortest, start, longest are not in this order.
     """
     start = min(2 * shortest, longest) if start is None else start
     if not 1 <= shortest <= start <= longest:
-        raise ValueError(
+        raise UserError(
             f"shortest={shortest}, start={start}, longest={longest} are horizons in the wrong "
             "order: each must be at least the one before, and the first at least 1."
         )
@@ -114,9 +115,9 @@ def stages(
     """
     horizons = tuple(horizons)
     if not horizons or list(horizons) != sorted(set(horizons)) or horizons[0] < 1:
-        raise ValueError(f"horizons={horizons} do not grow: list each once, the shortest first.")
+        raise UserError(f"horizons={horizons} do not grow: list each once, the shortest first.")
     if min(every, patience, num_problems) < 1:
-        raise ValueError("every, patience and num_problems of the stages must all be 1 or more.")
+        raise UserError("every, patience and num_problems of the stages must all be 1 or more.")
     last = len(horizons) - 1
 
     def begin(theta):

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from l2l.cluster import collectives as cluster
+from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.storage import checkpoint, files
 from l2l.training import ahead_of_time as preflight
@@ -64,18 +65,17 @@ def run(
         meta-gradient that was finite.
 
     Raises:
-      ValueError: the directory holds another configuration, or a second run is at work in it, or
-        the devices do not divide the problems; or the processes do not see the same files; or a
-        task has a loss of which objective.form="log" cannot take the logarithm. Nothing is
-        exported then.
-      OSError: the directory cannot be written.
+      UserError: the directory holds another configuration, or a second run is at work in it, or
+        the devices do not divide the problems; or the processes do not see the same files; or
+        the directory cannot be written; or a task has a loss of which objective.form="log" cannot
+        take the logarithm, and then nothing is exported.
     """
     directory = files.local(directory)
     devices = meta.devices_for(experiment.running.num_problems, devices)
     with contextlib.ExitStack() as held:
 
         def enter():
-            directory.mkdir(parents=True, exist_ok=True)
+            files.folder(directory)
             held.enter_context(lock(directory))
             claim(directory, experiment.config)
             return outcome.finished(directory)
@@ -352,7 +352,7 @@ def _validation(experiment, key, data, layout):
 
 
 def _refuse(metrics, experiment, step) -> None:
-    """ValueError where a loss is outside what the form of the meta-loss can take."""
+    """UserError where a loss is outside what the form of the meta-loss can take."""
     for j, family in enumerate(experiment.families):
         lowest = metrics["lowest" if len(experiment.families) == 1 else f"lowest/{j}"]
         if not (lowest < experiment.objective.least(lowest.dtype)).any():
@@ -363,7 +363,7 @@ def _refuse(metrics, experiment, step) -> None:
             'objective.form to "plain" or "last", or give the task a loss that is positive, as by '
             "adding a constant to it."
         )
-        raise ValueError(sentence) if cluster.first() else cluster.Elsewhere(sentence)
+        raise UserError(sentence) if cluster.first() else cluster.Elsewhere(sentence)
 
 
 def _left_out(metrics, state, step) -> list[str]:

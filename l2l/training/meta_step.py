@@ -9,6 +9,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
+from l2l.console.errors import UserError
 from l2l.core import base
 
 AXIS = "devices"
@@ -29,13 +30,13 @@ class Meta(NamedTuple):
 
 
 def devices_for(num_problems: int, devices: Sequence[jax.Device] | None = None) -> list:
-    """All devices, checked to divide the problems; ValueError names the nearest that fit."""
+    """All devices, checked to divide the problems; UserError names the nearest that fit."""
     devices = list(jax.devices() if devices is None else devices)
     n = len(devices)
     if num_problems < 1 or num_problems % n:
         below = num_problems // n * n
         fits = " or ".join(str(x) for x in (below, below + n) if x > 0)
-        raise ValueError(
+        raise UserError(
             f"num_problems={num_problems} cannot be split evenly over {n} devices. "
             f"Try num_problems={fits}."
         )

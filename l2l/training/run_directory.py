@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from l2l.cluster import collectives as cluster
+from l2l.console import errors
+from l2l.console.errors import UserError
 from l2l.storage import files
 
 
@@ -22,15 +24,16 @@ def claim(directory: Path, config: dict) -> None:
         files.write(path, json.dumps(mine, indent=2).encode() + b"\n")
         return
     try:
-        theirs = json.loads(path.read_text())
+        with errors.naming(path):
+            theirs = json.loads(path.read_text())
         if not isinstance(theirs, dict):
-            raise ValueError("it is no table")
+            raise UserError("it is no table")
     except (RecursionError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged ({error}): restore it, or choose another directory."
         ) from error
     if different := differences(theirs, mine):
-        raise ValueError(
+        raise UserError(
             f"{directory} holds a run of another configuration ({'; '.join(different[:8])}). "
             "Choose another --workdir, or remove that directory."
         )
@@ -40,7 +43,7 @@ def shared(directory: Path, config: dict) -> None:
     """Refuses a directory or a configuration that is not the same for all processes of a run.
 
     Raises:
-      ValueError: on all of them.
+      UserError: on all of them.
     """
     if cluster.count() == 1:
         return
@@ -53,7 +56,7 @@ def shared(directory: Path, config: dict) -> None:
     while not (seen := (directory / "config.json").exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
     if cluster.largest(np.int32(not seen)):
-        raise ValueError(
+        raise UserError(
             f"Not every process sees what process 0 wrote in {directory}: choose a --workdir on a "
             "file system that all hosts share."
         )
@@ -73,15 +76,19 @@ def lock(directory):
     """Holds a directory for one run; the system lets go of it when the process ends, however.
 
     Raises:
-      ValueError: another run holds it.
+      UserError: another run holds it.
     """
-    with open(Path(directory) / "lock", "a+") as file:
+    with errors.naming(directory):
+        file = open(Path(directory) / "lock", "a+")  # noqa: SIM115
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
+            raise UserError(
                 f"Another run is at work in {directory}: wait for it, or choose another --workdir."
             ) from error
+        except OSError as error:  # Of a file system without locks.
+            raise errors.about(directory, error) from error
         yield
 
 

@@ -1,9 +1,7 @@
 """Any optax transformation to loss curves: learned and hand-made optimizers pass through this code.
 
-    python -m l2l.evaluate --optimizer=runs/mlp/export,adam --task=mlp --horizons=500,1000
-
-`cli.py` is the body of that command. Paired by design: problem i draws its initial
-parameters and every batch from `fold_in(key, i)`, whatever the optimizer and the devices.
+Paired by design: problem i draws its initial parameters and every batch from `fold_in(key, i)`,
+whatever the optimizer and the devices.
 """
 
 import functools
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l2l.console.errors import UserError
 from l2l.core import base, unroll
 
 
@@ -94,16 +93,16 @@ def compile_evaluation(
         share each step's batch and go abreast, which is several times faster than one by one.
 
     Raises:
-      ValueError: no problems, no steps, or checkpoints outside [1, num_steps].
+      UserError: no problems, no steps, or checkpoints outside [1, num_steps].
     """
     if num_problems < 1 or num_steps < 1:
-        raise ValueError(
+        raise UserError(
             f"num_problems={num_problems} and num_steps={num_steps} leave nothing to measure: "
             "both must be 1 or more."
         )
     steps = sorted({*checkpoints, num_steps})
     if steps[0] < 1 or steps[-1] > num_steps:
-        raise ValueError(
+        raise UserError(
             f"checkpoints={tuple(checkpoints)} leave the run of {num_steps} steps: "
             f"give steps between 1 and {num_steps}."
         )
@@ -254,9 +253,3 @@ def forget() -> None:
         kept.cache_clear()
     jax.clear_caches()
     gc.collect()
-
-
-if __name__ == "__main__":
-    from l2l.evaluation import cli as command
-
-    command.run()

@@ -1,19 +1,18 @@
-"""Hand-designed optimizers to compare with: grids, meta-learned Adam, any by expression.
+"""Hand-designed optimizers to compare with: grids of them, and any by expression.
 
 The optimizers of a grid are `LearnedOptimizer`s whose theta is a `Setting`: its numbers are traced,
-so that one compiled program serves a whole grid (`l2l.evaluation.tuning` searches it).
+so that one compiled program serves a whole grid (`tuning.py` searches it).
 """
 
 import ast
 import difflib
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
+from l2l.console.errors import UserError
 from l2l.core import base
 
 
@@ -64,9 +63,9 @@ KINDS = {
 
 
 def kind(name: str) -> Kind:
-    """The kind of that name; ValueError with the nearest name for an unknown one."""
+    """The kind of that name; UserError with the nearest name for an unknown one."""
     if name not in KINDS:
-        raise ValueError(
+        raise UserError(
             f"There is no baseline {name!r}{_meant(name, KINDS)}: choose from {', '.join(KINDS)}."
         )
     return KINDS[name]
@@ -114,59 +113,6 @@ def expression(name: str, point: Setting, **settings) -> str:
     return f"{name}(learning_rate={rate}{rest})"
 
 
-def learned_adam(
-    *, learning_rate: float = 1e-3, b1: float = 0.9, b2: float = 0.999, eps_root: float = 1e-8
-) -> base.LearnedOptimizer:
-    """`optax.adam(eps_root=…)` whose learning rate and decays are meta-learned.
-
-    theta: "log_learning_rate", and "log_odds_1" and "log_odds_2" of 1 − b1 and 1 − b2, which are
-    their logarithms where they are small and keep the decays within (0, 1). `eps_root` is not
-    learned: with 0 the exact meta-gradient is NaN at every coordinate whose gradient is zero.
-
-    Raises:
-      ValueError: a learning rate that is not positive, or a decay outside (0, 1).
-    """
-    if not (learning_rate > 0 and 0 < b1 < 1 and 0 < b2 < 1):
-        raise ValueError(
-            f"learning_rate={learning_rate}, b1={b1}, b2={b2} cannot be learned in log space: "
-            "use a positive rate and decays strictly between 0 and 1."
-        )
-
-    def init(key):
-        del key
-
-        def log_odds(decay):
-            return math.log1p(-decay) - math.log(decay)
-
-        theta = {
-            "log_learning_rate": math.log(learning_rate),
-            "log_odds_1": log_odds(b1),
-            "log_odds_2": log_odds(b2),
-        }
-        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), theta)
-
-    def make(theta):
-        adam = optax.adam(
-            jnp.exp(theta["log_learning_rate"]),
-            b1=jax.nn.sigmoid(-theta["log_odds_1"]),
-            b2=jax.nn.sigmoid(-theta["log_odds_2"]),
-            eps_root=eps_root,
-        )
-        # Decays that are arrays make float32 moments of half-precision gradients, from the first
-        # step on: so they are float32 from the beginning.
-        return optax.GradientTransformation(
-            lambda params: adam.init(_single(params)),
-            lambda updates, state, params=None: adam.update(_single(updates), state),
-        )
-
-    return base.lift(init, make)
-
-
-def _single(tree: base.PyTree) -> base.PyTree:
-    """Half precision as float32; wider dtypes as they are."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-
 # What an expression may name. A learning rate that is not given is `DEFAULT_RATE`.
 OPTIMIZERS = {
     name: getattr(optax, name)
@@ -194,18 +140,18 @@ def parse(text: str) -> optax.GradientTransformationExtraArgs:
     nothing typed is ever evaluated.
 
     Raises:
-      ValueError: anything else, or arguments that optax does not take.
+      UserError: anything else, or arguments that optax does not take.
     """
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise ValueError(
+        raise UserError(
             f"{text!r} is not an expression: write it like adam(learning_rate=1e-2)."
         ) from None
     if isinstance(node, ast.Name | ast.Attribute):
         node = ast.Call(func=node, args=[], keywords=[])
     if not isinstance(node, ast.Call):
-        raise ValueError(
+        raise UserError(
             f"{text!r} does not name an optimizer: write it like adam(learning_rate=1e-2)."
         )
     made = _call(node, OPTIMIZERS, text)
@@ -215,13 +161,13 @@ def parse(text: str) -> optax.GradientTransformationExtraArgs:
 def _call(node: ast.Call, known: dict[str, Callable], text: str):
     name = ast.unparse(node.func).removeprefix("optax.")
     if name not in known:
-        raise ValueError(
+        raise UserError(
             f"{text!r} names {name!r}, which is not among the optax functions known here"
             f"{_meant(name, known)}: choose from {', '.join(known)}."
         )
     starred = [a for a in node.args if isinstance(a, ast.Starred)]
     if starred or any(k.arg is None for k in node.keywords):
-        raise ValueError(f"{text!r} unpacks arguments with *: write each one out.")
+        raise UserError(f"{text!r} unpacks arguments with *: write each one out.")
     args = [_value(a, text) for a in node.args]
     kwargs = {k.arg: _value(k.value, text) for k in node.keywords}
     if known is OPTIMIZERS and not args:
@@ -229,7 +175,7 @@ def _call(node: ast.Call, known: dict[str, Callable], text: str):
     try:
         return known[name](*args, **kwargs)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optax refuses {text!r} ({error}): correct its arguments.") from None
+        raise UserError(f"optax refuses {text!r} ({error}): correct its arguments.") from None
 
 
 def _value(node: ast.expr, text: str):
@@ -238,7 +184,7 @@ def _value(node: ast.expr, text: str):
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"{text!r} has the argument {ast.unparse(node)!r}, which is no plain value: "
             "use numbers, strings, True, False or None."
         ) from None
