@@ -148,7 +148,7 @@ def no_comparison(monkeypatch):
 def test_a_loss_without_a_logarithm_stops_the_run(mine, tmp_path, estimator):
     config = mine(dict(offset=5000.0), estimator={"name": estimator})
     if estimator == "first_order":
-        config["optimizer"] = {"name": "adam"}  # One with a rule.
+        config["optimizer"] = {"name": "lstm", "hidden_size": 1}  # One with a rule.
     with pytest.raises(UserError) as error:
         train.run(build.experiment(config), tmp_path / "run")
     said = str(error.value)
