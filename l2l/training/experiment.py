@@ -4,18 +4,16 @@ A section of a configuration is a dict with a `name`, a key of that kind's dict,
 keyword arguments of what the dict holds (see `schema.py`).
 """
 
-import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optax
 
 from l2l import tasks
+from l2l.console import modules
 from l2l.console import schema as checks
 from l2l.console.errors import UserError
 from l2l.core import base
@@ -23,6 +21,7 @@ from l2l.core.unroll import Inner
 from l2l.estimators import autodiff, first_order, mixture, objective, pes
 from l2l.optimizers import baselines, lstm
 from l2l.optimizers import by_parameter as partition
+from l2l.tasks import called
 from l2l.training import curriculum
 from l2l.training.meta_step import Meta
 
@@ -174,20 +173,23 @@ class Experiment(NamedTuple):
         return data if len(self.families) == 1 else data[self.reads[index]]
 
 
-SECTIONS = (
-    "seed",
-    "start",
-    "task",
-    "augmentations",
-    "optimizer",
-    "objective",
-    "inner",
-    "estimator",
-    "horizon",
-    "imitation",
-    "meta",
-    "evaluation",
-    "checkpoint",
+# With what stands for a section that is left out.
+SECTIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        "seed": 0,
+        "start": "",
+        "task": {"name": "mlp"},
+        "augmentations": (),
+        "optimizer": {"name": "lstm"},
+        "objective": {},
+        "inner": {},
+        "estimator": {"name": "first_order"},
+        "horizon": {"name": "log_uniform"},
+        "imitation": {},
+        "meta": {},
+        "evaluation": {},
+        "checkpoint": {},
+    }
 )
 
 
@@ -202,7 +204,8 @@ def experiment(config: Mapping) -> Experiment:
     for key in config:
         if key not in SECTIONS:
             raise UserError(checks.unknown("section", key, SECTIONS, "config"))
-    running = checks.fill("meta", Running, config.get("meta", {}))
+    whole = {**SECTIONS, **config}
+    running = checks.fill("meta", Running, whole["meta"])
     # Every call of the compiled program takes the same number of meta-steps.
     running = running._replace(group=math.gcd(running.steps, running.group))
     if not 0.0 < running.blend <= 1.0:
@@ -210,25 +213,25 @@ def experiment(config: Mapping) -> Experiment:
             f"meta.blend={running.blend} is no part of the way from the first theta to the trained "
             "one: use a number above 0 and at most 1."
         )
-    specification = config.get("optimizer", {"name": "lstm"})
+    specification = whole["optimizer"]
     learned = optimizer(specification)
-    imitation = checks.fill("imitation", curriculum.Imitation, config.get("imitation", {}))
-    evaluation = checks.fill("evaluation", Evaluation, config.get("evaluation", {}))
-    families, weights, sources = _mixture(config)
+    imitation = checks.fill("imitation", curriculum.Imitation, whole["imitation"])
+    evaluation = checks.fill("evaluation", Evaluation, whole["evaluation"])
+    families, weights, sources = _mixture(whole)
     estimators, inners = zip(
-        *(_estimator(config, family, learned, imitation) for family in families), strict=True
+        *(_estimator(whole, family, learned, imitation) for family in families), strict=True
     )
     reads = tuple(list(dict.fromkeys(sources)).index(source) for source in sources)
     single = len(families) == 1
-    horizons = config.get("horizon", {"name": "log_uniform"})
+    horizons = whole["horizon"]
     return Experiment(
         config=config,
         specification=specification,
-        seed=checks.fits("config", "seed", config.get("seed", 0), int),
+        seed=checks.fits("config", "seed", whole["seed"], int),
         families=families,
         reads=reads,
-        start=checks.fits("config", "start", config.get("start", ""), str),
-        judged=_judged(config, evaluation.tasks),
+        start=checks.fits("config", "start", whole["start"], str),
+        judged=_judged(whole, evaluation.tasks),
         optimizer=learned,
         inners=inners,
         meta=Meta(
@@ -243,13 +246,13 @@ def experiment(config: Mapping) -> Experiment:
         ),
         running=running,
         evaluation=evaluation,
-        saving=checks.fill("checkpoint", Saving, config.get("checkpoint", {})),
+        saving=checks.fill("checkpoint", Saving, whole["checkpoint"]),
     )
 
 
 def _mixture(config):
     """(families, weights, what each reads) of section `task`: one family, or a tuple of them."""
-    sections = config.get("task", {"name": "mlp"})
+    sections = config["task"]
     sections = (sections,) if isinstance(sections, Mapping) else sections
     if not sections:
         raise UserError("task=() leaves nothing to train on: name at least one family.")
@@ -258,14 +261,14 @@ def _mixture(config):
         section = dict(section)
         weights.append(checks.fits("task", "weight", section.pop("weight", 1.0), float))
         own = section.pop("augmentations", ())
-        families.append(task(section, (*_several(own), *_several(config.get("augmentations", ())))))
+        families.append(task(section, (*_several(own), *_several(config["augmentations"]))))
         sources.append(section.get("dataset", setting_of(section.get("name"), "dataset")))
     return tuple(families), weights, sources
 
 
 def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
     """The plain families of section `task`, each with each of the changes of settings."""
-    sections = config.get("task", {"name": "mlp"})
+    sections = config["task"]
     out = []
     for section in _several(sections):
         plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
@@ -287,13 +290,13 @@ def setting_of(name: str, key: str):
 
 
 def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, Inner]:
-    settings = {"length": LENGTH, **config.get("inner", {})}
+    settings = {"length": LENGTH, **config["inner"]}
     hidden = ("family", "optimizer")  # The program's, not the user's.
     inner = Inner(family, learned, **checks.check("inner", Inner, settings, hidden))
     losses = objective.objective(
-        **checks.check("objective", objective.objective, config.get("objective", {}))
+        **checks.check("objective", objective.objective, config["objective"])
     )
-    section = config.get("estimator", {"name": "first_order"})
+    section = config["estimator"]
     factory, _ = _factory("estimator", ESTIMATORS, section)
     if learned.rule is None and factory is first_order.first_order:
         raise UserError(
@@ -312,8 +315,15 @@ def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, I
 
 
 def task(settings: Mapping, augmentations: Sequence[Mapping] = ()) -> base.TaskFamily:
-    """A family from its section, wrapped by augmentations from the inside out."""
-    family = make("task", {**TASKS, **_own(settings.get("name", ""))}, settings)
+    """A family from its section, wrapped by augmentations from the inside out. Errors in it say
+    which of its functions was called with what (`tasks.called`)."""
+    family = make("task", {**TASKS, **_own(settings)}, settings)
+    if not isinstance(family, base.TaskFamily):
+        raise UserError(
+            f"The task {settings['name']!r} returned {str(family)[:100]}: let it return an "
+            "l2l.TaskFamily of its functions sample, init, batch and loss."
+        )
+    family = called.named(family, settings["name"])
     for augmentation in _several(augmentations):
         family = make("augmentation", AUGMENTATIONS, augmentation, {"family": family})
     return family
@@ -350,7 +360,17 @@ def make(kind: str, table: Mapping[str, Callable], settings: Mapping, given: Map
     factory, rest = _factory(kind, table, settings)
     name, known = settings["name"], inspect.signature(factory).parameters
     own = {key: value for key, value in given.items() if key in known}
-    return factory(**own, **checks.check(f"{kind} {name!r}", factory, rest, given))
+    arguments = {**own, **checks.check(f"{kind} {name!r}", factory, rest, given)}
+    lacking = [
+        key
+        for key, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and key not in arguments
+    ]
+    if lacking:
+        raise UserError(f"The {kind} {name!r} needs {', '.join(lacking)}: add it to its section.")
+    return factory(**arguments)
 
 
 def _factory(kind: str, table: Mapping[str, Callable], settings: Mapping):
@@ -367,26 +387,74 @@ def _factory(kind: str, table: Mapping[str, Callable], settings: Mapping):
     return table[name], settings
 
 
-def _own(name: str) -> dict[str, Callable]:
+def _own(settings: Mapping) -> dict[str, Callable]:
     """The user's own factory: name="path/to/file.py:factory" or "package.module:factory"."""
+    name = settings.get("name") if hasattr(settings, "get") else None
     if not isinstance(name, str) or ":" not in name:
         return {}
     place, _, attribute = name.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return {name: getattr(module, attribute)}
-    except (ImportError, AttributeError, OSError) as error:
-        raise UserError(
-            f"The task {name!r} could not be imported ({error}): write "
-            "path/to/file.py:function or package.module:function."
-        ) from error
+    return {name: modules.attribute(place, attribute, "task")}
 
 
 def _has(settings: Mapping, key: str) -> bool:
     factory = SCHEDULES.get(settings.get("name"))
     return factory is not None and key in inspect.signature(factory).parameters
+
+
+def settings_of(path: tuple[str, ...], config: Mapping) -> Mapping[str, Any] | None:
+    """{key: its default, or None} of what may stand in a section of a configuration: ("meta",) or
+    ("optimizer", "parts", "net"), () for the configuration itself. None where that depends on what
+    is not known here."""
+    if not path:
+        return SECTIONS
+    if record := _RECORDS.get(path[0]) if len(path) == 1 else None:
+        return _settings(record, ("family", "optimizer") if record is Inner else ())
+    section: Any = config
+    for key in path:
+        section = section.get(key) if hasattr(section, "get") else None
+    if not hasattr(section, "get"):
+        return None
+    table = dict(_table(path) or {})
+    if path == ("task",):
+        table |= _own(section)
+    factory = table.get(section.get("name"))
+    if factory is None:
+        return None
+    mixture_own = {"weight": 1.0, "augmentations": ()} if path == ("task",) else {}
+    hidden = ("steps", "imitation", "inner", "objective", "teacher", "family")
+    return {"name": section["name"], **_settings(factory, hidden), **mixture_own}
+
+
+_RECORDS = {
+    "checkpoint": Saving,
+    "evaluation": Evaluation,
+    "imitation": curriculum.Imitation,
+    "inner": Inner,
+    "meta": Running,
+    "objective": objective.objective,
+}
+_NAMED = {
+    "augmentations": AUGMENTATIONS,
+    "estimator": ESTIMATORS,
+    "horizon": HORIZONS,
+    "optimizer": OPTIMIZERS,
+    "task": TASKS,
+}
+
+
+def _table(path: tuple[str, ...]) -> Mapping[str, Callable] | None:
+    """What the names of a section are the keys of."""
+    if path[:2] == ("meta", "optimizer"):
+        return META_OPTIMIZERS if len(path) == 2 else SCHEDULES
+    if path[:2] == ("optimizer", "parts"):
+        return OPTIMIZERS
+    return _NAMED.get(path[0]) if len(path) == 1 else None
+
+
+def _settings(factory: Callable, hidden: Sequence[str] = ()) -> dict[str, Any]:
+    known = {"length": LENGTH} if factory is Inner else {}
+    for key, parameter in inspect.signature(factory).parameters.items():
+        if key not in hidden and parameter.kind is not parameter.VAR_KEYWORD:
+            default = parameter.default
+            known.setdefault(key, None if default is parameter.empty else default)
+    return known
