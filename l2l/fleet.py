@@ -49,7 +49,7 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Member]]:
     Raises:
       UserError: a flag, key or value is wrong.
     """
-    typed = configuration.parse(argv, _flags(), _known)
+    typed = configuration.parse(argv, _flags(), _known, __doc__)
     values = typed.values
     if typed.config is None:
         raise UserError("there is nothing to train: add --config=configs/mlp.py")
@@ -113,7 +113,7 @@ def _plain(text: str) -> str:
 def _check(member: Member) -> None:
     from l2l.training import experiment
 
-    typed = configuration.parse(["fleet", *member.arguments], flags.FlagValues(), _known)
+    typed = configuration.parse(["fleet", *member.arguments], flags.FlagValues(), _known, None)
     experiment.experiment(typed.config)
 
 

@@ -37,7 +37,7 @@ def _known():
 
 @command
 def main(argv) -> int:
-    typed = configuration.parse(argv, _flags(), _known)
+    typed = configuration.parse(argv, _flags(), _known, __doc__)
     if typed.config is None:
         raise UserError("there is nothing to train: add --config=configs/mlp.py")
     try:

@@ -17,6 +17,8 @@ import l2l
 from l2l import fleet
 from l2l.console import configuration, modules
 from l2l.console.errors import UserError
+from l2l.optimizers.registry import OPTIMIZERS
+from l2l.tasks import registry
 from l2l.training import curriculum
 from l2l.training import experiment as build
 
@@ -44,7 +46,7 @@ def small(tmp_path):
 
 def read(path, *arguments):
     argv = ["launch", f"--config={path}", *arguments]
-    return configuration.parse(argv, flags.FlagValues(), lambda: build.settings_of).config
+    return configuration.parse(argv, flags.FlagValues(), lambda: build.settings_of, "").config
 
 
 @pytest.mark.parametrize(
@@ -112,8 +114,8 @@ def test_every_section_and_setting_can_be_typed(small):
         "checkpoint": build.Saving,
         "imitation": curriculum.Imitation,
         "objective": build.objective.objective,
-        "optimizer": build.OPTIMIZERS["lstm"],
-        "task": build.TASKS["quadratic"],
+        "optimizer": OPTIMIZERS["lstm"],
+        "task": registry.TASKS["quadratic"],
         "horizon": build.HORIZONS["log_uniform"],
     }
     checked = 0
@@ -231,7 +233,7 @@ def folder_of(parent, name, scale) -> str:
 
 
 def loss_of(name, **settings) -> float:
-    family = build.task({"name": name, **settings})
+    family = registry.task({"name": name, **settings})
     return float(family.loss(jnp.ones(3), (), ()))
 
 
@@ -243,7 +245,7 @@ def test_a_users_file_is_an_ordinary_module(tmp_path):
     assert loss_of(second, scale=2.0) == 3 * 5.0 * 2.0
     assert loss_of(first) == 3 * 2.0
     with pytest.raises(UserError, match=r"size='3' .* int is needed"):  # Annotations are resolved.
-        build.task({"name": first, "size": "3"})
+        registry.task({"name": first, "size": "3"})
     shape = modules.attribute(first.removesuffix(":family"), "Shape", "task")
     assert pickle.loads(pickle.dumps(shape(4))) == shape(4)
     later = sys.path.index(str(tmp_path / "a"))
@@ -283,13 +285,13 @@ def test_a_task_is_found_beside_the_configuration_that_names_it(tmp_path, monkey
 def test_a_task_that_is_not_there_is_one_sentence(tmp_path, name, sentence):
     folder_of(tmp_path, "a", 1.0)
     with pytest.raises(UserError, match=sentence):
-        build.task({"name": name.format(tmp_path)})
+        registry.task({"name": name.format(tmp_path)})
 
 
 def test_a_setting_without_default_is_asked_for(tmp_path):
     (tmp_path / "it.py").write_text("def family(size: int): pass")
     with pytest.raises(UserError, match="needs size"):
-        build.task({"name": f"{tmp_path}/it.py:family"})
+        registry.task({"name": f"{tmp_path}/it.py:family"})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from l2l.console.commands import command
 from l2l.console.errors import UserError
 from l2l.evaluation import cli
 from l2l.storage import exports, files
-from l2l.tasks import called
+from l2l.tasks import called, registry
 from l2l.training import experiment as build
 from l2l.training import loop as train
 
@@ -65,7 +65,7 @@ def task(tmp_path):
     """(wrong) -> a family of the file above, and what it is called."""
     path = tmp_path / "mine.py"
     path.write_text(TASK)
-    return lambda wrong="": (build.task({"name": f"{path}:family", "wrong": wrong}), path)
+    return lambda wrong="": (registry.task({"name": f"{path}:family", "wrong": wrong}), path)
 
 
 def through(family):
@@ -120,7 +120,7 @@ def test_what_a_task_may_not_return_is_one_sentence(task, wrong, sentence):
 def test_a_task_that_returns_nothing_is_one_sentence(task):
     path = task()[1]
     with pytest.raises(UserError, match=r"mine.py:forgotten' returned None: let it return"):
-        build.task({"name": f"{path}:forgotten"})
+        registry.task({"name": f"{path}:forgotten"})
 
 
 def test_long_arguments_are_cut():

@@ -15,8 +15,8 @@ import pytest
 from together import config_of
 
 import l2l
-from l2l import evaluate
 from l2l.cluster import environment
+from l2l.evaluation import curves as evaluate
 from l2l.storage import checkpoint
 from l2l.training import experiment as build
 from l2l.training import loop as train

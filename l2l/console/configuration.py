@@ -3,7 +3,6 @@
 import ast
 import difflib
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,9 @@ class Typed(NamedTuple):
     name: str
 
 
-def parse(argv: Sequence[str], values: flags.FlagValues, known: Callable[[], Known]) -> Typed:
+def parse(
+    argv: Sequence[str], values: flags.FlagValues, known: Callable[[], Known], about: str | None
+) -> Typed:
     """Reads a command line.
 
     What may be left out of a configuration may be typed over it: its default is filled in first.
@@ -38,12 +39,13 @@ def parse(argv: Sequence[str], values: flags.FlagValues, known: Callable[[], Kno
       argv: with the name of the program before it.
       values: the flags of the command, defined but for --config.
       known: () -> what may stand in which section; asked only where something is left out.
+      about: the command's docstring, which `--help` begins with.
 
     Raises:
       UserError: a flag, a key or a value is wrong, or the file is no configuration.
     """
     if set(argv[1:]) & {"--help", "-help", "-h", "--helpfull", "--helpshort", "-?"}:
-        _print_help(values)
+        _print_help(values, about or "")
         raise SystemExit(0)
     try:
         place, rest = _config_of(values.read_flags_from_files(list(argv), force_gnu=False))
@@ -201,8 +203,7 @@ def _is_dict(text: str | None) -> bool:
         return False
 
 
-def _print_help(values: flags.FlagValues) -> None:
-    about = sys.modules["__main__"].__doc__ or ""
+def _print_help(values: flags.FlagValues, about: str) -> None:
     print(about.strip(), "\n\nflags:\n")
     print("  --config: A file of configs/, or one of your own.")
     print("  --config.section.key=value: Changes it; README.md lists sections and settings.")

@@ -26,13 +26,12 @@ from l2l.console import configuration, modules, schema
 from l2l.console.commands import command
 from l2l.console.configuration import split
 from l2l.console.errors import UserError
+from l2l.evaluation import baselines, scoring
 from l2l.evaluation import comparison as scorecard
-from l2l.evaluation import scoring
 from l2l.evaluation import suites as suite
 from l2l.evaluation.comparison import Cell, Entry
-from l2l.optimizers import baselines
 from l2l.storage import exports, files
-from l2l.training import experiment as build
+from l2l.tasks import registry
 
 
 def read_optimizer(text: str) -> Entry:
@@ -75,7 +74,7 @@ def read_cells(section: dict, vary: str | None) -> list[Cell]:
         name, values = _assignment(vary)
         values = values if isinstance(values, tuple) else (values,)
         sections = {str(value): {**section, name: value} for value in values}
-    families = {name: build.task(_wrapped(s, build.TASKS)) for name, s in sections.items()}
+    families = {name: registry.task(_wrapped(s, registry.TASKS)) for name, s in sections.items()}
     return [Cell(" ".join((f.name, name)).strip(), f, f.data()) for name, f in families.items()]
 
 
@@ -122,7 +121,7 @@ def _flags() -> flags.FlagValues:
         "'sgd(0.1, momentum=0.9)'; comma-separated or repeated.",
     )
     text("suite", None, f"Score on the cells of a suite: {', '.join(suite.SUITES)}.")
-    text("task", "mlp", f"One of {', '.join(build.TASKS)}, or path/to/file.py:function.")
+    text("task", "mlp", f"One of {', '.join(registry.TASKS)}, or path/to/file.py:function.")
     several("set", [], "A setting of the task, like hidden=64,64.")
     text("vary", None, "One task for each value, like activations=relu,tanh,sigmoid.")
     listed("horizons", None, "Training steps; by default 500,1000 or the suite's.")
@@ -139,9 +138,9 @@ def _flags() -> flags.FlagValues:
 _OWN = ("task", "set", "vary", "baseline", "eps_root")
 
 
-def _sections(values, config) -> list[dict]:
+def _sections(values, config, known) -> list[dict]:
     if config is not None and not values["task"].present:
-        found = {**build.SECTIONS, **schema.plain(config)}["task"]
+        found = {**known((), {}), **schema.plain(config)}["task"]
         sections = [found] if isinstance(found, dict) else list(found)
         # What belongs to the mixture is not the task's.
         sections = [{k: v for k, v in s.items() if k not in _MIXTURE} for s in sections]
@@ -155,15 +154,17 @@ _MIXTURE = ("weight", "augmentations")
 
 
 @command
-def main(argv) -> int:
-    typed = configuration.parse(argv, _flags(), lambda: build.settings_of)
+def main(argv, known: configuration.Known) -> int:
+    """known: what may stand in which section of a configuration."""
+    typed = configuration.parse(argv, _flags(), lambda: known, __doc__)
     values = typed.values
     host.prepare()  # JAX is imported already, but reads this at its first use.
     entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
     output = files.local(values.output, "--output")
     if values.suite is not None:
         return _suite(values, entries, output, typed.config)
-    cells = [c for part in _sections(values, typed.config) for c in read_cells(part, values.vary)]
+    sections = _sections(values, typed.config, known)
+    cells = [cell for section in sections for cell in read_cells(section, values.vary)]
     return _tasks(values, entries, output, cells)
 
 

@@ -48,6 +48,12 @@ def update_moments(
     return Moments(jnp.stack(mu), nu), Moments(jnp.stack(mu_hat), nu_hat)
 
 
+def weight_of(decay: float, count: jax.Array, dtype) -> jax.Array:
+    """1 − decayᵗ, the sum of the weights in an average of t numbers: what a bias correction divides
+    by. A Python number to a whole power would be float64 under `jax_enable_x64`."""
+    return 1 - jnp.asarray(decay, dtype) ** count
+
+
 def root(nu_hat: jax.Array, eps_root: float, eps: float = 1e-8) -> jax.Array:
     """√(v̂ + eps_root) + eps, the denominator of `optax.adam(eps=eps, eps_root=eps_root)`."""
     return jnp.sqrt(nu_hat + eps_root) + eps

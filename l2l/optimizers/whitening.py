@@ -122,7 +122,7 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
             pair = _follow(*jax.lax.stop_gradient((g, pair)), often)
             bases.append(pair)
             second = SECOND_DECAY * second + (1 - SECOND_DECAY) * jnp.square(_into(g, pair))
-            moment = second / (1 - SECOND_DECAY**count)
+            moment = second / features.weight_of(SECOND_DECAY, count, second.dtype)
             nothing = NOTHING * jnp.mean(moment, (1, 2), keepdims=True)
             direction = _back(_into(m, pair) / features.root(moment + nothing, eps_root), pair)
             length, adams, along = (

@@ -1,7 +1,8 @@
-"""Configuration to objects. What a name in a configuration may be is one visible dict a kind.
+"""A configuration to everything that a run needs: `Experiment`.
 
-A section of a configuration is a dict with a `name`, a key of that kind's dict, and settings: the
-keyword arguments of what the dict holds (see `schema.py`).
+A section of a configuration is a dict with a `name` and settings: the keyword arguments of what the
+name stands for in the kind's registry (`tasks.registry`, `optimizers.registry`,
+`estimators.registry`, and the dicts here).
 """
 
 import inspect
@@ -12,57 +13,18 @@ from typing import Any, NamedTuple
 
 import optax
 
-from l2l import tasks
-from l2l.console import modules
 from l2l.console import schema as checks
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.core.unroll import Inner
-from l2l.estimators import autodiff, first_order, mixture, objective, pes
-from l2l.optimizers import baselines, lstm
-from l2l.optimizers import by_parameter as partition
-from l2l.tasks import called
+from l2l.estimators import first_order, mixture, objective
+from l2l.estimators.registry import ESTIMATORS
+from l2l.optimizers.registry import OPTIMIZERS, optimizer
+from l2l.tasks import registry as tasks
+from l2l.tasks.registry import setting_of, task
 from l2l.training import curriculum
 from l2l.training.meta_step import Meta
 
-TASKS = {
-    "autoencoder": tasks.autoencoder,
-    "cifar": tasks.cifar,
-    "conv": tasks.conv,
-    "gru": tasks.gru,
-    "logistic": tasks.logistic,
-    "mixer": tasks.mixer,
-    "mlp": tasks.mlp,
-    "mnist": tasks.mnist,
-    "quadratic": tasks.quadratic,
-    "regression": tasks.regression,
-    "residual": tasks.residual,
-    "row_lstm": tasks.row_lstm,
-    "simple": tasks.simple,
-    "simple_multi": tasks.simple_multi,
-    "transformer": tasks.transformer,
-}
-AUGMENTATIONS = {"convex": tasks.convex, "noise": tasks.noise, "rescale": tasks.rescale}
-
-
-def by_parameter(parts: Mapping, labels: Sequence) -> base.LearnedOptimizer:
-    """`partition.by_parameter` of the optimizers that `parts`, {label: section}, describe."""
-    return partition.by_parameter({label: optimizer(part) for label, part in parts.items()}, labels)
-
-
-OPTIMIZERS = {
-    "adam": partition.adam,
-    "by_parameter": by_parameter,
-    "dm": lstm.dm,
-    "learned_adam": baselines.learned_adam,
-    "lstm": lstm.lstm,
-    "rnnprop": lstm.rnnprop,
-}
-ESTIMATORS = {
-    "first_order": first_order.first_order,
-    "pes": pes.pes,
-    "truncated": autodiff.truncated,
-}
 HORIZONS = {"log_uniform": curriculum.log_uniform, "stages": curriculum.stages}
 META_OPTIMIZERS = {
     "adam": optax.adam,
@@ -241,7 +203,7 @@ def experiment(config: Mapping) -> Experiment:
             running.num_problems,
             running.clip,
         ),
-        curriculum=make(
+        curriculum=checks.make(
             "horizon", HORIZONS, horizons, {"steps": running.steps, "imitation": imitation}
         ),
         running=running,
@@ -261,7 +223,9 @@ def _mixture(config):
         section = dict(section)
         weights.append(checks.fits("task", "weight", section.pop("weight", 1.0), float))
         own = section.pop("augmentations", ())
-        families.append(task(section, (*_several(own), *_several(config["augmentations"]))))
+        families.append(
+            task(section, (*checks.several(own), *checks.several(config["augmentations"])))
+        )
         sources.append(section.get("dataset", setting_of(section.get("name"), "dataset")))
     return tuple(families), weights, sources
 
@@ -270,23 +234,17 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
     """The plain families of section `task`, each with each of the changes of settings."""
     sections = config["task"]
     out = []
-    for section in _several(sections):
+    for section in checks.several(sections):
         plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
-        for change in _several(changes):
+        for change in checks.several(changes):
             family = task({**plain, **change})
             values = " ".join(
                 "-".join(map(str, v if isinstance(v, tuple | list) else [v]))
                 for k, v in change.items()
-                if sum(change[k] != other.get(k) for other in _several(changes))
+                if sum(change[k] != other.get(k) for other in checks.several(changes))
             )
             out.append((" ".join(filter(None, (family.name, values))), family))
     return tuple(out)
-
-
-def setting_of(name: str, key: str):
-    """The default of a task's setting; of what has none, the task's name."""
-    parameters = inspect.signature(TASKS[name]).parameters if name in TASKS else {}
-    return parameters[key].default if key in parameters else name
 
 
 def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, Inner]:
@@ -297,7 +255,7 @@ def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, I
         **checks.check("objective", objective.objective, config["objective"])
     )
     section = config["estimator"]
-    factory, _ = _factory("estimator", ESTIMATORS, section)
+    factory, _ = checks.factory_of("estimator", ESTIMATORS, section)
     if learned.rule is None and factory is first_order.first_order:
         raise UserError(
             "Estimator 'first_order' works coordinate by coordinate, which this optimizer does "
@@ -311,31 +269,7 @@ def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, I
                 "set imitation.weight and imitation.final to 0."
             )
         given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
-    return make("estimator", ESTIMATORS, section, given), inner
-
-
-def task(settings: Mapping, augmentations: Sequence[Mapping] = ()) -> base.TaskFamily:
-    """A family from its section, wrapped by augmentations from the inside out. Errors in it say
-    which of its functions was called with what (`tasks.called`)."""
-    family = make("task", {**TASKS, **_own(settings)}, settings)
-    if not isinstance(family, base.TaskFamily):
-        raise UserError(
-            f"The task {settings['name']!r} returned {str(family)[:100]}: let it return an "
-            "l2l.TaskFamily of its functions sample, init, batch and loss."
-        )
-    family = called.named(family, settings["name"])
-    for augmentation in _several(augmentations):
-        family = make("augmentation", AUGMENTATIONS, augmentation, {"family": family})
-    return family
-
-
-def _several(sections) -> tuple:
-    return (sections,) if isinstance(sections, Mapping) else tuple(sections)
-
-
-def optimizer(settings: Mapping) -> base.LearnedOptimizer:
-    """An optimizer from its section. Only names in `OPTIMIZERS`: exports go through here."""
-    return make("optimizer", OPTIMIZERS, settings)
+    return checks.make("estimator", ESTIMATORS, section, given), inner
 
 
 def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
@@ -348,52 +282,10 @@ def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
         if not isinstance(value, Mapping):
             return value
         length = next((k for k in ("decay_steps", "transition_steps") if _has(value, k)), None)
-        return make("schedule", SCHEDULES, {**({length: steps} if length else {}), **value})
+        return checks.make("schedule", SCHEDULES, {**({length: steps} if length else {}), **value})
 
     settings = {key: resolve(value) for key, value in settings.items()}
-    return make("meta-optimizer", META_OPTIMIZERS, settings)
-
-
-def make(kind: str, table: Mapping[str, Callable], settings: Mapping, given: Mapping = {}):
-    """table[settings["name"]] called with the other settings and with those of what is `given` by
-    the program that it takes."""
-    factory, rest = _factory(kind, table, settings)
-    name, known = settings["name"], inspect.signature(factory).parameters
-    own = {key: value for key, value in given.items() if key in known}
-    arguments = {**own, **checks.check(f"{kind} {name!r}", factory, rest, given)}
-    lacking = [
-        key
-        for key, parameter in known.items()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and key not in arguments
-    ]
-    if lacking:
-        raise UserError(f"The {kind} {name!r} needs {', '.join(lacking)}: add it to its section.")
-    return factory(**arguments)
-
-
-def _factory(kind: str, table: Mapping[str, Callable], settings: Mapping):
-    """(table[settings["name"]], the other settings)."""
-    if not isinstance(settings, Mapping) or "name" not in settings:
-        raise UserError(
-            f"The {kind} {settings!r} has no name: write dict(name=…, …) with one of "
-            f"{', '.join(sorted(table))}."
-        )
-    settings = dict(settings)
-    name = settings.pop("name")
-    if name not in table:
-        raise UserError(checks.unknown(kind, name, table))
-    return table[name], settings
-
-
-def _own(settings: Mapping) -> dict[str, Callable]:
-    """The user's own factory: name="path/to/file.py:factory" or "package.module:factory"."""
-    name = settings.get("name") if hasattr(settings, "get") else None
-    if not isinstance(name, str) or ":" not in name:
-        return {}
-    place, _, attribute = name.rpartition(":")
-    return {name: modules.attribute(place, attribute, "task")}
+    return checks.make("meta-optimizer", META_OPTIMIZERS, settings)
 
 
 def _has(settings: Mapping, key: str) -> bool:
@@ -407,38 +299,36 @@ def settings_of(path: tuple[str, ...], config: Mapping) -> Mapping[str, Any] | N
     is not known here."""
     if not path:
         return SECTIONS
-    if record := _RECORDS.get(path[0]) if len(path) == 1 else None:
-        return _settings(record, ("family", "optimizer") if record is Inner else ())
+    if path == ("inner",):
+        return {**checks.settings_of(Inner, ("family", "optimizer")), "length": LENGTH}
+    if len(path) == 1 and path[0] in _RECORDS:
+        return checks.settings_of(_RECORDS[path[0]])
     section: Any = config
     for key in path:
         section = section.get(key) if hasattr(section, "get") else None
     if not hasattr(section, "get"):
         return None
-    table = dict(_table(path) or {})
     if path == ("task",):
-        table |= _own(section)
-    factory = table.get(section.get("name"))
+        return tasks.settings_of(section)
+    factory = (_table(path) or {}).get(section.get("name"))
     if factory is None:
         return None
-    mixture_own = {"weight": 1.0, "augmentations": ()} if path == ("task",) else {}
-    hidden = ("steps", "imitation", "inner", "objective", "teacher", "family")
-    return {"name": section["name"], **_settings(factory, hidden), **mixture_own}
+    given = ("steps", "imitation", "inner", "objective", "teacher", "family")  # By the program.
+    return {"name": section["name"], **checks.settings_of(factory, given)}
 
 
 _RECORDS = {
     "checkpoint": Saving,
     "evaluation": Evaluation,
     "imitation": curriculum.Imitation,
-    "inner": Inner,
     "meta": Running,
     "objective": objective.objective,
 }
 _NAMED = {
-    "augmentations": AUGMENTATIONS,
+    "augmentations": tasks.AUGMENTATIONS,
     "estimator": ESTIMATORS,
     "horizon": HORIZONS,
     "optimizer": OPTIMIZERS,
-    "task": TASKS,
 }
 
 
@@ -449,12 +339,3 @@ def _table(path: tuple[str, ...]) -> Mapping[str, Callable] | None:
     if path[:2] == ("optimizer", "parts"):
         return OPTIMIZERS
     return _NAMED.get(path[0]) if len(path) == 1 else None
-
-
-def _settings(factory: Callable, hidden: Sequence[str] = ()) -> dict[str, Any]:
-    known = {"length": LENGTH} if factory is Inner else {}
-    for key, parameter in inspect.signature(factory).parameters.items():
-        if key not in hidden and parameter.kind is not parameter.VAR_KEYWORD:
-            default = parameter.default
-            known.setdefault(key, None if default is parameter.empty else default)
-    return known
