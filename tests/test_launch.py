@@ -73,11 +73,11 @@ def test_a_whole_run_prints_its_table_and_paths(command, tmp_path):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--config=tiny.py", "--config.meta.stps=3"], 'Did you mean "steps"'),
+        (["--config=tiny.py", "--config.meta.stps=3"], "Did you mean --config.meta.steps?"),
         (["--config=tiny.py", "--config.meta.steps=a"], "invalid literal"),
-        (["--config=nothing.py"], "No such file"),
+        (["--config=nothing.py"], "no such file. Did you mean tiny.py?"),
         ([], "add --config"),
-        (["--config=tiny.py", "--workdr=x"], "Did you mean: workdir"),
+        (["--config=tiny.py", "--workdr=x"], "Did you mean --workdir?"),
         (["--config=tiny.py", "more"], "more"),
     ],
 )
