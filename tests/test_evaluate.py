@@ -15,8 +15,9 @@ from l2l import tasks
 from l2l.core import base, unroll
 from l2l.evaluation import baselines, tuning
 from l2l.evaluation import cli as command
-from l2l.evaluation import comparison as scorecard
 from l2l.evaluation import curves as evaluate
+from l2l.evaluation.curves import Problems
+from l2l.evaluation.tuning import Grid
 from l2l.optimizers import lstm
 
 CURVATURE = jnp.asarray([1.0, 0.5, 0.1])
@@ -167,7 +168,8 @@ def test_two_devices_give_what_one_gives():
 
 def test_prefixes_of_a_constant_rate_equal_direct_runs():
     family, key = noisy(), jax.random.key(4)
-    tuned = tuning.tune(*(key, "adam", family, (), 2, (3, 6)), rates=(1e-3, 1e-1, 3), extensions=0)
+    grid = Grid("adam", rates=(1e-3, 1e-1, 3), extensions=0)
+    tuned = tuning.tune(grid, family, (), Problems(key, 2), (3, 6))
     assert len(tuned.points) == 2 * 2 * 2 * 3
     for point in tuned.points[:: len(tuned.points) // 5]:
         name = baselines.expression("adam", tuning.point_setting(point))
@@ -177,31 +179,23 @@ def test_prefixes_of_a_constant_rate_equal_direct_runs():
 
 def test_a_grid_grows_where_its_best_is_at_the_edge_and_says_so():
     # With a ≤ 1 the rate for ten steps is near 1: sought from far below and from far above.
+    problems = Problems(jax.random.key(0), 2)
     for rates, end in (((1e-3, 1e-1, 5), 1), ((4.0, 400.0, 5), -1)):
-        tuned = tuning.tune(
-            *(jax.random.key(0), "sgd", bowl(), (), 2, (10,)),
-            rates=rates,
-            schedules=("constant",),
-            momentum=0.0,
-        )
+        grid = Grid("sgd", rates, schedules=("constant",), settings={"momentum": 0.0})
+        tuned = tuning.tune(grid, bowl(), (), problems, (10,))
         best = tuned.by_train_loss[10]
         assert 0.3 < best.learning_rate < 2.5
         assert len(tuned.points) > 5 and len(tuned.points) % 3 == 2
         assert "was extended to" in tuned.notes[0] and len(tuned.notes) == 1, end
-    stuck = tuning.tune(
-        *(jax.random.key(0), "sgd", bowl(), (), 2, (10,)),
-        rates=(1e-6, 1e-5, 5),
-        schedules=("constant",),
-        extensions=1,
-    )
+    grid = Grid("sgd", rates=(1e-6, 1e-5, 5), schedules=("constant",), extensions=1)
+    stuck = tuning.tune(grid, bowl(), (), problems, (10,))
     assert "still sits at the edge" in stuck.notes[-1]
 
 
 def test_the_cache_saves_the_work_and_knows_other_work(tmp_path, monkeypatch):
-    arguments = dict(rates=(0.1, 1.0, 3), schedules=("cosine",), cache_dir=tmp_path, extensions=0)
-
-    def tune(key, **more):
-        return tuning.tune(key, "sgd", bowl(), (), 2, (4,), **arguments, **more)
+    def tune(key, **settings):
+        grid = Grid("sgd", (0.1, 1.0, 3), ("cosine",), extensions=0, settings=settings)
+        return tuning.tune(grid, bowl(), (), Problems(key, 2), (4,), cache_dir=tmp_path)
 
     first = tune(jax.random.key(0))
     files = set(tmp_path.iterdir())
@@ -223,9 +217,8 @@ def test_the_cache_saves_the_work_and_knows_other_work(tmp_path, monkeypatch):
 
 
 def test_nan_counts_as_infinite_and_never_wins():
-    tuned = tuning.tune(
-        *(jax.random.key(0), "sgd", bowl(), (), 2, (60,)), rates=(1e-2, 1e4, 4), momentum=0.0
-    )
+    grid = Grid("sgd", rates=(1e-2, 1e4, 4), settings={"momentum": 0.0})
+    tuned = tuning.tune(grid, bowl(), (), Problems(jax.random.key(0), 2), (60,))
     worst = max(tuned.points, key=lambda p: p.learning_rate)
     assert np.isinf(worst.train_loss).all() and all(worst.diverged)
     assert tuned.by_train_loss[60].learning_rate < 3 and tuned.by_test_accuracy == {}
@@ -239,22 +232,11 @@ def test_the_command_writes_table_json_and_figure(tmp_path):
     out = subprocess.run(command, env=env, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     table = (tmp_path / "a" / "table.md").read_text()
-    assert table in out.stdout and "sgd(0.1, momentum=0.5)" in table
-    assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    shown = out.stdout[out.stdout.index("## 4 steps") :].split("\n\n")[1]
+    assert shown in table and "sgd(0.1, momentum=0.5)" in shown
+    assert (tmp_path / "a" / "curves-4.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert len(content["runs"]) == 2 and len(content["runs"][0]["train_loss"]) == 2
-
-
-def test_scores_compare_with_the_tuned_baseline():
-    entry = scorecard.Entry("slow", optax.sgd(1e-3))
-    cell = scorecard.Cell("bowl", bowl(), ())
-    result = scorecard.score(
-        jax.random.key(0), [entry], [cell], (8,), 2, kinds=("sgd",), eps_roots=(0.0,)
-    )
-    slow, tuned = result.rows
-    assert tuned["optimizer"] == "sgd, tuned" and slow["loss ratio"] > 1
-    np.testing.assert_allclose(tuned["loss ratio"], 1.0, rtol=1e-5)
-    assert baselines.parse(tuned["setting"]) and tuned["setting"].startswith("sgd(learning_rate=")
+    assert len(content["rows"]) == 2 and len(content["rows"][0]["each"]["train_loss"]) == 2
 
 
 def test_options_are_read_as_typed():

@@ -20,7 +20,7 @@ import pytest
 from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.data import datasets
-from l2l.evaluation import report
+from l2l.evaluation import figures
 from l2l.optimizers import registry
 from l2l.storage import exports, files
 from l2l.training import experiment as build
@@ -232,7 +232,7 @@ def test_an_export_that_does_not_fit_leaves_the_old_one(tmp_path):
         with pytest.raises(UserError) as error:
             exports.export(path, specification, theta)
         with pytest.raises(UserError) as figure:
-            report.figure({"a": {"b": np.ones((2, 9))}}, tmp_path / "curves.png")
+            figures.curves({"a": {"b": np.ones((2, 9))}}, tmp_path / "curves.png")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert sentence_of(error).startswith(f"{path}: File too large.")

@@ -19,6 +19,13 @@ from l2l.console.errors import UserError
 from l2l.core import base, unroll
 
 
+class Problems(NamedTuple):
+    """Which problems of a family: `count` of them, decided by `key`, whatever the optimizer."""
+
+    key: jax.Array
+    count: int
+
+
 class Curves(NamedTuple):
     """What `num_problems` training runs came to, as numpy arrays: n runs, T steps, c checkpoints.
 
@@ -204,20 +211,6 @@ def _single(x):
     """Numbers of half precision as float32, which all that reads them knows."""
     half = jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if half else x
-
-
-def ratio(loss: float, reference: float) -> float:
-    """loss / reference of losses that are not negative, the reference positive; NaN for all others,
-    which have no ratio, and for two infinities."""
-    if not (loss >= 0 and reference > 0) or loss == reference == np.inf:
-        return np.nan
-    return float(loss / reference)
-
-
-def or_infinite(losses) -> np.ndarray:
-    """Losses as float64, infinite where they are not finite."""
-    losses = np.asarray(losses, float)
-    return np.where(np.isfinite(losses), losses, np.inf)
 
 
 def _whole(measure, family, state, data, split):

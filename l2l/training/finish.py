@@ -11,10 +11,13 @@ import numpy as np
 
 from l2l.console import errors
 from l2l.console.errors import UserError
+from l2l.console.progress import Bar
 from l2l.core import base
-from l2l.evaluation import comparison as scorecard
+from l2l.evaluation import comparison, report, statistics, tuning
 from l2l.evaluation import curves as evaluate
-from l2l.evaluation import tuning
+from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.curves import Problems
+from l2l.evaluation.tuning import Grid
 from l2l.storage import exports, files
 from l2l.training import experiment as build
 from l2l.training.run_directory import differences
@@ -23,7 +26,7 @@ from l2l.version import __version__
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
 
 
-def comparison(
+def comparing(
     experiment: build.Experiment, directory, key: jax.Array, say: Callable[[str], None]
 ) -> Callable:
     """Makes (theta) -> (numbers for the log, a phrase), at the shortest horizon of section
@@ -36,9 +39,9 @@ def comparison(
     def make():
         own = jax.device_put(family.data())
         say(f"Tuning Adam on {name}, {horizon} steps, to compare with.")
+        problems = Problems(key, settings.num_problems)
         tuned = tuning.tune(
-            *(key, "adam", family, own, settings.num_problems, (horizon,)),
-            eps_roots=eps_roots(experiment),
+            *(grid(experiment), family, own, problems, (horizon,)),
             cache_dir=Path(directory) / "cache",
         )
         run = evaluate.compile_evaluation(
@@ -49,8 +52,8 @@ def comparison(
     def compare(theta):
         run, own, adam = make()
         curves = run(theta, key, own)
-        loss = float(np.mean(evaluate.or_infinite(curves.train_loss[:, -1])))
-        ratio = evaluate.ratio(loss, adam)
+        loss = float(np.mean(statistics.or_infinite(curves.train_loss[:, -1])))
+        ratio = float(statistics.ratio(loss, adam))
         numbers = {"comparison/loss_ratio": ratio, "comparison/adam_loss": adam}
         numbers["comparison/loss"] = loss
         if family.accuracy is not None:
@@ -71,19 +74,19 @@ def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> s
     path = exports.export(
         directory / exports.EXPORT, experiment.specification, theta, about(experiment, snapshot)
     )
-    # One after another, so that only one's data are in memory.
-    cells = (scorecard.Cell(name, family, family.data()) for name, family in experiment.judged)
-    score = scorecard.score(
-        key,
-        [scorecard.Entry(experiment.specification["name"], experiment.optimizer, theta)],
-        cells,
-        experiment.evaluation.horizons,
-        experiment.evaluation.num_problems,
-        eps_roots=eps_roots(experiment),
+    cells = [Cell(name, family) for name, family in experiment.judged]
+    entry = Entry(experiment.specification["name"], experiment.optimizer, theta)
+    horizons, bar = experiment.evaluation.horizons, Bar(1.0)
+    rows = comparison.measure(
+        *([entry], cells, horizons, Problems(key, experiment.evaluation.num_problems)),
+        grids=(grid(experiment),),
         cache_dir=directory / "cache",
-        progress=scorecard.watch(),
+        progress=bar.show,
     )
-    text = scorecard.write(directory, score, about(experiment, snapshot))
+    text = report.write(
+        *(directory, list(rows), cells, horizons), about=about(experiment, snapshot)
+    )
+    bar.close()
     text += f"\n{directory / 'metrics.jsonl'}\n{path}\n"
     files.write(directory / SUMMARY, text.encode())
     return text
@@ -136,6 +139,6 @@ def about(experiment: build.Experiment, snapshot) -> dict:
     }
 
 
-def eps_roots(experiment: build.Experiment) -> tuple[float, ...]:
-    """What Adam is tuned with: none, and the optimizer's own."""
-    return (0.0, experiment.specification.get("eps_root", 1e-8))
+def grid(experiment: build.Experiment) -> Grid:
+    """The Adams that a run is compared with, without eps_root and with the optimizer's own."""
+    return Grid("adam", eps_roots=(0.0, experiment.specification.get("eps_root", 1e-8)))

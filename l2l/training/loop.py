@@ -141,7 +141,7 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
     state = jax.jit(spread, out_shardings=where)(state)
     gather = jax.jit(meta.gather, out_shardings=where)
     steps = meta.compile_steps(experiment.meta, running.group, layout.devices)
-    compare = outcome.comparison(experiment, directory, jax.random.fold_in(key, COMPARE), out.say)
+    compare = outcome.comparing(experiment, directory, jax.random.fold_in(key, COMPARE), out.say)
     validate = _validation(experiment, key, data, layout)
     explain = _explanation(experiment, data, layout, gather)
     step, seconds, compared = int(state.step), float(seconds), "not yet compared with Adam"

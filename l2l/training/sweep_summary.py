@@ -8,7 +8,7 @@ import numpy as np
 
 from l2l.console import errors
 from l2l.console.errors import UserError
-from l2l.evaluation import report
+from l2l.evaluation import report, statistics
 from l2l.storage import files
 
 TABLE, CONTENT = "fleet.md", "fleet.json"
@@ -51,7 +51,7 @@ def write(root: Path, members: Sequence, codes: Mapping[Path, int]) -> str:
     table = [{key: value for key, value in row.items() if key != "each"} for row in rows]
     text = report.table(table) + "\n" if rows else ""
     text += report.table(states)
-    text += "\nloss ratio: geometric mean over seeds; points: mean ± standard deviation.\n"
+    text += "\nratio: geometric mean over seeds; points: mean ± standard deviation.\n"
     files.write(root / TABLE, text.encode())
     report.write_json(root / CONTENT, {"members": states, "results": rows})
     return f"{text}\n{root / TABLE}\n{root / CONTENT}"
@@ -64,7 +64,8 @@ def _results(directory: Path) -> list[dict]:
         with errors.naming(path):
             content = json.loads(path.read_text())
         name = content["rows"][0]["optimizer"]  # Tuned Adam's come after it.
-        return [row for row in content["summary"] if row["optimizer"] == name]
+        summary = (row for row in content["summary"] if row["steps"] != "all")
+        return [row for row in summary if row["optimizer"] == name]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({errors.printable(str(error))[:100]}): remove summary.txt beside "
@@ -73,11 +74,11 @@ def _results(directory: Path) -> list[dict]:
 
 
 def _spread(own) -> dict:
-    ratios = [_number(row["loss ratio"]) for _, row in own]
+    ratios = [_number(row["ratio"]) for _, row in own]
     points = [_number(row["points"]) for _, row in own]
     return {
         "seeds": len(own),
-        "loss ratio": report.geometric_mean(ratios),
+        "ratio": statistics.geometric_mean(ratios),
         "lowest": float(np.min(ratios)),  # NaN if any is, as of losses that are not positive.
         "highest": float(np.max(ratios)),
         "points": float(np.mean(points)),
