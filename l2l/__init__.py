@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # The same names as in `_CONTENTS`, for editors and type chec
     from l2l.storage.exports import export, load, released
     from l2l.storage.exports import read as read_export
     from l2l.training.experiment import experiment as build_experiment
-    from l2l.training.loop import run as train
+    from l2l.training.run import train
 
 __all__ = [
     "LearnedOptimizer",
@@ -58,7 +58,7 @@ _CONTENTS = {
     "read_export": ("l2l.storage.exports", "read"),
     "released": ("l2l.storage.exports", "released"),
     "tasks": ("l2l.tasks", None),
-    "train": ("l2l.training.loop", "run"),
+    "train": ("l2l.training.run", "train"),
 }
 
 

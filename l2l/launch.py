@@ -45,12 +45,12 @@ def main(argv) -> int:
         host.prepare(_num_problems(typed.config), member)
         joining.join(member)  # After `prepare`: it starts JAX.
         from l2l.training import experiment as build
-        from l2l.training import loop as train
+        from l2l.training.run import train
 
         # So that a second Ctrl-C ends the process at once, also while something is compiled.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         workdir = typed.values.workdir or f"checkpoints/{typed.name}"
-        return cluster.guard(lambda: train.run(build.experiment(typed.config), workdir))
+        return cluster.guard(lambda: train(build.experiment(typed.config), workdir))
     except UserError as error:
         if not isinstance(error, cluster.Elsewhere):
             fail(error)

@@ -16,7 +16,8 @@ from together import HANG, Command, assert_same_theta, experiment, free_port
 import l2l
 from l2l.cluster import collectives as cluster
 from l2l.cluster import initialize as joining
-from l2l.training import loop as train
+from l2l.training.callbacks import DONE
+from l2l.training.run import train
 
 # Its own word, or JAX's abort where it waited in a barrier.
 LOST = (cluster.LOST, -signal.SIGABRT)
@@ -102,7 +103,7 @@ def cache(request):
 def whole(tmp_path_factory):
     """An uninterrupted run of one process with four devices."""
     folder = tmp_path_factory.mktemp("alone") / "whole"
-    assert train.run(experiment(steps=120), folder, jax.devices()[:4]) == train.DONE
+    assert train(experiment(steps=120), folder, jax.devices()[:4]) == DONE
     return folder
 
 
@@ -143,7 +144,7 @@ def test_kills_and_stops_change_no_bit(tmp_path, whole, cache):
         run.processes[1].send_signal(signal.SIGCONT)
         run.codes()
         assert run.processes[1].returncode in LOST, run.said()
-    assert train.run(experiment(steps=120), parts, jax.devices()[:4]) == train.DONE
+    assert train(experiment(steps=120), parts, jax.devices()[:4]) == DONE
     assert_same_theta(whole, parts)
 
     with Command(tmp_path, back, devices=4, **settings) as run:
@@ -175,9 +176,10 @@ from l2l.cluster import initialize as joining
 number = int(sys.argv[1])
 address = "127.0.0.1:{free_port()}"
 joining.join({{"coordinator_address": address, "num_processes": 2, "process_id": number}})
-from l2l.training import loop as train
+from l2l.training.callbacks import DONE
+from l2l.training.run import train
 from together import experiment
-run = lambda: print("code", train.run(experiment(60000), {str(tmp_path / "run")!r}))
+run = lambda: print("code", train(experiment(60000), {str(tmp_path / "run")!r}))
 thread = threading.Thread(target=run)
 thread.start()
 thread.join()

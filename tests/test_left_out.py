@@ -19,8 +19,10 @@ from l2l.storage import exports
 from l2l.training import diagnose
 from l2l.training import experiment as build
 from l2l.training import finish as outcome
-from l2l.training import loop as train
 from l2l.training import meta_step as meta
+from l2l.training.callbacks import DONE, NOT_FINITE, Validate
+from l2l.training.loop import start
+from l2l.training.run import train
 
 STAGE = base.Stage(jnp.float32(4), jnp.float32(8), jnp.float32(0))
 THETA = base.lift(lambda key: jnp.zeros(2), optax.sgd)
@@ -150,7 +152,7 @@ def test_a_loss_without_a_logarithm_stops_the_run(mine, tmp_path, estimator):
     if estimator == "first_order":
         config["optimizer"] = {"name": "lstm", "hidden_size": 1}  # One with a rule.
     with pytest.raises(UserError) as error:
-        train.run(build.experiment(config), tmp_path / "run")
+        train(build.experiment(config), tmp_path / "run")
     said = str(error.value)
     assert "\n" not in said and "task mine" in said and "-499" in said
     assert 'objective.form to "plain" or "last"' in said and "positive" in said
@@ -161,12 +163,12 @@ def test_a_mixture_names_the_task_whose_loss_it_is(mine, tmp_path):
     config = mine(dict(), dict(offset=5000.0))
     config["task"] = ({"name": "quadratic", "dimension": 2, "batch_size": 3}, config["task"][1])
     with pytest.raises(UserError, match="The loss of task mine has come down to -499"):
-        train.run(build.experiment(config), tmp_path / "run")
+        train(build.experiment(config), tmp_path / "run")
 
 
 def test_negative_losses_are_no_trouble_to_the_plain_form(mine, tmp_path, no_comparison):
     config = mine(dict(offset=5000.0), objective={"on": "train", "form": "plain"})
-    assert train.run(build.experiment(config), tmp_path / "run") == train.DONE
+    assert train(build.experiment(config), tmp_path / "run") == DONE
     rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(-5001 < row["meta_loss"] < -4990 and row["dropped"] == 0 for row in rows)
 
@@ -175,7 +177,7 @@ def test_negative_losses_are_no_trouble_to_the_plain_form(mine, tmp_path, no_com
 def test_a_task_whose_losses_are_nan_is_said_and_exports_nothing(mine, tmp_path, capsys, form):
     """Of twelve normal numbers some are negative, at every step of every problem."""
     config = mine(dict(form=form), objective={"on": "train", "form": "plain"})
-    assert train.run(build.experiment(config), tmp_path / "run") == train.NOT_FINITE
+    assert train(build.experiment(config), tmp_path / "run") == NOT_FINITE
     said = capsys.readouterr().err
     assert "Meta-step 1 skipped: of all 8 problems the losses are not finite" in said
     assert "at inner step 0 the training loss (nan) is not finite" in said
@@ -221,13 +223,8 @@ def test_validation_is_of_the_whole_mixture(mine, monkeypatch, form, expected):
         family._replace(init=lambda key, problem: jnp.zeros(12)) for family in experiment.families
     )
     experiment = experiment._replace(families=still)
-    mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
-    same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    data = train._placed(experiment.data(), same)
-    layout = train.Layout(jax.devices(), same, same)
-    theta = experiment.optimizer.init(jax.random.key(0))
-    validate = train._validation(experiment, jax.random.key(1), data, layout)
-    loss, numbers = validate(8, theta)
+    loop = start(experiment)
+    loss, numbers = Validate(None).measure(loop, 8, loop.theta)
     first = math.log(3.0) if form == "log" else 3.0
     np.testing.assert_allclose(loss, (first + 3 * expected) / 4, rtol=0.02)
     np.testing.assert_allclose(numbers["validation/1"], expected, rtol=0.02)
