@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 
-from l2l import host
+from l2l.cluster import environment as host
 
 ALL = None  # Devices.
 
@@ -37,7 +37,9 @@ def prepare(config: str, devices: int | None):
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from l2l import build, cluster, meta
+    from l2l.cluster import collectives as cluster
+    from l2l.training import experiment as build
+    from l2l.training import meta_step as meta
 
     experiment = build.experiment(settings)
     local = None if devices is ALL or jax.process_count() > 1 else jax.devices()[:devices]
@@ -72,7 +74,7 @@ def call_seconds(queue, config: str, devices: int | None, member: dict | None = 
             os.sched_setaffinity(0, {cores[member["process_id"] % len(cores)]})
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 
-        from l2l import joining
+        from l2l.cluster import initialize as joining
 
         joining.join(member)
     program, arguments = prepare(config, devices)

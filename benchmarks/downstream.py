@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import l2l
-from l2l import base
+from l2l.core import base
 from l2l.optimizers import coordinates
 from l2l.optimizers.lstm import lstm
 

@@ -36,8 +36,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2l import base, tasks, unroll
-from l2l.datasets import Dataset, Split
+from l2l import tasks
+from l2l.core import base, unroll
+from l2l.data.datasets import Dataset, Split
 from l2l.estimators.autodiff import truncated
 from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import objective

@@ -27,8 +27,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from l2l import base, build, unroll
+from l2l.core import base, unroll
 from l2l.estimators import autodiff, first_order, objective, pes
+from l2l.training import experiment as build
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/quadratic.py", "A file of configs/.")
 _WINDOWS = flags.DEFINE_integer("windows", 5, "Windows of a run.", lower_bound=1)

@@ -45,8 +45,11 @@ def measure(config: str, every: int, pairs: int, folder: Path) -> dict:
     import jax
     import numpy as np
 
-    from l2l import build, checkpoint, cluster, meta
-    from l2l.train import Snapshot
+    from l2l.cluster import collectives as cluster
+    from l2l.storage import checkpoint
+    from l2l.training import experiment as build
+    from l2l.training import meta_step as meta
+    from l2l.training.loop import Snapshot
 
     experiment = build.experiment(runpy.run_path(config)["get_config"]())
     saver = checkpoint.saver(folder, experiment.saving.keep)

@@ -1,6 +1,6 @@
 """Meta-trains `lstm` on the 784-20-10 sigmoid network of L2L and RNNprop on MNIST.
 
-MNIST is read from a local directory or downloaded (see `l2l.datasets`).
+MNIST is read from a local directory or downloaded (see `l2l.data.datasets`).
 
     python -m l2l.launch --config=configs/mnist.py
 

@@ -10,7 +10,7 @@ changelog has what came out, and what was tried before.
 
 from ml_collections import ConfigDict
 
-from l2l import datasets
+from l2l.data import datasets
 
 RANGES = dict(initial_scale=(0.5, 2.0), subset=(0.25, 1.0))
 

@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from l2l import files, fleet_summary
+from l2l.console import errors
+from l2l.storage import files
+from l2l.training import sweep_summary as fleet_summary
 
 INTERRUPTED = (130, 143)
 COMMAND = (sys.executable, "-m", "l2l.launch")
@@ -44,7 +46,7 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Member]]:
     built, so that a mistake in any of them shows before the first is trained.
 
     Raises:
-      ValueError, OSError, flags.Error: a flag, key or value is wrong.
+      UserError, OSError, flags.Error: a flag, key or value is wrong.
     """
     values = _flags(argv)
     # What is not the fleet's own goes on to every member as it was typed.
@@ -107,7 +109,9 @@ def _plain(text: str) -> str:
 
 
 def _check(member: Member) -> None:
-    from l2l import build  # It imports JAX: after `main` has kept it off the accelerator.
+    from l2l.training import (
+        experiment as build,  # It imports JAX: after `main` has kept it off the accelerator.
+    )
 
     argv = ["fleet", *member.arguments]
     values = _flags(argv)
@@ -182,7 +186,7 @@ def main(argv) -> int:
     except KeyboardInterrupt:
         return 130
     except (AttributeError, OSError, TypeError, ValueError, flags.Error) as error:
-        return files.fail(error)
+        return errors.fail(error)
 
 
 if __name__ == "__main__":

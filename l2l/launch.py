@@ -12,7 +12,11 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from l2l import cluster, files, host, joining
+from l2l.cluster import collectives as cluster
+from l2l.cluster import environment as host
+from l2l.cluster import initialize as joining
+from l2l.console import errors
+from l2l.console.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run; by default checkpoints/<config>.")
@@ -40,17 +44,18 @@ def main(argv) -> int:
     del argv
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     try:
-        from l2l import build, train  # After `host.prepare`: they import JAX.
+        from l2l.training import experiment as build  # After `host.prepare`: they import JAX.
+        from l2l.training import loop as train
 
         workdir = _WORKDIR.value or f"checkpoints/{name}"
         return cluster.guard(lambda: train.run(build.experiment(_CONFIG.value), workdir))
-    except (ValueError, OSError) as error:
+    except UserError as error:
         return _fail(error)
 
 
 def _fail(error) -> int:
     if not isinstance(error, cluster.Elsewhere):
-        files.fail(error)
+        errors.fail(error)
     cluster.leave(2)
     return 2
 

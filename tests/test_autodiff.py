@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import base
+from l2l.core import base
+from l2l.core.unroll import Inner
 from l2l.estimators import autodiff
 from l2l.estimators.objective import Objective
 from l2l.optimizers.lstm import lstm
-from l2l.unroll import Inner
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

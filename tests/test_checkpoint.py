@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l2l import checkpoint
+from l2l.storage import checkpoint
 
 
 def tree_of(step, devices=8):

@@ -14,7 +14,9 @@ import pytest
 from together import HANG, Command, assert_same_theta, experiment, free_port
 
 import l2l
-from l2l import cluster, joining, train
+from l2l.cluster import collectives as cluster
+from l2l.cluster import initialize as joining
+from l2l.training import loop as train
 
 # Its own word, or JAX's abort where it waited in a barrier.
 LOST = (cluster.LOST, -signal.SIGABRT)
@@ -77,7 +79,7 @@ def test_what_contradicts_itself_is_one_sentence(flags, environment, sentence):
 def test_others_that_do_not_come_are_one_sentence(number):
     """A coordinator that cannot be reached, and a coordinator that nobody reaches."""
     program = f"""
-from l2l import joining
+from l2l.cluster import initialize as joining
 joining.JOIN_SECONDS = 2
 address = "127.0.0.1:{free_port()}"
 joining.join({{"coordinator_address": address, "num_processes": 2, "process_id": {number}}})
@@ -169,11 +171,11 @@ def test_a_notice_that_only_jax_hears_stops_all(tmp_path):
     the signal, and tells the other process."""
     program = f"""
 import sys, threading
-from l2l import joining
+from l2l.cluster import initialize as joining
 number = int(sys.argv[1])
 address = "127.0.0.1:{free_port()}"
 joining.join({{"coordinator_address": address, "num_processes": 2, "process_id": number}})
-from l2l import train
+from l2l.training import loop as train
 from together import experiment
 run = lambda: print("code", train.run(experiment(60000), {str(tmp_path / "run")!r}))
 thread = threading.Thread(target=run)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2l import base
+from l2l.core import base
 from l2l.optimizers import coordinates
+from l2l.optimizers.adam import adam
+from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.lstm import dm, lstm
-from l2l.optimizers.partition import adam, by_parameter
 
 # Compiling is what these tests spend their time on, and most answers need no fast code.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from l2l import datasets
+from l2l.console.errors import UserError
+from l2l.data import datasets
 
 needs_files = pytest.mark.skipif(
     not os.path.isdir(os.environ.get("L2L_DATA_DIR", "")),
@@ -200,7 +201,7 @@ def test_damaged_cifar(folder, content):
 def test_images_without_labels(folder):
     write_mnist(folder / "mnist", "train", 20)
     (folder / "mnist" / "train-labels-idx1-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match="but not train-labels-idx1-ubyte"):
+    with pytest.raises(UserError, match="but not train-labels-idx1-ubyte"):
         datasets.load("mnist")
 
 
@@ -209,12 +210,12 @@ def test_images_without_labels(folder):
 
 @pytest.mark.parametrize("name", ["mnist", "mnist14", "fashion_mnist", "cifar10"])
 def test_absent_and_offline(folder, name):
-    with pytest.raises(FileNotFoundError, match=r"put its published files there.*with a network"):
+    with pytest.raises(UserError, match=r"put its published files there.*with a network"):
         datasets.load(name)
 
 
 def test_absent_text(folder):
-    with pytest.raises(FileNotFoundError, match="or use 'pydoc'"):
+    with pytest.raises(UserError, match="or use 'pydoc'"):
         datasets.load("tinyshakespeare")
 
 
@@ -271,7 +272,7 @@ def test_misspelt_names():
 def test_published_sizes(name, sizes):
     try:
         dataset = datasets.load(name)
-    except FileNotFoundError as error:
+    except UserError as error:
         pytest.skip(str(error))
     assert [len(split.labels) for split in dataset] == sizes
     if name == "mnist":
@@ -361,7 +362,7 @@ def test_damaged_tables(folder, name, file, change, message):
 
 @pytest.mark.parametrize("name", ["adult", "housing", "winequality"])
 def test_absent_tables(folder, name):
-    with pytest.raises(FileNotFoundError, match=r"reserved/.* is not there and is not fetched"):
+    with pytest.raises(UserError, match=r"reserved/.* is not there and is not fetched"):
         datasets.load(name)
 
 

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from l2l import base, diagnose, meta, unroll
+from l2l.core import base, unroll
+from l2l.core.unroll import Inner
 from l2l.estimators import autodiff, first_order, mixture, pes
 from l2l.estimators.objective import Objective
 from l2l.optimizers.lstm import lstm
-from l2l.unroll import Inner
+from l2l.training import diagnose
+from l2l.training import meta_step as meta
 
 STAGE = base.Stage(jnp.float32(12), jnp.float32(12), jnp.float32(0))
 

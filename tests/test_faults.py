@@ -17,8 +17,16 @@ import jax
 import numpy as np
 import pytest
 
-from l2l import build, datasets, exports, files, outcome, report, train
-from l2l.progress import progress
+from l2l.console import errors
+from l2l.console.errors import UserError
+from l2l.data import datasets
+from l2l.evaluation import report
+from l2l.optimizers import registry
+from l2l.storage import exports, files
+from l2l.training import experiment as build
+from l2l.training import finish as outcome
+from l2l.training import loop as train
+from l2l.training.run_log import progress
 
 
 @pytest.fixture(autouse=True)
@@ -132,9 +140,9 @@ def befalls(tiny, directory, monkeypatch, action, step=6):
 
     with monkeypatch.context() as patch:
         at_step(patch, step, happens)
-        with pytest.raises(OSError) as error:
+        with pytest.raises(UserError) as error:
             train.run(build.experiment(tiny), directory)
-    return files.sentence(error.value)
+    return str(error.value)
 
 
 def test_a_disk_that_fills_up(tiny, disk, monkeypatch, expected, capfd):
@@ -178,9 +186,9 @@ def test_a_directory_that_turns_read_only(tiny, tmp_path, monkeypatch, expected,
     folder = directory / "checkpoints"
     said = befalls(tiny, directory, monkeypatch, lambda: read_only(folder, True))
     assert str(folder) in said and "ake it " in said and "writable" in said
-    with pytest.raises(OSError) as error:
+    with pytest.raises(UserError) as error:
         train.run(build.experiment(tiny), directory)
-    assert "writable" in files.sentence(error.value)
+    assert "writable" in str(error.value)
     read_only(folder, False)
     assert saved(directory) == [3]
     goes_on(tiny, directory, expected)
@@ -195,7 +203,7 @@ def test_logs_that_cannot_be_written(tmp_path, where):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
         numbers = {"note": "x" * 500} if where == "metrics.jsonl" else {"x" * 500: 1.0, "y": 2.0}
-        with pytest.raises(OSError) as error:
+        with pytest.raises(UserError) as error:
             for step in range(2, 100):
                 out.log(step, numbers)
             out.close()
@@ -210,20 +218,20 @@ def test_logs_that_cannot_be_written(tmp_path, where):
 
 
 def sentence_of(error):
-    return files.sentence(error.value)
+    return str(error.value)
 
 
 def test_an_export_that_does_not_fit_leaves_the_old_one(tmp_path):
     path = tmp_path / exports.EXPORT
     specification = {"name": "lstm", "hidden_size": 2}
-    theta = build.optimizer(specification).init(jax.random.key(0))
+    theta = registry.optimizer(specification).init(jax.random.key(0))
     before = exports.export(path, specification, theta).read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
-        with pytest.raises(OSError) as error:
+        with pytest.raises(UserError) as error:
             exports.export(path, specification, theta)
-        with pytest.raises(OSError) as figure:
+        with pytest.raises(UserError) as figure:
             report.figure({"a": {"b": np.ones((2, 9))}}, tmp_path / "curves.png")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -237,11 +245,11 @@ def test_a_half_written_export_of_a_run_is_written_anew(tiny, tmp_path, monkeypa
 
     def dies(experiment, theta, directory, key, snapshot):
         (directory / exports.EXPORT).write_bytes(expected(tiny)[:200])
-        raise OSError(errno.EIO, "Input/output error", str(directory))
+        raise errors.about(directory, OSError(errno.EIO, "Input/output error"))
 
     expected(tiny)
     monkeypatch.setattr(outcome, "conclude", dies)
-    with pytest.raises(OSError) as error:
+    with pytest.raises(UserError) as error:
         train.run(build.experiment(tiny), tmp_path)
     assert "The disk may be failing" in sentence_of(error)
     with pytest.raises(ValueError, match="no whole export"):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import features
+from l2l.optimizers import features
 from l2l.optimizers.lstm import dm, lstm, rnnprop
 
 DECAYS, SECOND = (0.9, 0.99, 0.999), 0.999

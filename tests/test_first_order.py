@@ -6,14 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import base, meta, unroll
+from l2l.core import base, unroll
+from l2l.core.unroll import Inner
 from l2l.estimators import autodiff
 from l2l.estimators.first_order import SEGMENT, Teacher, first_order
 from l2l.estimators.objective import Objective
 from l2l.optimizers import coordinates
 from l2l.optimizers.lstm import dm, lstm, rnnprop
 from l2l.tasks import augment
-from l2l.unroll import Inner
+from l2l.training import meta_step as meta
 
 NUM_PROBLEMS, NUM_WINDOWS, LENGTH = 3, 3, 4
 

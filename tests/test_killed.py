@@ -12,7 +12,7 @@ import jax
 import pytest
 from together import Command, assert_same_theta, experiment
 
-from l2l import train
+from l2l.training import loop as train
 
 KILLS = 25
 STEPS = 1200

@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import base, meta
+from l2l.core import base
+from l2l.core.unroll import Inner
 from l2l.estimators import autodiff, pes
 from l2l.estimators.mixture import mixture
 from l2l.estimators.objective import Objective
-from l2l.unroll import Inner
+from l2l.training import meta_step as meta
 
 STAGE = base.Stage(jnp.float32(4), jnp.float32(8), jnp.float32(0))
 

@@ -12,11 +12,13 @@ import pytest
 from flax.training.train_state import TrainState
 from sklearn.datasets import load_digits
 
-from l2l import base
+from l2l.console.errors import UserError
+from l2l.core import base
 from l2l.optimizers import tensors
+from l2l.optimizers.adam import adam
+from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.guard import GuardState, guard
 from l2l.optimizers.lstm import dm, lstm, rnnprop
-from l2l.optimizers.partition import adam, by_parameter
 
 # Compiling is what these tests spend their time on, and the answers need no fast code.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -223,7 +225,7 @@ def test_parameters_missing(transform):
 
 @pytest.mark.parametrize("leaf", [jnp.arange(3), jnp.ones(2, jnp.complex64), jnp.asarray(True)])
 def test_leaves_that_are_no_real_numbers(transform, leaf):
-    with pytest.raises(TypeError, match=r"Parameter \['odd'\] is \w+: .* optax.masked"):
+    with pytest.raises(UserError, match=r"Parameter \['odd'\] is \w+: .* optax.masked"):
         transform.init({**PARAMS, "odd": leaf})
 
 

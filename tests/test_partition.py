@@ -8,14 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import base
+from l2l.core import base
+from l2l.core.unroll import Inner
 from l2l.estimators import autodiff
 from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import Objective
+from l2l.optimizers.adam import adam
+from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.lstm import lstm, rnnprop
-from l2l.optimizers.partition import adam, by_parameter
 from l2l.tasks import simple_multi
-from l2l.unroll import Inner
 
 # Compiling is what these tests spend their time on, and the answers need no fast code.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

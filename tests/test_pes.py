@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import base, unroll
+from l2l.core import base, unroll
+from l2l.core.unroll import Inner
 from l2l.estimators import autodiff, pes
 from l2l.estimators.objective import Objective
-from l2l.unroll import Inner
 
 RATE, CURVATURES, HORIZON, LENGTH = 0.05, np.array([1.0, 4.0]), 12, 4
 

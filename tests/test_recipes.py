@@ -15,7 +15,7 @@ import pytest
 from together import HANG, assert_same_theta, config_of, experiment
 
 import l2l
-from l2l import train
+from l2l.training import loop as train
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 STEPS = 1200

@@ -4,7 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from l2l import build, exports, train
+from l2l.console.errors import UserError
+from l2l.optimizers import registry
+from l2l.storage import exports
+from l2l.training import experiment as build
+from l2l.training import loop as train
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
@@ -20,7 +24,7 @@ def test_a_remote_export_is_loaded_through_etils(tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     backend = pytest.importorskip("etils.epath.backend")
     specification = {"name": "lstm", "hidden_size": 2}
-    theta = build.optimizer(specification).init(jax.random.key(0))
+    theta = registry.optimizer(specification).init(jax.random.key(0))
     local = exports.export(tmp_path / exports.EXPORT, specification, theta)
     store = fsspec.filesystem("memory")
     monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: Cloud(store))
@@ -57,7 +61,7 @@ def test_what_a_remote_path_lacks_is_said(monkeypatch):
     with pytest.raises(ValueError, match=r"\(Please install gcsfs\): pip install gcsfs"):
         exports.load("gs://bucket/run")
     fails(RuntimeError("no credentials"))
-    with pytest.raises(OSError, match=r"gs://bucket/run could not be read \(no credentials\)"):
+    with pytest.raises(UserError, match=r"gs://bucket/run could not be read \(no credentials\)"):
         exports.load("gs://bucket/run")
     with pytest.raises(ValueError, match="of remote paths there is gs://, s3://"):
         exports.load("ftp://host/run")

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from l2l import report
+from l2l.evaluation import report
 
 
 def test_a_table_is_aligned_markdown():

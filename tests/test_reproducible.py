@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 import l2l
-from l2l import exports
+from l2l.storage import exports
 
 STEPS = 100
 

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import datasets, tasks
+from l2l import tasks
+from l2l.data import datasets
 from l2l.tasks import supervised
 
 needs_files = pytest.mark.skipif(

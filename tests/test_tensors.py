@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from l2l.optimizers import coordinates, tensors
+from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.lstm import lstm
-from l2l.optimizers.partition import by_parameter
 
 LEARNED = lstm(hidden_size=2, tensor_size=3, eps_root=1e-30)
 RULE = LEARNED.rule

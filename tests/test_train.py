@@ -13,8 +13,13 @@ import jax.flatten_util
 import numpy as np
 import pytest
 
-from l2l import build, exports, files, outcome, preflight, train
-from l2l.directory import lock
+from l2l.console.errors import UserError
+from l2l.storage import exports, files
+from l2l.training import ahead_of_time as preflight
+from l2l.training import experiment as build
+from l2l.training import finish as outcome
+from l2l.training import loop as train
+from l2l.training.run_directory import lock
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +221,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     """In a process of its own: SIGTERM, then SIGTERM while the first is not yet acted upon."""
     program = """
 import os, signal, sys, time
-from l2l.directory import Signals
+from l2l.training.run_directory import Signals
 with Signals() as signals:
     os.kill(os.getpid(), signal.SIGTERM)
     print("noted", signals.got, flush=True)
@@ -242,5 +247,5 @@ def test_signals_are_left_alone_outside_the_main_thread(tiny, tmp_path):
 
 def test_an_unwritable_directory_is_an_error_of_the_system(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
+    with pytest.raises(UserError):
         train.run(build.experiment(tiny), tmp_path / "file" / "run")

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2l import features
-from l2l.optimizers import coordinates
+from l2l.optimizers import coordinates, features
 from l2l.optimizers.lstm import lstm
 from l2l.optimizers.whitening import whitening
 
@@ -99,17 +98,17 @@ def test_a_turned_problem_is_solved_by_turned_steps():
     rng = np.random.default_rng(2)
     left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (6, 5))
     scales = np.outer(2.0 ** -np.arange(6), 3.0 ** -np.arange(5))
-    plain = rng.normal(size=(400, 6, 5)) * scales
+    plain = rng.normal(size=(2000, 6, 5)) * scales
     turned = left @ plain @ right.T
     with jax.enable_x64(True):
         one, other = (
-            np.asarray(see(g.reshape(400, -1), {"g": (6, 5)})[0][-1]).reshape(6, 5)
+            np.asarray(see(g.reshape(len(g), -1), {"g": (6, 5)})[0][-1]).reshape(6, 5)
             for g in (plain, turned)
         )
     one = left @ one @ right.T
     cosine = np.sum(one * other) / np.linalg.norm(one) / np.linalg.norm(other)
     assert cosine > 0.99
-    naive = [adam(g.reshape(400, -1)).reshape(6, 5) for g in (plain, turned)]
+    naive = [adam(g.reshape(len(g), -1)).reshape(6, 5) for g in (plain, turned)]
     naive[0] = left @ naive[0] @ right.T
     assert np.sum(naive[0] * naive[1]) / np.prod([np.linalg.norm(x) for x in naive]) < 0.95
 

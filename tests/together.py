@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 import l2l
-from l2l import build, exports
+from l2l.storage import exports
+from l2l.training import experiment as build
 
 CONFIG = """
 from ml_collections import ConfigDict

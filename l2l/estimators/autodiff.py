@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import base
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.core.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew, unroll
 from l2l.estimators.first_order import Teacher, in_segments, over_problems
 from l2l.estimators.objective import Objective
-from l2l.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew, unroll
 
 
 class AutodiffState(NamedTuple):
@@ -60,7 +61,7 @@ def truncated(
     gradient through that copy: state is constant.
     """
     if order not in ("first", "exact"):
-        raise ValueError(f"Unknown order of meta-gradient {order!r}: choose first or exact.")
+        raise UserError(f"Unknown order of meta-gradient {order!r}: choose first or exact.")
     frozen = jax.lax.stop_gradient if order == "first" else lambda tree: tree
 
     def start_teacher(params):

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import base, features
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.core.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew
 from l2l.estimators.objective import Objective
-from l2l.optimizers import coordinates
-from l2l.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew
+from l2l.optimizers import coordinates, features
 
 
 class Teacher(NamedTuple):
@@ -100,11 +101,11 @@ def first_order(
       block: coordinates in a block, if not what suits the machine.
 
     Raises:
-      ValueError: the optimizer has no rule.
+      UserError: the optimizer has no rule.
     """
     rule, family = inner.optimizer.rule, inner.family
     if rule is None:
-        raise ValueError(
+        raise UserError(
             "This optimizer has no rule that acts coordinate by coordinate, which the first-order "
             "engine needs: use the estimator autodiff.truncated."
         )

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from l2l import base
+from l2l.console.errors import UserError
+from l2l.core import base
 
 
 def mixture(
@@ -33,15 +34,15 @@ def mixture(
     estimators = tuple(estimators)
     count = len(estimators)
     if not count:
-        raise ValueError("A mixture of no estimators has no gradient: name at least one.")
+        raise UserError("A mixture of no estimators has no gradient: name at least one.")
     weights = [1.0] * count if weights is None else list(weights)
     if len(weights) != count or not all(0 < w < float("inf") for w in weights):
-        raise ValueError(
+        raise UserError(
             f"weights={weights} do not fit {count} estimators: give one positive number for each."
         )
     reads = list(range(count)) if reads is None else list(reads)
     if len(reads) != count:
-        raise ValueError(f"reads={reads} does not fit {count} estimators: give one index for each.")
+        raise UserError(f"reads={reads} does not fit {count} estimators: give one index for each.")
     scales = [count * w / sum(weights) for w in weights]
 
     def init(keys, theta, stage):

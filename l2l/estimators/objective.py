@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from l2l.console.errors import UserError
+
 # Below this a loss is as good as zero in float32, and its logarithm would be noise.
 FLOOR = 1e-7
 
@@ -78,16 +80,16 @@ def objective(
     floor: float = FLOOR,
     emphasis: float = 0.0,
 ) -> Objective:
-    """An `Objective`; raises ValueError for an unknown `on` or `form`, a share outside [0, 1], or a
+    """An `Objective`; raises UserError for an unknown `on` or `form`, a share outside [0, 1], or a
     floor or an emphasis below 0."""
     if on not in ("train", "validation", "both"):
-        raise ValueError(f"Unknown meta-loss split {on!r}: choose train, validation or both.")
+        raise UserError(f"Unknown meta-loss split {on!r}: choose train, validation or both.")
     if form not in ("plain", "log", "last"):
-        raise ValueError(f"Unknown form of meta-loss {form!r}: choose plain, log or last.")
+        raise UserError(f"Unknown form of meta-loss {form!r}: choose plain, log or last.")
     for value in (share, share if late_share is None else late_share):
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"A share {value} of the validation losses is outside [0, 1].")
+            raise UserError(f"A share {value} of the validation losses is outside [0, 1].")
     for name, value in (("floor", floor), ("emphasis", emphasis)):
         if not 0.0 <= value < float("inf"):
-            raise ValueError(f"{name}={value} is no weight: use 0 or a positive number.")
+            raise UserError(f"{name}={value} is no weight: use 0 or a positive number.")
     return Objective(on, form, cap, share, late_share, floor, emphasis)

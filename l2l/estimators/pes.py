@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l import base, unroll
+from l2l.console.errors import UserError
+from l2l.core import base, unroll
 from l2l.estimators.autodiff import window
 from l2l.estimators.first_order import over_problems
 from l2l.estimators.objective import Objective
@@ -65,7 +66,7 @@ def pes(
     without noise.
     """
     if not sigma > 0:
-        raise ValueError(f"sigma={sigma} perturbs nothing: use a positive number, such as 0.01.")
+        raise UserError(f"sigma={sigma} perturbs nothing: use a positive number, such as 0.01.")
 
     def init(keys, theta, stage):
         def one(key):

@@ -1,0 +1,1 @@
+"""Learned optimizers: what they observe, their networks, their steps."""

@@ -10,8 +10,9 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from l2l import base, features
-from l2l.optimizers import coordinates, tensors, whitening
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.optimizers import coordinates, features, tensors, whitening
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # The rate of a coordinate stays within a factor exp(±REACH) of the common one.
@@ -71,9 +72,9 @@ def lstm(
     """
     known = ("momentum", "gradient", "parameter", "scale")
     if unknown := set(inputs) - set(known):
-        raise ValueError(f"Unknown inputs {sorted(unknown)}: choose from {', '.join(known)}.")
+        raise UserError(f"Unknown inputs {sorted(unknown)}: choose from {', '.join(known)}.")
     if output not in ("mixture", "scale", "residual"):
-        raise ValueError(f"Unknown output {output!r}: choose mixture, scale or residual.")
+        raise UserError(f"Unknown output {output!r}: choose mixture, scale or residual.")
     decays = tuple(decays)
     names = [f"m̂({d:g})/√v̂" for d in decays] + ["g/√v̂", "clipped θ", "log √v̂"]
     groups = ["momentum"] * len(decays) + ["gradient", "parameter", "scale"]
@@ -147,7 +148,7 @@ def lstm(
     def init(key):
         context = jnp.zeros_like(clock(jnp.int32(0), jnp.int32(0)))
         inputs = len(seen) + num_matrix + (tensors.SIGNALS - 2 if tensor_size else 0)
-        rows = jnp.zeros((inputs, 1))
+        rows = jnp.zeros((inputs, 1), jnp.float32)
         weights = network.init(key, rows, context, _zeros(hidden_size, layers, 1, jnp.float32))
         own = {"tensors": whole_init(jax.random.fold_in(key, 1), context)} if tensor_size else {}
         if anneal:
@@ -193,7 +194,7 @@ def dm(
 
     rule = base.Rule(
         statistics=lambda params, dtype: (),
-        context=lambda step, num_steps: jnp.zeros((0,)),
+        context=lambda step, num_steps: jnp.zeros((0,), jnp.float32),
         observe=lambda g, statistics, params, step: (features.log_and_sign(g, p), statistics),
         hidden=lambda theta, n: _zeros(hidden_size, layers, n, coordinates.dtype_of(theta)),
         propose=propose,
@@ -236,7 +237,7 @@ def rnnprop(
 
     rule = base.Rule(
         statistics=lambda params, dtype: features.zero_moments(1, base.count(params), dtype),
-        context=lambda step, num_steps: jnp.zeros((0,)),
+        context=lambda step, num_steps: jnp.zeros((0,), jnp.float32),
         observe=observe,
         hidden=lambda theta, n: _zeros(hidden_size, layers, n, coordinates.dtype_of(theta)),
         propose=propose,
@@ -249,7 +250,7 @@ def rnnprop(
 def _initialiser(network, inputs, hidden_size, layers):
     def init(key):
         state = _zeros(hidden_size, layers, 1, jnp.float32)
-        return network.init(key, jnp.zeros((inputs, 1)), state)
+        return network.init(key, jnp.zeros((inputs, 1), jnp.float32), state)
 
     return init
 

@@ -9,13 +9,15 @@ added to the logarithm of its rate. It costs next to nothing: tensors are few.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from l2l import base, features
+from l2l.core import base
+from l2l.optimizers import features
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # Numbers a tensor sends to its coordinates: the logarithm of its scale, the decay of its weights,
@@ -86,10 +88,10 @@ def tensor_rule(
         )
 
     def observe(gradient, moments, params, past, step, sizes):
-        count = jnp.maximum(step, 1)
+        weight = partial(features.weight_of, count=jnp.maximum(step, 1), dtype=gradient.dtype)
         # The moments before this step: those after it are made block by block, later.
-        corrected = [m / (1 - d**count) for m, d in zip(moments.mu, decays, strict=True)]
-        over = 1 / features.root(moments.nu / (1 - second_decay**count), eps_root) ** 2
+        corrected = [m / weight(d) for m, d in zip(moments.mu, decays, strict=True)]
+        over = 1 / features.root(moments.nu / weight(second_decay), eps_root) ** 2
         products = [
             *(m * m * over for m in corrected),
             gradient * corrected[0] * over,
@@ -146,8 +148,9 @@ def tensor_rule(
         return jnp.concatenate([signals[:1], decay, jnp.tanh(signals[2:])]), state
 
     def init(key, context):
-        zeros = jnp.zeros((hidden_size, 1))
-        return network.init(key, jnp.zeros((inputs, 1)), context, hk.LSTMState(zeros, zeros))
+        zeros = jnp.zeros((hidden_size, 1), jnp.float32)
+        rows = jnp.zeros((inputs, 1), jnp.float32)
+        return network.init(key, rows, context, hk.LSTMState(zeros, zeros))
 
     return base.TensorRule(statistics, observe, hidden, propose), init
 

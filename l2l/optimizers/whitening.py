@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2l import base, features
+from l2l.core import base
+from l2l.optimizers import features
 
 # Of the averages of GGᵀ/mean(G²) and of the second moment in the eigenbasis.
 DECAY, SECOND_DECAY = 0.95, 0.999
@@ -124,7 +125,7 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
             pair = _follow(*jax.lax.stop_gradient((g, pair)), step)
             bases.append(pair)
             second = SECOND_DECAY * second + (1 - SECOND_DECAY) * jnp.square(_into(g, pair))
-            moment = second / (1 - SECOND_DECAY**count)
+            moment = second / features.weight_of(SECOND_DECAY, count, second.dtype)
             nothing = NOTHING * jnp.mean(moment, (1, 2), keepdims=True)
             direction = _back(_into(m, pair) / features.root(moment + nothing, eps_root), pair)
             length, adams, along = (

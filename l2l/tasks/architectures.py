@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import haiku as hk
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.console.errors import UserError
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 
 
@@ -26,7 +27,7 @@ def residual(
     """An MLP of residual blocks: x + linear(activation(linear(layer_norm(x)))).
 
     Args:
-      dataset: a name of `l2l.datasets` other than text; images are flattened.
+      dataset: a name of `l2l.data.datasets` other than text; images are flattened.
       width: of the residual stream and of the hidden layers.
       blocks: how many.
       activations, initial_scale, subset, batch_size: as in `mlp`; the scale is on matrices alone.
@@ -128,7 +129,7 @@ def row_lstm(
 def _check(**sizes: int):
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name}={size} leaves no network: use 1 or more.")
+            raise UserError(f"{name}={size} leaves no network: use 1 or more.")
 
 
 def _family(

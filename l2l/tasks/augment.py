@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import PyTree, TaskFamily
+from l2l.console.errors import UserError
+from l2l.core.base import PyTree, TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 
 
@@ -50,7 +51,7 @@ def rescale(
     datasets.check_name("scale per", per, ("coordinate", "tensor"))
     _check_size("magnitude", magnitude)
     if not 0 <= probability <= 1:
-        raise ValueError(f"probability={probability} is no probability: use 0 to 1.")
+        raise UserError(f"probability={probability} is no probability: use 0 to 1.")
 
     def sample(key):
         inner_key, some_key, c_key = jax.random.split(key, 3)
@@ -88,7 +89,7 @@ def convex(family: TaskFamily, *, dimension: int = 20) -> TaskFamily:
       drawn = v. The loss has both parts, so it is no longer the family's; the accuracy is.
     """
     if dimension < 1:
-        raise ValueError(f"dimension={dimension} adds no parameter: use 1 or more.")
+        raise UserError(f"dimension={dimension} adds no parameter: use 1 or more.")
 
     def sample(key):
         inner_key, v_key = jax.random.split(key)
@@ -189,4 +190,4 @@ def _keys(key, tree):
 
 def _check_size(name, value):
     if not 0 <= value < float("inf"):
-        raise ValueError(f"{name}={value} is no size: use a finite number, zero or more.")
+        raise UserError(f"{name}={value} is no size: use a finite number, zero or more.")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import optax
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 from l2l.tasks.mlp import dense, dense_init
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.console.errors import UserError
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 from l2l.tasks.mlp import layers_init, mlp
 
@@ -95,19 +96,19 @@ def conv(
       [n, height, width, channels].
 
     Raises:
-      ValueError: an unknown data set, activation or init, a range that is none, or more layers
+      UserError: an unknown data set, activation or init, a range that is none, or more layers
         than the image has halves.
     """
     shape, classes = datasets.spec(dataset, "image")
     channels, dense = tuple(channels), tuple(dense)
     most = (shape[0] - 1).bit_length()
     if not 1 <= len(channels) <= most:
-        raise ValueError(
+        raise UserError(
             f"channels={channels} cannot be: each layer halves the {shape[0]}×{shape[1]} images of "
             f"{dataset}, so give 1 to {most} of them."
         )
     if kernel < 1:
-        raise ValueError(f"kernel={kernel} is no width of a filter: use 1 or more pixels.")
+        raise UserError(f"kernel={kernel} is no width of a filter: use 1 or more pixels.")
     side = math.ceil(shape[0] / 2 ** len(channels))
     shapes = {
         f"conv_{i}": (kernel, kernel, *ends)

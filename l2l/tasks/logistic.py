@@ -1,6 +1,6 @@
 """Logistic regression: `mlp` without hidden layers."""
 
-from l2l.base import TaskFamily
+from l2l.core.base import TaskFamily
 from l2l.tasks.mlp import mlp
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.console.errors import UserError
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 
 # The standard deviation of a weight by the number of inputs and outputs of its unit.
@@ -33,7 +34,7 @@ def mlp(
     """Classification by softmax cross-entropy (nats), or regression by mean squared error.
 
     Args:
-      dataset: a name of `l2l.datasets` other than text; images are flattened.
+      dataset: a name of `l2l.data.datasets` other than text; images are flattened.
       hidden: the widths of the hidden layers; () is a linear model.
       activations: one of these a problem: relu, tanh, sigmoid, gelu, silu, sin.
       initial_scale: a factor on the initial weights, log-uniform in this range a problem.
@@ -50,7 +51,7 @@ def mlp(
       for regression.
 
     Raises:
-      ValueError: an unknown data set, activation or init, or a range that is none.
+      UserError: an unknown data set, activation or init, or a range that is none.
     """
     shape, classes = datasets.spec(dataset, "vector")
     hidden = tuple(hidden)
@@ -81,11 +82,11 @@ def layers_init(shapes: dict[str, tuple[int, ...]], init: str | float = "lecun")
     """Makes (key, scale) -> {name: {"w": shape, "b": shape[-1:]}}; the last axis is the output."""
     for name, shape in shapes.items():
         if any(size < 1 for size in shape):
-            raise ValueError(f"{name} of shape {shape} cannot be: every width must be 1 or more.")
+            raise UserError(f"{name} of shape {shape} cannot be: every width must be 1 or more.")
     if isinstance(init, str):
         datasets.check_name("init", init, _INITS)
     elif init < 0:
-        raise ValueError(f"init={init} is a standard deviation below zero: use a positive number.")
+        raise UserError(f"init={init} is a standard deviation below zero: use a positive number.")
 
     def initialise(key, scale):
         params = {}

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.console.errors import UserError
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 
 
 class Quadratic(NamedTuple):
@@ -59,7 +60,7 @@ def quadratic(
     """
     datasets.check_name("distribution", distribution, ("uniform", "normal"))
     if dimension < 1 or batch_size < 1:
-        raise ValueError(
+        raise UserError(
             f"dimension={dimension} and batch_size={batch_size} describe no quadratic: "
             "both must be 1 or more."
         )

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l import datasets
-from l2l.base import PyTree, TaskFamily
+from l2l.console.errors import UserError
+from l2l.core.base import PyTree, TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 from l2l.tasks.mlp import dense, dense_init
 
@@ -57,7 +58,7 @@ def regression(
     supervised.check_range("noise", noise)
     for name, value in (("inputs", inputs), ("rows", rows), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name}={value} leaves nothing to learn from: use 1 or more.")
+            raise UserError(f"{name}={value} leaves nothing to learn from: use 1 or more.")
     sample_student = supervised.sampler(activations, initial_scale, (1.0, 1.0))
     initialise_teacher = dense_init((inputs, *teacher, 1))
     initialise = dense_init((inputs, *hidden, 1), init)

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.console.errors import UserError
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -83,7 +84,7 @@ def batcher(batch_size: int) -> Callable:
     "train" too all of it, whatever the problem's window, so that problems can be compared.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} leaves nothing to learn from: use 1 or more.")
+        raise UserError(f"batch_size={batch_size} leaves nothing to learn from: use 1 or more.")
 
     def batch(key, problem, data, split):
         inputs, labels = (jnp.asarray(array) for array in select(data, split))
@@ -207,18 +208,18 @@ def in_chunks(apply: Callable, inputs: jax.Array, rows: int = 1000) -> jax.Array
 
 
 def check_activations(names: Sequence[str]) -> tuple[str, ...]:
-    """A tuple of known activations (one name counts as a tuple), or a ValueError."""
+    """A tuple of known activations (one name counts as a tuple), or a UserError."""
     names = (names,) if isinstance(names, str) else tuple(names)
     if not names:
-        raise ValueError("activations=() leaves no network: name at least one, like 'relu'.")
+        raise UserError("activations=() leaves no network: name at least one, like 'relu'.")
     return tuple(datasets.check_name("activation", name, ACTIVATIONS) for name in names)
 
 
 def check_range(name: str, limits: tuple[float, float], highest: float = math.inf) -> None:
-    """A ValueError unless `limits` is a pair with 0 < low <= high <= highest."""
+    """A UserError unless `limits` is a pair with 0 < low <= high <= highest."""
     if len(limits) != 2 or not 0 < limits[0] <= limits[1] <= highest:
         bound = "" if highest == math.inf else f" <= {highest:g}"
-        raise ValueError(
+        raise UserError(
             f"{name}={limits!r} is no range to draw from on a logarithmic scale: "
             f"give (low, high) with 0 < low <= high{bound}."
         )

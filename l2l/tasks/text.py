@@ -6,8 +6,9 @@ import haiku as hk
 import jax.numpy as jnp
 import optax
 
-from l2l import datasets
-from l2l.base import TaskFamily
+from l2l.console.errors import UserError
+from l2l.core.base import TaskFamily
+from l2l.data import datasets
 from l2l.tasks import supervised
 
 
@@ -26,7 +27,7 @@ def transformer(
     """A causal transformer, normalised before each block, with learned positions.
 
     Args:
-      dataset: a text of `l2l.datasets`, in 128 characters.
+      dataset: a text of `l2l.data.datasets`, in 128 characters.
       width: of the residual stream; the hidden layers have four times as many units.
       layers, heads: of attention.
       context: how many characters a row has, and the most that a prediction sees.
@@ -41,7 +42,7 @@ def transformer(
       predicted.
     """
     if layers < 1 or heads < 1 or width % heads:
-        raise ValueError(
+        raise UserError(
             f"layers={layers} and heads={heads} do not fit width={width}: "
             "use at least one of each, and a number of heads that divides the width."
         )
@@ -108,7 +109,7 @@ def _family(
 ) -> TaskFamily:
     datasets.spec(dataset, "text")
     if context < 1 or batch_size < 1:
-        raise ValueError(
+        raise UserError(
             f"context={context} and batch_size={batch_size} leave nothing to predict: "
             "both must be 1 or more."
         )

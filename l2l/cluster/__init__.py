@@ -1,0 +1,1 @@
+"""Several processes, one run: what JAX reads at its start, joining, agreeing, leaving."""

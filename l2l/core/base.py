@@ -1,0 +1,231 @@
+"""The nouns of l2l: what a task, an optimizer and a meta-gradient are, and nothing else.
+
+A capital letter names a pytree: Problem, Params, Batch, Data, Theta. Shapes in square brackets:
+P is the number of coordinates (scalar parameters) of the optimizee, n any number of them, F the
+number of features a coordinate has, C the number of context values all coordinates share.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+PyTree = Any
+
+
+class TaskFamily(NamedTuple):
+    """A distribution over problems (optimizees): four functions, a name, and optionally a score.
+
+    sample:   (key) -> Problem. A pytree of arrays (never Python strings) so that it can be mapped:
+              an activation index, scales, a subset of the data.
+    init:     (key, problem) -> Params.
+    batch:    (key, problem, data, split) -> Batch. `split` is "train", "validation" or "test", a
+              Python string; `key=None` asks for the whole split, in order.
+    loss:     (params, problem, batch) -> scalar.
+    accuracy: (params, problem, batch) -> scalar in [0, 1], or None where the family has no such
+              thing.
+    data:     () -> Data. Reads what `batch` reads; called once, outside jit. Arrays in it are
+              passed to the compiled program as arguments, never embedded.
+    """
+
+    sample: Callable[[jax.Array], PyTree]
+    init: Callable[[jax.Array, PyTree], PyTree]
+    batch: Callable[[jax.Array | None, PyTree, PyTree, str], PyTree]
+    loss: Callable[[PyTree, PyTree, PyTree], jax.Array]
+    accuracy: Callable[[PyTree, PyTree, PyTree], jax.Array] | None = None
+    data: Callable[[], PyTree] = lambda: ()
+    name: str = "task"
+
+
+class TensorRule(NamedTuple):
+    """What a rule makes of whole tensors, in two halves like the rule's own.
+
+    It runs once a step for each of the optimizee's G tensors and gives O signals, which every
+    coordinate of that tensor finds below its features. Arrays end with the tensors, [..., G].
+
+    statistics: (params, dtype) -> TensorStatistics at the start.
+    observe:    (gradient [P], statistics, params [P], TensorStatistics, step, sizes) ->
+                (features [S, G], TensorStatistics). `statistics` are the coordinates', as they
+                were before this step; `sizes` G Python numbers, those of the tensors. No theta.
+                With a preconditioner its features come below these.
+    hidden:     (theta, G) -> Hidden.
+    propose:    (theta, features [S, G], context [C], hidden) -> (signals [O, G], hidden).
+    """
+
+    statistics: Callable[[PyTree, Any], PyTree]
+    observe: Callable[..., tuple[jax.Array, PyTree]]
+    hidden: Callable[[PyTree, int], PyTree]
+    propose: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+
+
+class Preconditioner(NamedTuple):
+    """Directions that take a whole matrix to make, which a coordinate finds below its features.
+
+    statistics: (params, dtype) -> MatrixStatistics at the start.
+    observe:    (gradient [P], statistics, MatrixStatistics, step, shapes) -> (directions [E, P],
+                features [S, G] of the tensors, MatrixStatistics). `statistics` are the
+                coordinates', as they were before this step; `shapes` G tuples. No theta.
+    names:      of the E directions, for diagnostics.
+    """
+
+    statistics: Callable[[PyTree, Any], PyTree]
+    observe: Callable[..., tuple[jax.Array, jax.Array, PyTree]]
+    names: tuple[str, ...]
+
+
+class Rule(NamedTuple):
+    """An update rule that acts coordinate by coordinate, in two halves.
+
+    `observe` is free of theta and `propose` treats every coordinate alike, which is what lets the
+    first-order engine (`estimators/first_order.py`) take the network through a whole window one
+    block of coordinates at a time. Arrays are feature-major: coordinates last.
+
+    statistics: (params, dtype) -> Statistics at the start, leaves [..., P] over the flattened
+                parameters (in the order of `jax.tree.leaves`).
+    context:    (step, num_steps) -> [C]. `num_steps` 0 means that the horizon is unknown.
+    observe:    (gradient [n], statistics, params [n], step) -> (features [F, n], statistics).
+    hidden:     (theta, n) -> Hidden, the recurrent state at the start, leaves [..., n].
+    propose:    (theta, features [F, n], context [C], hidden) -> (updates [n], hidden).
+    features:   the F names, in order, for diagnostics.
+    matrices:   the preconditioner, or None. With it `propose` is given [F + E, n], the features of
+                a coordinate and below them its part of the directions.
+    tensors:    what is seen of whole tensors, or None. With it the O signals of a coordinate's
+                tensor come below those.
+    """
+
+    statistics: Callable[[PyTree, Any], PyTree]
+    context: Callable[[jax.Array, jax.Array], jax.Array]
+    observe: Callable[[jax.Array, PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
+    hidden: Callable[[PyTree, int], PyTree]
+    propose: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+    features: tuple[str, ...]
+    matrices: Preconditioner | None = None
+    tensors: TensorRule | None = None
+
+
+class LearnedOptimizer(NamedTuple):
+    """An optimizer as a function of theta.
+
+    init: (key) -> Theta.
+    bind: (theta) -> an optax transformation. Its `update` accepts `num_steps=` (the horizon, an
+          int or scalar array; optional) and ignores every other extra argument.
+    rule: the two halves behind `bind` for optimizers that act coordinate by coordinate; None for
+          others (see `lift`), whose meta-gradients are taken by plain automatic differentiation.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    bind: Callable[[PyTree], optax.GradientTransformationExtraArgs]
+    rule: Rule | None = None
+
+
+class InnerState(NamedTuple):
+    """One inner training run. Every random number of it comes from `key` and `step`.
+
+    num_steps: the horizon, int32; the run is replaced by a new one when `step` reaches it.
+    told:      what the optimizer is told of the horizon: `num_steps`, or 0 where it is hidden.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    problem: PyTree
+    key: jax.Array
+    step: jax.Array
+    num_steps: jax.Array
+    told: jax.Array
+
+
+class Stage(NamedTuple):
+    """What the curriculum sets: the range of horizons [shortest, longest] drawn log-uniformly, and
+    the weight of the imitation of Adam. Traced scalars, so that a new stage compiles nothing."""
+
+    shortest: jax.Array
+    longest: jax.Array
+    imitation: jax.Array
+
+
+class MetaGradient(NamedTuple):
+    """An estimator of the meta-gradient over a batch of inner problems.
+
+    init:     (keys [n], theta, stage) -> state, every leaf [n, ...]. Key i alone decides all that
+              is random about problem i, so the split over devices changes nothing.
+    estimate: (theta, state, data, stage) -> (gradients, state, metrics), all with leading axis [n]:
+              one meta-gradient a problem (like theta, clipped by nobody yet), the next states, and
+              metrics of one number a problem (`meta_loss` and, at the end of the window, `loss`).
+    """
+
+    init: Callable[[jax.Array, PyTree, Stage], PyTree]
+    estimate: Callable[[PyTree, PyTree, PyTree, Stage], tuple[PyTree, PyTree, dict[str, jax.Array]]]
+
+
+class MetaState(NamedTuple):
+    """The whole of a meta-training run: what a checkpoint holds.
+
+    step:      meta-steps taken, int32.
+    bad:       consecutive skipped (non-finite) meta-steps, int32; `skipped` counts all of them.
+    estimator: the estimator's state, leaves [num_problems, ...]; split over devices.
+    """
+
+    step: jax.Array
+    theta: PyTree
+    opt_state: PyTree
+    estimator: PyTree
+    stage: Stage
+    bad: jax.Array
+    skipped: jax.Array
+
+
+def lift(
+    init: Callable[[jax.Array], PyTree],
+    make: Callable[[PyTree], optax.GradientTransformation],
+) -> LearnedOptimizer:
+    """Makes a hand-written optimizer with meta-learned settings the same kind of thing as an LSTM.
+
+    >>> adam = lift(lambda key: jnp.log(1e-3), lambda log_lr: optax.adam(jnp.exp(log_lr)))
+    """
+    return LearnedOptimizer(init, lambda theta: optax.with_extra_args_support(make(theta)))
+
+
+def fixed(transform: optax.GradientTransformation) -> LearnedOptimizer:
+    """An optimizer with nothing to learn, for the code that wants a `LearnedOptimizer`."""
+    return lift(lambda key: (), lambda theta: transform)
+
+
+def count(tree: PyTree) -> int:
+    """The number of scalars in a pytree of arrays, Python numbers or shapes."""
+    return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def finite(tree: PyTree) -> jax.Array:
+    """Whether every number in a pytree is finite: a boolean scalar."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+class RawKey(NamedTuple):
+    """The numbers of random keys, where only plain arrays will do: in checkpoints, and in what
+    `pmap` shares between processes."""
+
+    data: jax.Array
+
+
+def raw(tree: PyTree) -> PyTree:
+    """A pytree of arrays with a `RawKey` in place of every random key."""
+
+    def of(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return RawKey(jax.random.key_data(x)) if is_key else x
+
+    return jax.tree.map(of, tree)
+
+
+def typed(tree: PyTree) -> PyTree:
+    """The inverse of `raw`."""
+
+    def is_raw(x):
+        return isinstance(x, RawKey)
+
+    wrap = jax.random.wrap_key_data
+    return jax.tree.map(lambda x: wrap(x.data) if is_raw(x) else x, tree, is_leaf=is_raw)

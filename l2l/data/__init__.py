@@ -1,0 +1,1 @@
+"""Real data by name, read from files in their published layouts."""

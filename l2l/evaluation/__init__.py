@@ -1,0 +1,1 @@
+"""Optimizers beside tuned baselines: measured, summed up, shown."""

@@ -1,0 +1,96 @@
+"""What was measured, kept in a directory: found again by its program, its data and its inputs.
+
+A changed optimizer, family or version of JAX is another program, so that nothing stale is found.
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from l2l.evaluation import curves as evaluate
+from l2l.storage import files
+
+
+def kept(directory: str | os.PathLike | None, inputs, compute: Callable[[], dict]) -> dict:
+    """compute(), or what it gave before for the same inputs (plain data); None keeps nothing. A
+    damaged file is computed anew, which its digest tells: flipped digits are JSON too."""
+    if directory is None:
+        return compute()
+    name = _checksum(json.dumps(inputs))[:32]
+    path = Path(directory) / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError):
+        written, text = path.read_text().split("\n")
+        if written == _checksum(text):
+            return json.loads(text)
+    result = compute()
+    files.folder(path.parent, "--output")
+    text = json.dumps(result)
+    files.write(path, f"{_checksum(text)}\n{text}".encode())
+    return result
+
+
+def program(optimizer, family, theta, checkpoints, key, data) -> str:
+    """A digest of the whole computation of one run to the last of `checkpoints`: optimizer, family
+    and checkpoints."""
+
+    def run(theta, key, data):
+        start = evaluate.beginning(family, key)
+        return evaluate.one_run(optimizer.bind(theta), family, start, data, checkpoints)
+
+    text = jax.jit(run).lower(theta, key, data).as_text()
+    return _checksum(text)
+
+
+def digest(tree) -> str:
+    """A digest of the arrays of a pytree, like a data set or a theta."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        array = np.ascontiguousarray(leaf)
+        found.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return found.hexdigest()
+
+
+def curves(
+    key: jax.Array,
+    optimizer,
+    theta,
+    family,
+    data,
+    num_problems: int,
+    num_steps: int,
+    directory: str | os.PathLike | None,
+) -> evaluate.Curves:
+    """What `evaluate.evaluate` gives of a `LearnedOptimizer` and its theta, kept."""
+
+    def compute():
+        run = evaluate.compile_evaluation(optimizer, family, num_problems, num_steps)
+        return {name: _packed(x) for name, x in run(theta, key, data)._asdict().items()}
+
+    inputs = ()
+    if directory is not None:
+        name = program(optimizer, family, theta, (num_steps,), key, data)
+        own = np.asarray(jax.random.key_data(key)).tolist()
+        inputs = ("curves", name, digest(data), digest(theta), num_problems, own)
+    found = kept(directory, inputs, compute)
+    return evaluate.Curves(**{name: _unpacked(x) for name, x in found.items()})
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _packed(array) -> list:
+    array = np.asarray(array)
+    return [str(array.dtype), list(array.shape), base64.b64encode(array.tobytes()).decode()]
+
+
+def _unpacked(packed) -> np.ndarray:
+    dtype, shape, content = packed
+    return np.frombuffer(base64.b64decode(content), dtype).reshape(shape)

@@ -1,0 +1,228 @@
+"""The command `python -m l2l.evaluate`: what is typed to what is scored.
+
+    python -m l2l.evaluate --optimizer=runs/mlp,"adam(1e-2)" --task=mlp --set hidden=32
+        --vary activations=relu,tanh,sigmoid --horizons=500,1000 --seeds=10 --output=scores
+    python -m l2l.evaluate --optimizer=mlp --suite=scorecard
+
+Its flags are explained by `--help`. Exit codes: 0 done, 2 an error to mend, 130 interrupted: the
+same command goes on from there.
+"""
+
+import ast
+import inspect
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from l2l.cluster import environment as host
+from l2l.console import errors
+from l2l.console.errors import UserError
+from l2l.evaluation import baselines, scoring
+from l2l.evaluation import comparison as scorecard
+from l2l.evaluation import suites as suite
+from l2l.evaluation.comparison import Cell, Entry
+from l2l.storage import exports, files
+from l2l.tasks import registry
+
+
+def read_optimizer(text: str) -> Entry:
+    """An entry from a released name, the path of an export or run, or an optax expression."""
+    if os.sep in text or Path(text).exists() or text in exports.released():
+        optimizer, theta, _ = exports.read(exports.locate(text))
+        path = Path(text)
+        return Entry(path.name if path.is_dir() else path.stem, optimizer, theta)
+    return Entry(text, baselines.parse(text))
+
+
+def read_cells(section: dict, vary: str | None) -> list[Cell]:
+    """A cell for each value of `vary` ("setting=value,value"), or one, of a section `task`."""
+    sections = {"": section}
+    if vary:
+        name, values = _assignment(vary)
+        values = values if isinstance(values, tuple) else (values,)
+        sections = {str(value): {**section, name: value} for value in values}
+    families = {name: registry.task(_wrapped(s, registry.TASKS)) for name, s in sections.items()}
+    return [Cell(" ".join((f.name, name)).strip(), f, f.data()) for name, f in families.items()]
+
+
+def _wrapped(section: dict, tasks: dict) -> dict:
+    """A single value typed for a setting that is several by default, as a tuple of one."""
+    factory = tasks.get(section.get("name"))
+    known = inspect.signature(factory).parameters if factory else {}
+
+    def wrap(key, value):
+        several = key in known and isinstance(known[key].default, tuple)
+        return (value,) if several and not isinstance(value, tuple | list) else value
+
+    return {key: wrap(key, value) for key, value in section.items()}
+
+
+def split(text: str) -> list[str]:
+    """The parts between commas that are in no brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UserError(f"{text!r} sets nothing: write it like hidden=64,64.")
+    values = [_literal(part) for part in split(value)]
+    return name, tuple(values) if len(values) != 1 or value.endswith(",") else values[0]
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _define_flags():
+    text, several = flags.DEFINE_string, flags.DEFINE_multi_string
+    several(
+        "optimizer",
+        ["adam"],
+        "Released names, paths of exports or of runs, or optax expressions like "
+        "'sgd(0.1, momentum=0.9)'; comma-separated or repeated.",
+    )
+    text("suite", None, f"Score on the cells of a suite: {', '.join(suite.SUITES)}.")
+    text("task", "mlp", "A name of tasks.registry.TASKS.")
+    several("set", [], "A setting of the task, like hidden=64,64.")
+    text("vary", None, "One task for each value, like activations=relu,tanh,sigmoid.")
+    config_flags.DEFINE_config_file("config", None, "Take the task of this file of configs/.")
+    flags.DEFINE_list("horizons", None, "Training steps; by default 500,1000 or the suite's.")
+    flags.DEFINE_integer(
+        "seeds", None, "Problems of each task; by default 10 or the suite's.", lower_bound=1
+    )
+    flags.DEFINE_integer("seed", 1_000_003, "Decides the problems.")
+    flags.DEFINE_list("baseline", ["adam"], "Grids to tune, of baselines.KINDS; or none.")
+    flags.DEFINE_float("eps_root", 1e-8, "Grids are tried with this eps_root, and with 0.")
+    text("output", "scores", "The directory to write to; its `cache` keeps what was measured.")
+
+
+# What a suite decides for itself.
+_OWN = ("task", "set", "vary", "config", "baseline", "eps_root")
+
+
+def _sections(values) -> list[dict]:
+    if values.config is not None and not values["task"].present:
+        found = values.config.to_dict().get("task", {"name": "mlp"})
+        sections = [found] if isinstance(found, dict) else list(found)
+        # What belongs to the mixture is not the task's.
+        sections = [{k: v for k, v in s.items() if k not in _MIXTURE} for s in sections]
+    else:
+        sections = [{"name": values.task}]
+    own = dict(map(_assignment, values.set))
+    return [{**section, **own} for section in sections]
+
+
+_MIXTURE = ("weight", "augmentations")
+
+
+def main(argv) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+    values = flags.FLAGS
+    try:
+        entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
+        output = files.local(values.output, "--output")
+        return (_tasks if values.suite is None else _suite)(values, entries, output)
+    except UserError as error:
+        return errors.fail(error)
+
+
+def _tasks(values, entries, output) -> int:
+    cells = [c for section in _sections(values) for c in read_cells(section, values.vary)]
+    kinds = [kind for kind in values.baseline if kind not in ("", "none")]
+    began, seeds = time.monotonic(), values.seeds or 10
+    result = scorecard.score(
+        *(jax.random.key(values.seed), entries, cells, _horizons(values, (500, 1000)), seeds),
+        kinds=kinds,
+        eps_roots=(0.0, values.eps_root),
+        cache_dir=output / "cache",
+        progress=scorecard.watch(),
+    )
+    print(scorecard.write(output, result, _about(values, seeds, began)))
+    return 0
+
+
+def _suite(values, entries, output) -> int:
+    if given := [f"--{name}" for name in _OWN if values[name].present]:
+        raise UserError(
+            f"--suite={values.suite} decides its own tasks and baselines: "
+            f"leave out {', '.join(given)}."
+        )
+    chosen = suite.find(values.suite)
+    horizons = _horizons(values, chosen.horizons)
+    began, seeds = time.monotonic(), values.seeds or chosen.seeds
+    cells, notes = suite.available(chosen.cells)
+    parts = suite.plan(cells, horizons)
+    for note in notes:
+        print(note, file=sys.stderr)
+    seconds = sum(suite.estimate(part, chosen, seeds, len(entries)) for part in parts)
+    print(
+        f"{len(cells)} cells × {len(horizons)} horizons × {seeds} problems: some "
+        f"{suite.duration(seconds)} of CPU time on one core, less what {output / 'cache'} holds.",
+        file=sys.stderr,
+    )
+    results = []
+
+    def write(figures):
+        about = _about(values, seeds, began)
+        return scoring.write(
+            output, results, chosen, cells, horizons, notes, about, figures=figures
+        )
+
+    measured = suite.measure(
+        *(jax.random.key(values.seed), entries, chosen, parts, seeds),
+        cache_dir=output / "cache",
+        progress=scorecard.watch(unit="s"),
+    )
+    try:
+        for result in measured:
+            results.append(result)
+            write(figures=False)  # A run that is killed leaves its tables.
+    except KeyboardInterrupt:
+        print(write(figures=True))
+        print("l2l: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    print(write(figures=True))
+    return 0
+
+
+def _horizons(values, default) -> tuple[int, ...]:
+    if values.horizons is None:
+        return default
+    if not values.horizons or not all(x.strip().isdecimal() and int(x) for x in values.horizons):
+        raise UserError(f"--horizons={','.join(values.horizons)} are no steps: try 500,1000.")
+    return tuple(int(x) for x in values.horizons)
+
+
+def _about(values, seeds: int, began: float) -> dict:
+    return dict(
+        command=sys.argv,
+        seeds=seeds,
+        seed=values.seed,
+        seconds=round(time.monotonic() - began, 1),
+        versions={"jax": jax.__version__},
+    )
+
+
+def run() -> None:
+    """The command: one device a core on a CPU, then `main`."""
+    host.prepare()  # JAX is imported already, but reads this at its first use.
+    _define_flags()
+    app.run(main)

@@ -1,0 +1,234 @@
+"""Any optax transformation to loss curves: learned and hand-made optimizers pass through this code.
+
+Paired by design: problem i draws its initial parameters and every batch from `fold_in(key, i)`,
+whatever the optimizer and the devices.
+"""
+
+import functools
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l2l.console.errors import UserError
+from l2l.core import base, unroll
+
+
+class Curves(NamedTuple):
+    """What `num_problems` training runs came to, as numpy arrays: n runs, T steps, c checkpoints.
+
+    losses:        [n, T], the loss of the training batch before each step.
+    steps:         [c], the steps after which what follows was measured; the last one is T.
+    train_loss:    [n, c], over the whole training split.
+    test_loss:     [n, c], over the whole test split.
+    test_accuracy: [n, c], in [0, 1]; NaN where the family has no accuracy.
+    diverged:      [n, c], whether by then a batch loss was not finite, or the training loss is not
+                   finite, or above `blowup` times its value before the first step.
+
+    Families without data measure their one loss, so that train_loss equals test_loss.
+    """
+
+    losses: Any
+    steps: Any
+    train_loss: Any
+    test_loss: Any
+    test_accuracy: Any
+    diverged: Any
+
+
+def evaluate(
+    key: jax.Array,
+    optimizer: optax.GradientTransformation | base.LearnedOptimizer,
+    family: base.TaskFamily,
+    data,
+    num_problems: int,
+    num_steps: int,
+    *,
+    theta=None,
+    **settings,
+) -> Curves:
+    """Trains `num_problems` problems of a family for `num_steps` steps each.
+
+    Args:
+      key: decides the problems and their batches, whatever the optimizer.
+      optimizer: an optax transformation, learned or not, told the horizon as `num_steps=`; or a
+        `LearnedOptimizer` with its `theta`, which compiles once for all theta.
+      data: what `family.data()` returned.
+      settings: of `compile_evaluation`.
+    """
+    if not isinstance(optimizer, base.LearnedOptimizer):
+        optimizer, theta = _fixed(optimizer), ()
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    run = _compiled(optimizer, family, num_problems, num_steps, **settings)
+    return run(theta, key, data)
+
+
+def compile_evaluation(
+    optimizer: base.LearnedOptimizer,
+    family: base.TaskFamily,
+    num_problems: int,
+    num_steps: int,
+    *,
+    checkpoints: Sequence[int] = (),
+    devices: Sequence[jax.Device] | None = None,
+    batch: int | None = None,
+    blowup: float = 2.0,
+    sweep: bool = False,
+) -> Callable[[Any, jax.Array, Any], Curves]:
+    """Makes (theta, key, data) -> Curves: compiled at the first call, and for no new theta again.
+
+    Args:
+      checkpoints: steps before `num_steps` at which to measure as well.
+      devices: the runs are split over them; by default all of this process.
+      batch: runs that go abreast on one device. By default one on a CPU, where a small network's
+        run stays in the cache, and all on an accelerator, which must be filled.
+      blowup: see `Curves.diverged`.
+      sweep: theta's leaves have a leading axis [s], of settings to be tried on the same problems,
+        and so have the results (before [n]; the losses are left out, `()`). The settings
+        share each step's batch and go abreast, which is several times faster than one by one.
+
+    Raises:
+      UserError: no problems, no steps, or checkpoints outside [1, num_steps].
+    """
+    if num_problems < 1 or num_steps < 1:
+        raise UserError(
+            f"num_problems={num_problems} and num_steps={num_steps} leave nothing to measure: "
+            "both must be 1 or more."
+        )
+    steps = sorted({*checkpoints, num_steps})
+    if steps[0] < 1 or steps[-1] > num_steps:
+        raise UserError(
+            f"checkpoints={tuple(checkpoints)} leave the run of {num_steps} steps: "
+            f"give steps between 1 and {num_steps}."
+        )
+    devices = list(jax.local_devices() if devices is None else devices)[:num_problems]
+    share = -(-num_problems // len(devices))
+    if batch is None:
+        batch = 1 if devices[0].platform == "cpu" else share
+    # Where the devices do not divide the runs, the last run is done again and thrown away.
+    numbers = np.minimum(np.arange(len(devices) * share), num_problems - 1)
+
+    def one(theta, run, data):
+        curves = one_run(optimizer.bind(theta), family, run, data, steps, blowup)
+        return curves._replace(losses=()) if sweep else curves
+
+    def on_device(theta, runs, data):
+        abreast = jax.vmap(one, (0, None, None)) if sweep else one
+
+        def each(run):
+            return abreast(theta, run, data)
+
+        if batch >= share:
+            return jax.vmap(each)(runs)
+        return jax.lax.map(each, runs, batch_size=batch if batch > 1 else None)
+
+    # Axes are spelt out leaf by leaf: jax 0.10 takes (None, 0, None) for those of the leaves, not
+    # of the arguments, whenever all arguments together happen to have three leaves.
+    axes = (None, Beginning(0, 0, 0), None)
+    mapped = jax.pmap(on_device, in_axes=axes, devices=devices)
+    # A program of its own: half of what there is to compile, and the same for every horizon.
+    begin = _begin(family)
+
+    def evaluation(theta, key, data) -> Curves:
+        out = jax.device_get(mapped(theta, begin(key, numbers.reshape(len(devices), share)), data))
+        out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_problems], out)
+        if sweep:
+            out = jax.tree.map(lambda x: np.swapaxes(x, 0, 1), out)
+        return out._replace(steps=np.asarray(steps))
+
+    return evaluation
+
+
+class Beginning(NamedTuple):
+    """A run before its optimizer is known. Every random number of it comes from `key`."""
+
+    key: jax.Array
+    problem: base.PyTree
+    params: base.PyTree
+
+
+def beginning(family: base.TaskFamily, key: jax.Array) -> Beginning:
+    """The run that `key` decides; the same as meta-training would make of that key."""
+    problem = family.sample(jax.random.fold_in(key, unroll.SAMPLE))
+    return Beginning(key, problem, family.init(jax.random.fold_in(key, unroll.INIT), problem))
+
+
+def opened(optimizer, run: Beginning, horizon: int) -> base.InnerState:
+    """A run before its first step, with an optimizer that is told the horizon."""
+    horizon = jnp.asarray(horizon, jnp.int32)
+    return base.InnerState(
+        params=run.params,
+        opt_state=optimizer.init(run.params),
+        problem=run.problem,
+        key=run.key,
+        step=jnp.zeros((), jnp.int32),
+        num_steps=horizon,
+        told=horizon,
+    )
+
+
+def one_run(transform, family, run: Beginning, data, steps, blowup=2.0) -> Curves:
+    """A run to the last of `steps` (increasing), measured at each: `Curves` without [n], and
+    `steps` left to the caller. The optimizer is told the last step."""
+    optimizer = optax.with_extra_args_support(transform)
+    state = opened(optimizer, run, steps[-1])
+    initial = _whole(family.loss, family, state, data, "train")
+    losses, measured, finite = [], [], jnp.asarray(True)
+    for length in np.diff([0, *steps]):
+        state, segment = unroll.unroll(state, data, family, optimizer, int(length))
+        losses.append(segment)
+        finite &= jnp.all(jnp.isfinite(segment))
+        train = _whole(family.loss, family, state, data, "train")
+        test = _whole(family.loss, family, state, data, "test")
+        accuracy = jnp.full((), jnp.nan, train.dtype)
+        if family.accuracy is not None:
+            accuracy = _whole(family.accuracy, family, state, data, "test")
+        # The comparison is False for NaN, so that NaN counts as diverged.
+        measured.append((train, test, accuracy, ~(finite & (train <= blowup * initial))))
+    return Curves(jnp.concatenate(losses), (), *(jnp.stack(x) for x in zip(*measured, strict=True)))
+
+
+def or_infinite(losses) -> np.ndarray:
+    """Losses as float64, infinite where they are not finite."""
+    losses = np.asarray(losses, float)
+    return np.where(np.isfinite(losses), losses, np.inf)
+
+
+def _whole(measure, family, state, data, split):
+    batch = family.batch(None, state.problem, data, split)
+    return measure(state.params, state.problem, batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _begin(family):
+    """(key, numbers [devices, n]) -> the beginnings of those runs, [devices, n, ...]."""
+
+    @jax.jit
+    def begin(key, numbers):
+        runs = jax.lax.map(
+            lambda i: beginning(family, jax.random.fold_in(key, i)), numbers.reshape(-1)
+        )
+        return jax.tree.map(lambda x: x.reshape(*numbers.shape, *x.shape[1:]), runs)
+
+    return begin
+
+
+# A transformation is a pair of functions, so the same one is recognised when it comes again.
+_fixed = functools.lru_cache(maxsize=64)(base.fixed)
+_compiled = functools.lru_cache(maxsize=64)(compile_evaluation)
+
+
+def forget() -> None:
+    """Lets go of every compiled program of this process.
+
+    On a CPU each takes dozens of the 65,530 memory mappings that Linux allows a process by default
+    (vm.max_map_count); after some hundreds of programs the compiler finds no memory.
+    """
+    for kept in (_compiled, _begin, _fixed):
+        kept.cache_clear()
+    jax.clear_caches()
+    gc.collect()

@@ -1,0 +1,193 @@
+"""Tables, figures and JSON of what was measured: plain data in, text and files out."""
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from l2l.console.errors import UserError
+from l2l.storage import files
+
+# Okabe and Ito (2008), without yellow, which is faint on white: told apart by the colour-blind.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "D", "^")
+# Points a curve is drawn with: batch losses are averaged within steps of a logarithmic axis.
+POINTS = 150
+
+
+def table(rows: Sequence[Mapping]) -> str:
+    """Rows as a Markdown table, columns as first met; floats to three digits, None and NaN as –."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_text(row.get(column)) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    numeric = [
+        all(isinstance(row.get(c), int | float | None) for row in rows) and len(rows) > 0
+        for c in columns
+    ]
+
+    def line(texts):
+        pairs = zip(texts, widths, numeric, strict=True)
+        return "| " + " | ".join(t.rjust(w) if n else t.ljust(w) for t, w, n in pairs) + " |"
+
+    rule = ["-" * (w - 1) + ":" if n else "-" * w for w, n in zip(widths, numeric, strict=True)]
+    return "\n".join([line(columns), line(rule), *map(line, cells)]) + "\n"
+
+
+def figure(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike) -> Path:
+    """Draws loss curves on log axes, one panel a title, and writes them as PNG.
+
+    Args:
+      panels: {title: {optimizer: losses [num_problems, num_steps]}}. Lines are medians over
+        problems, bands reach from the first to the ninth decile; what is not finite is left out.
+      path: of the file; its directory must exist.
+
+    Raises:
+      UserError: no panels.
+    """
+    # Imported here: matplotlib takes a second, which tables do not need. No display is touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise UserError("There are no curves to draw: give at least one panel.")
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    canvas = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(rows, columns, squeeze=False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for name, losses in curves.items():
+            style = dict(
+                color=PALETTE[names.index(name) % len(PALETTE)],
+                linestyle=LINES[names.index(name) // len(PALETTE) % len(LINES)],
+            )
+            steps, low, middle, high = spread(losses)
+            axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            axis.plot(steps, middle, label=name, linewidth=1.6, **style)
+        axis.set(xscale="log", yscale="log", title=title, xlabel="step", ylabel="training loss")
+        axis.grid(True, which="major", alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    axes[0, 0].legend(fontsize="small")
+    image = io.BytesIO()
+    canvas.savefig(image, format="png", dpi=150)
+    files.write(path, image.getvalue())
+    return Path(path)
+
+
+def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) -> Path:
+    """Draws ratios of losses and speed-ups, side by side on log axes, a line a cell, and writes
+    them as PNG. Left of 1 on the one side and right of 1 on the other is better.
+
+    Args:
+      points: dicts of "cell", "kind" (its colour), "steps" (its marker), and "ratio" and "sooner",
+        both (value, low, high). What is not finite is drawn at the edge as an arrow.
+      path: of the file; its directory must exist.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    kinds = list(dict.fromkeys(point["kind"] for point in points))
+    cells = [c for k in kinds for c in dict.fromkeys(p["cell"] for p in points if p["kind"] == k)]
+    horizons = sorted({point["steps"] for point in points})
+    canvas = Figure(figsize=(9, 1.6 + 0.3 * len(cells)), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(1, 2, sharey=True)
+    labels = ("final training loss / tuned Adam's", "times fewer steps to the same loss")
+    for axis, key, label in zip(axes, ("ratio", "sooner"), labels, strict=True):
+        fine = [x for p in points for x in p[key] if math.isfinite(x) and x > 0] or [1.0]
+        low, high = min(0.5, *fine) / 1.3, max(2.0, *fine) * 1.3
+        for point in points:
+            middle, *ends = point[key]
+            step = horizons.index(point["steps"])
+            y = cells.index(point["cell"]) + 0.22 * (step - (len(horizons) - 1) / 2)
+            color = PALETTE[kinds.index(point["kind"]) % len(PALETTE)]
+            marker = MARKERS[step % len(MARKERS)]
+            if not (math.isfinite(middle) and middle > 0):
+                edge, marker = (high, ">") if middle > 0 else (low, "<")
+                middle = edge
+            axis.plot(middle, y, marker, color=color, markersize=4.5, clip_on=False)
+            if all(map(math.isfinite, ends)):
+                axis.plot(ends, [y, y], color=color, linewidth=1.1)
+        axis.axvline(1, color="0.4", linewidth=0.8)
+        axis.set(xscale="log", xlim=(low, high), xlabel=label)
+        if high / low < 1e3:  # Few decades: matplotlib would label every digit, or none.
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e2 else (1,)))
+            axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(True, axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(cells)), cells, fontsize="small")
+    axes[0].set_ylim(len(cells) - 0.4, -0.6)
+    handles = [
+        Line2D([], [], color=PALETTE[i % len(PALETTE)], marker="o", label=kind)
+        for i, kind in enumerate(kinds)
+    ] + [
+        Line2D([], [], color="0.3", linestyle="", marker=MARKERS[i % len(MARKERS)], label=f"{h:,}")
+        for i, h in enumerate(horizons)
+    ]
+    canvas.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
+    canvas.suptitle(title, fontsize="medium")
+    image = io.BytesIO()
+    canvas.savefig(image, format="png", dpi=150)
+    files.write(path, image.getvalue())
+    return Path(path)
+
+
+def spread(losses) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """[num_problems, num_steps] to (steps, first decile, median, ninth decile) over problems, each
+    [at most POINTS]; steps count from 1 and are the last of those averaged."""
+    losses = np.asarray(losses, float)
+    ends = np.unique(np.geomspace(1, losses.shape[1], POINTS).round().astype(int))
+    starts = np.concatenate([[0], ends[:-1]])
+    means = np.add.reduceat(losses, starts, axis=1) / (ends - starts)
+    means[~np.isfinite(means)] = np.inf
+    # Quantiles by rank: halfway between a number and an infinity there is none.
+    low, middle, high = np.quantile(means, (0.1, 0.5, 0.9), axis=0, method="nearest")
+
+    def fine(x):
+        return np.where(np.isfinite(x), x, np.nan)
+
+    return ends, fine(low), fine(middle), fine(high)
+
+
+def write_json(path: str | os.PathLike, content) -> Path:
+    """Writes plain data and NumPy arrays as JSON; what is not finite becomes null or "inf"."""
+    files.write(path, json.dumps(plain(content), indent=1, allow_nan=False).encode() + b"\n")
+    return Path(path)
+
+
+def plain(content):
+    """NamedTuples and mappings as dicts, sequences and arrays as lists, NaN as None, ±∞ as text."""
+    if hasattr(content, "_asdict"):
+        content = content._asdict()
+    if isinstance(content, Mapping):
+        return {str(key): plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [plain(x) for x in content]
+    if hasattr(content, "tolist"):  # NumPy's and JAX's arrays and scalars.
+        return plain(content.tolist())
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if math.isnan(content) else str(content)
+    return content
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp(mean(log)); infinite if any value is, NaN if there are none."""
+    with np.errstate(divide="ignore"):
+        return float(np.exp(np.mean(np.log(values)))) if len(values) else math.nan
+
+
+def _text(value) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)

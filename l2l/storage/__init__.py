@@ -1,0 +1,1 @@
+"""Files that outlive a process: exports to give away, checkpoints to go on from."""

@@ -1,0 +1,200 @@
+"""The checkpoints of a run (Orbax), to go on from.
+
+A checkpoint holds the whole `MetaState`, free of the number of devices and processes, and what else
+the loop needs; a checksum of all of it is read before it is trusted. What a run gives away in the
+end is an export (`exports.py`).
+"""
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from l2l.cluster import collectives as cluster
+from l2l.console import errors
+from l2l.console.errors import UserError
+from l2l.core import base
+
+_TIMES = "_CHECKPOINT_METADATA"  # Orbax's name.
+
+
+class Saver(NamedTuple):
+    """Checkpoints of one directory.
+
+    save:    (step, tree) -> None. Returns once the arrays are copied; they are written behind.
+    restore: (like, shardings) -> (tree, step) or None where there is no checkpoint. `like` and
+             `shardings` are pytrees of jax.ShapeDtypeStruct and of NamedShardings. A checkpoint
+             that cannot be read is set aside (renamed) and the one before it is taken.
+    close:   () -> None, when all is on the disk; more than once if you like.
+    """
+
+    save: Callable[[int, Any], None]
+    restore: Callable[[Any, Any], tuple[Any, int] | None]
+    close: Callable[[], None]
+
+
+class _Stored(NamedTuple):
+    tree: Any
+    checksum: Any
+
+
+def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning) -> Saver:
+    """Opens (or creates) a directory of checkpoints, of which the last `keep` are kept.
+
+    Raises:
+      UserError: the directory cannot be written; from `save` and `close` too, which is where it is
+        heard that an earlier checkpoint could not be written; and from `restore`, where there are
+        checkpoints and none can be read.
+    """
+    import orbax.checkpoint as ocp  # A second and a half, which `load` does not need.
+
+    # Orbax tells every file it writes, and its threads every error that `writing` tells as well.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    directory = Path(directory).absolute()
+    with errors.naming(directory):
+        directory.mkdir(exist_ok=True)
+    opened = os.stat(directory)
+    policies = ocp.checkpoint_managers
+    options = ocp.CheckpointManagerOptions(
+        save_decision_policy=policies.FixedIntervalPolicy(1),  # The loop decides.
+        preservation_policy=policies.LatestN(keep),
+        enable_async_checkpointing=True,
+        # Else a thread of Orbax waits five minutes for a folder that could not be made.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    )
+
+    def _set_times_aside():
+        for file in directory.glob(f"*/{_TIMES}"):
+            file.rename(file.with_name("damaged" + _TIMES))
+
+    try:
+        manager = ocp.CheckpointManager(directory, options=options)
+    except OSError as error:
+        raise errors.about(directory, error) from error
+    except Exception:  # Of the times in any of these files, without which it opens them as well.
+        cluster.together(_set_times_aside)
+        manager = ocp.CheckpointManager(directory, options=options)
+
+    def save(step, tree):
+        tree = jax.tree.map(jnp.asarray, base.raw(tree))
+        stored = _Stored(tree, checksum(tree))
+        # Orbax knows a NamedTuple by its keys; a plain list needs no class to be read.
+        with _writing(directory):
+            # Orbax would make it anew, without what else the run had there.
+            if not os.path.samestat(opened, os.stat(directory)):
+                raise FileNotFoundError(errno.ENOENT, "another is in its place", str(directory))
+            manager.save(step, args=ocp.args.StandardSave(_leaves(stored)))
+
+    def restore(like, shardings):
+        failed = {}
+        # Process 0's list: another host may see a new directory later, or an old one longer.
+        for step in cluster.together(lambda: sorted(manager.all_steps(), reverse=True)):
+            try:
+                tree = _open(step, like, shardings)
+            except Exception as error:  # Orbax and what is below it raise all kinds.
+                failed[step] = " ".join(errors.printable(str(error)).split())[:200]
+                continue
+            # Moved only now that another is found to be good: where none is, nothing is touched.
+            cluster.together(lambda: [_set_aside(step) for step in failed] and None)
+            for bad, reason in failed.items():
+                say(f"Checkpoint {bad} cannot be read ({reason}): set aside for that of {step}.")
+            if failed:
+                manager.reload()
+            return tree, step
+        if failed:
+            raise UserError(
+                f"No checkpoint under {directory} can be read ({failed[max(failed)]}). "
+                "Choose another --workdir, or move that directory away to start again."
+            )
+        return None
+
+    def _open(step, like, shardings):
+        data = jax.eval_shape(base.raw, like)
+        where = jax.tree.leaves(shardings)
+        same = NamedSharding(where[0].mesh, PartitionSpec())
+        number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=same)
+        target = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+            for x, s in zip(jax.tree.leaves(data), where, strict=True)
+        ]
+        target = {str(i): x for i, x in enumerate([*target, number])}
+        # Not through the manager: its processes wait for one another, also for one that failed.
+        leaves, failure = {}, None
+        try:
+            leaves = ocp.StandardCheckpointHandler().restore(
+                directory / str(step) / "default", args=ocp.args.StandardRestore(target)
+            )
+        except Exception as error:
+            failure = error
+        if cluster.largest(np.int32(failure is not None)):
+            raise failure or ValueError("another process cannot read its part")
+        *leaves, expected = (leaves[str(i)] for i in range(len(target)))
+        tree = jax.tree.unflatten(jax.tree.structure(data), leaves)
+        if int(checksum(tree)) != int(expected):
+            raise ValueError("its checksum is wrong")
+        return base.typed(tree)
+
+    def _set_aside(step):
+        (directory / str(step)).rename(directory / f"damaged-{step}")
+
+    @functools.cache
+    def close():
+        with _writing(directory):
+            manager.wait_until_finished()
+            manager.close()
+
+    return Saver(save, restore, close)
+
+
+@contextlib.contextmanager
+def _writing(directory):
+    """What Orbax and TensorStore raise for a checkpoint that cannot be written, as a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        # The error holds on to half-done writes, which would complain when the program ends.
+        error.__traceback__ = None
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number == errno.ENOENT or not directory.is_dir():
+            raise UserError(
+                f"{directory} is gone: it was removed, or its file system unmounted, while the run "
+                f"was at work. Bring it back if you can and {errors.AGAIN}, or from the start."
+            ) from error
+        if number:
+            raise errors.about(directory, OSError(number, "")) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"No checkpoint could be written under {directory} ({reason}). Those before it are "
+            f"kept: mend the cause, then {errors.AGAIN}."
+        ) from error
+
+
+def _leaves(tree):
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+@jax.jit
+def checksum(tree) -> jax.Array:
+    """Σᵢ (2i + 1) xᵢ mod 2³² over the bits of all leaves: any one flipped bit changes it, and it is
+    the same however the arrays are split over devices. A uint32 scalar."""
+    total = jnp.zeros((), jnp.uint32)
+    for number, x in enumerate(jax.tree.leaves(tree)):
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, width).reshape(-1).astype(jnp.uint32)
+        odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+        total += jnp.sum(odd * bits, dtype=jnp.uint32) * jnp.uint32(2 * number + 1)
+    return total

@@ -1,0 +1,200 @@
+"""Exports: trained optimizers as safetensors files, to give away.
+
+An export is one file: theta and the specification that rebuilds its optimizer. Nothing in it is
+ever executed: the optimizer is looked up in `optimizers.registry`, and what the file says is
+checked (`export_header.py`) before memory is taken.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from l2l.console import errors
+from l2l.console import schema as checks
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.optimizers import coordinates, leaves, registry
+from l2l.storage import export_header as strangers
+from l2l.storage import files
+
+EXPORT = "optimizer.safetensors"  # Its name in a run directory.
+FORMAT = 1
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def export(path, specification: dict, theta, metadata: dict | None = None) -> Path:
+    """Writes theta [pytree of arrays] and its optimizer's specification as one safetensors file.
+
+    Args:
+      specification: a section `optimizer` of a configuration: a name of `optimizers.registry`, and
+        settings.
+      metadata: what else to remember, as JSON allows: configuration, seed, meta-steps, cost. That
+        of another export will do, as `read` returns it: what it says of its own theta is replaced.
+
+    Returns:
+      The path.
+    """
+    from safetensors.numpy import save
+
+    tensors = {_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(theta)}
+    specification = dict(specification)
+    header = {
+        **(metadata or {}),
+        "format": FORMAT,
+        "optimizer": {"name": specification.pop("name"), "settings": specification},
+        "sha256": _digest(tensors),
+    }
+    content = save(tensors, {"l2l": json.dumps(header)})
+    read_bytes = 8 + int.from_bytes(content[:8], "little")
+    if read_bytes > strangers.LARGEST_HEADER:
+        raise UserError(f"The metadata of {path} take {read_bytes} bytes: leave some out.")
+    files.write(path, content)
+    return Path(path)
+
+
+def read(path) -> tuple[base.LearnedOptimizer, Any, dict]:
+    """An export, local or remote, as (optimizer, theta, metadata). Executes nothing that it brings.
+
+    Raises:
+      UserError: the file is no export, or not a whole one, or cannot be opened.
+    """
+    path = files.readable(path)
+    with files.reached(path), files.copied(path) as local, open(local, "rb") as file:
+        try:
+            return _read(local, file)
+        except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+            reason = errors.printable(reason)[:300].rstrip(". ")
+            raise UserError(f"{path} is no whole export of l2l: {reason}.") from error
+
+
+def _read(path, file):
+    from safetensors import safe_open
+
+    check = strangers.check
+    about = strangers.header(file).get("__metadata__")
+    check(isinstance(about, dict), "it has no metadata")
+    metadata = strangers.table(about["l2l"])
+    check(metadata["format"] == FORMAT, f"format {metadata['format']} is not {FORMAT}")
+    stored = metadata["optimizer"]
+    check(isinstance(stored, dict), "its optimizer is no table")
+    check(isinstance(stored["name"], str), "the optimizer's name is no text")
+    with safe_open(path, framework="numpy") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
+        types = {name: x.get_dtype() for name, x in slices.items()}
+        strangers.plausible(stored["settings"], len(shapes))
+        optimizer = registry.optimizer(specification_of(metadata))
+        like = jax.eval_shape(lambda: optimizer.init(jax.random.key(0)))
+        paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+        expected = {_name(p): x for p, x in paths}
+        check(set(expected) == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
+        for name, x in expected.items():
+            check(
+                x.shape == shapes[name] and str(x.dtype) == _TYPES.get(types[name]),
+                f"{name} is {types[name]} {shapes[name]}, not {x.dtype} {x.shape}",
+            )
+        found = {name: tensors.get_tensor(name) for name in expected}
+    check(_digest(found) == metadata["sha256"], "its numbers are not those written")
+    fine = all(np.isfinite(x.astype(np.float32)).all() for x in found.values())
+    check(fine, "not all of its numbers are finite")
+    # In one transfer, which a guard against those that nobody asked for lets pass.
+    theta = jax.tree.unflatten(treedef, jax.device_put([found[name] for name in expected]))
+    return optimizer, theta, metadata
+
+
+def specification_of(metadata: dict) -> dict:
+    """The section `optimizer` that an export was written with, from the metadata of `read`."""
+    stored = metadata["optimizer"]
+    return {**stored["settings"], "name": stored["name"]}
+
+
+def load(
+    name_or_path, *, num_steps: int | None = None, state_dtype=None
+) -> optax.GradientTransformationExtraArgs:
+    """A trained optimizer as an optax transformation. It needs nothing else.
+
+    Args:
+      name_or_path: a released optimizer (`released()` lists them), an export, or the directory of a
+        run that has ended; also at gs:// or s3://, where etils can read those.
+      num_steps: the horizon to tell the optimizer where `update` is not given one.
+      state_dtype: in which the recurrent state is kept between steps (`coordinates.bind`):
+        jnp.bfloat16 takes 48 bytes a parameter of the default optimizer, not 80.
+
+    Its updates are in the dtypes of the parameters. It computes in float32, and in float64 where
+    any of the parameters is; with `jax_enable_x64` on or off theta is what the file holds.
+
+    Raises:
+      UserError: there is no such optimizer, or the file is damaged; `num_steps` is no number of
+        steps; or `state_dtype` is no floating-point type, or given where there is no such state.
+    """
+    if num_steps is not None:
+        leaves.horizon(num_steps)
+    state_dtype = leaves.state_type(state_dtype)
+    optimizer, theta, _ = read(locate(name_or_path))
+    if optimizer.rule is not None:
+        bound = coordinates.bind(optimizer.rule, theta, state_dtype=state_dtype, wide=True)
+    elif state_dtype is None:
+        bound = optimizer.bind(theta)
+    else:
+        raise UserError(
+            f"{name_or_path} has no recurrent state to keep in {state_dtype}: leave state_dtype "
+            "out."
+        )
+    if num_steps is None:
+        return bound
+
+    def update(updates, state, params=None, **extra_args):
+        return bound.update(updates, state, params, **{"num_steps": num_steps, **extra_args})
+
+    return optax.GradientTransformationExtraArgs(bound.init, update)
+
+
+def locate(name_or_path):
+    """The path of an export, for `read`: from a released name, a file or a run directory (remote
+    ones too); or a UserError."""
+    path = files.readable(name_or_path)
+    with files.reached(path):
+        if path.is_dir() and (path / EXPORT).is_file():
+            return path / EXPORT
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise UserError(f"{path} has no {EXPORT} yet: it is written when its training ends.")
+    names = released()
+    if str(name_or_path) in names:
+        return names[str(name_or_path)]
+    raise UserError(
+        checks.unknown("optimizer", str(name_or_path), names)
+        + " A path to an export or to a run directory will do as well."
+    )
+
+
+def released() -> dict[str, Path]:
+    """The optimizers that come with the package: {name: file}."""
+    package = Path(__file__).parents[1]
+    # In a wheel they are the package l2l.checkpoints; in a checkout a directory beside l2l.
+    found: dict[str, Path] = {}
+    for folder in (package.parent / "checkpoints", package / "checkpoints"):
+        if (folder / "__init__.py").is_file():
+            found |= {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    return found
+
+
+def _name(path: Sequence) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _digest(tensors: dict[str, np.ndarray]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        x = np.ascontiguousarray(tensors[name])
+        total.update(f"{name} {x.dtype} {x.shape}\n".encode())
+        total.update(x.tobytes())
+    return total.hexdigest()

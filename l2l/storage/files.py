@@ -1,0 +1,119 @@
+"""Files are written whole or not at all, and what goes wrong with them is one sentence."""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from l2l.console.errors import UserError, about, naming, printable
+
+# What etils needs to read each kind of remote path.
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
+
+
+def write(path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    path = Path(path)
+    with naming(path):
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # Its directory may be what is gone.
+                os.unlink(temporary)
+            raise
+
+
+def folder(path, what: str = "--workdir") -> Path:
+    """Makes a directory to write to, and those above it.
+
+    Raises:
+      UserError: it is remote (`local`), or a file is in its place, or may not be made.
+    """
+    path = local(path, what)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(
+                f"{what}={path} cannot be a directory: {place} is a file. Choose another."
+            )
+    with naming(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def scheme(path) -> str | None:
+    """The gs of gs://bucket/run, or of the gs:/bucket/run that a `Path` makes of it; None of local
+    paths."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
+    return found and found[1].lower()
+
+
+def local(path, what: str = "--workdir") -> Path:
+    """A directory to write to as a Path; UserError for a remote one."""
+    if scheme(path):
+        raise UserError(
+            f"{what}={path} is remote, and what is written there needs locks, appending and "
+            "renaming: mount the bucket (gcsfuse, mount-s3) and name the mounted path, or write to "
+            "a local one and copy it afterwards. l2l.load reads remote paths as they are."
+        )
+    return Path(path)
+
+
+def readable(path):
+    """What a path to read from is: a Path, or for remote ones etils' like of it.
+
+    Raises:
+      UserError: a kind of remote path that etils does not offer.
+    """
+    kind = scheme(path)
+    if kind is None:
+        return Path(path)
+    if kind not in PACKAGES:
+        raise UserError(
+            f"{path} cannot be read: of remote paths there is "
+            f"{', '.join(f'{k}://' for k in PACKAGES)}. Download it and name the file."
+        )
+    from etils import epath  # Of Orbax's own needs; local paths do without.
+
+    return epath.Path(re.sub(r"^[^:]+:/+", f"{kind}://", str(path)))
+
+
+@contextlib.contextmanager
+def reached(path):
+    """Errors inside, of whatever reads a path that a user named, become a `UserError`."""
+    try:
+        yield
+    except ImportError as error:
+        kind = scheme(path)
+        raise UserError(
+            f"{path} is remote and reading it needs a package that is not installed ({error}): "
+            f"pip install {PACKAGES.get(kind, kind)}, or download the file and name it."
+        ) from error
+    except UserError:
+        raise
+    except OSError as error:
+        raise about(path, error) from error
+    except Exception as error:  # Each cloud's library has its own.
+        if scheme(path) is None:
+            raise
+        raise UserError(f"{path} could not be read ({printable(str(error))[:300]}).") from error
+
+
+@contextlib.contextmanager
+def copied(path):
+    """A local file with what is in `path`, which `readable` returned: itself, if it is local."""
+    if scheme(path) is None:
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="l2l-") as folder:
+        copy = Path(folder) / "copy"
+        with reached(path), path.open("rb") as remote, open(copy, "wb") as file:
+            shutil.copyfileobj(remote, file)
+        yield copy

@@ -1,0 +1,1 @@
+"""Meta-training: from a configuration to the files of a finished run."""

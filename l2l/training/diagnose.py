@@ -1,0 +1,288 @@
+"""Where a number that is not finite began: problem, inner step, tensor and feature.
+
+Nothing here runs while all is well. A training loop keeps the state from before a call of the
+compiled steps (with its stage); when metrics["finite"] shows a False it calls
+
+    explain(meta, inners, before, data, group, order=…, objective=…, reads=…)
+
+which runs the same meta-steps again, one at a time on one device, and the failing window step by
+step on the host. That compiles a meta-step once more: enough for the first failure of a run.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2l.core import base
+from l2l.core.unroll import VALIDATION, Inner, batch_at, renew
+from l2l.estimators.objective import FLOOR, Objective
+from l2l.optimizers import coordinates
+from l2l.training.meta_step import Meta, meta_step
+
+_NOWHERE = (
+    "every step of the window is finite by itself, so the meta-gradient overflowed on its way "
+    "through them: try a shorter inner.length or a first-order estimator."
+)
+_NO_SLOPE = (
+    ": a root has no derivative where its argument is zero, as at coordinates whose gradient has "
+    "always been zero; set the optimizer's eps_root above zero, such as 1e-8"
+)
+
+
+def explain(
+    meta: Meta,
+    inners: Sequence[Inner],
+    state: base.MetaState,
+    data,
+    steps: int,
+    *,
+    order: str = "first",
+    objective: Objective | None = None,
+    reads: Sequence[int] | None = None,
+) -> str:
+    """One sentence on the first non-finite meta-gradient of the `steps` meta-steps after `state`.
+
+    Args:
+      inners: one for each estimator of a mixture, or one alone.
+      state: from before those steps.
+      order, objective: see `locate`.
+      reads: where the estimator is a mixture, the mixture's own; None where it is not.
+    """
+    # On one device: the states of a run may be spread over several.
+    state, data = jax.device_put((state, data), jax.local_devices()[0])
+    found = replay(meta, state, data, steps)
+    if found is None:
+        return (
+            f"Run again on one device, the {steps} meta-steps after {int(state.step)} have finite "
+            "meta-gradients: the numbers are at the edge of overflow, or the device is at fault."
+        )
+    before, row = found
+    component, problem = divmod(row, meta.num_problems)
+    inner, own, part = inners[component], data, before.estimator
+    if reads is not None:
+        own, part = data[reads[component]], before.estimator[component]
+    begin = jax.jit(lambda run: renew(inner, run, before.theta, before.stage))
+    sentence = None
+    for run in _runs(part, problem):
+        # Evolution strategies have two runs, seen here through the theta between them.
+        sentence = sentence or locate(
+            inner, before.theta, begin(run), own, order=order, objective=objective
+        )
+    return (
+        f"Meta-step {int(before.step) + 1}, problem {problem} ({inner.family.name}): "
+        f"{sentence or _NOWHERE}"
+    )
+
+
+def replay(
+    meta: Meta, state: base.MetaState, data, steps: int
+) -> tuple[base.MetaState, int] | None:
+    """Runs `steps` meta-steps from `state` (layout of checkpoints) one by one: the state before the
+    first with a meta-gradient that is not finite, and that gradient's row; None if there is none.
+
+    Row i of an estimator is problem i; row j · num_problems + i of a mixture is its estimator j's.
+    """
+    step = jax.jit(lambda state, data: meta_step(meta, state, data))
+    for _ in range(steps):
+        following, metrics = step(state, data)
+        fine = np.asarray(metrics["finite"])
+        if not fine.all():
+            return state, int(np.flatnonzero(~fine)[0])
+        state = following
+    return None
+
+
+def locate(
+    inner: Inner,
+    theta,
+    run: base.InnerState,
+    data,
+    *,
+    order: str = "first",
+    objective: Objective | None = None,
+) -> str | None:
+    """Where the first number that is not finite appears in the window that begins at `run`: one
+    sentence, or None.
+
+    The forward pass first, step by step: parameters, batch, loss, gradient, features by name,
+    update, held-out loss. If it is finite, the derivatives a meta-gradient takes: with order
+    "exact" of each feature by the gradient and of the gradient by the parameters, from the window's
+    second step on (the first sees nothing that depends on theta); then of the updates by theta.
+
+    Args:
+      run: renewed already (`unroll.renew`), as a window begins.
+      order: of the estimator, "first" or "exact".
+      objective: of the estimator: whether it reads validation batches, and logarithms of losses.
+        Without it the former are checked and the latter are not.
+    """
+    for name, tree in (("the optimizer's weight", theta), ("the problem's", run.problem)):
+        if tensor := _first_bad(tree):
+            return f"before the window {name} {tensor} is not finite."
+    passes = [_values, _slopes_by_gradient, _slopes_by_theta]
+    if order != "exact":
+        passes.remove(_slopes_by_gradient)
+    unseen = objective is not None and not objective.reads_validation
+    step = jax.jit(lambda theta, run, data: _values(inner, theta, run, data)[0])
+    for look in passes:
+        watch = jax.jit(lambda theta, run, data, look=look: look(inner, theta, run, data)[1])
+        state = run
+        for k in range(inner.length):
+            seen = watch(theta, state, data)
+            if look is not _slopes_by_gradient or k:
+                for quantity, tree in seen.items():
+                    if "validation" in quantity and unseen:
+                        continue
+                    if sentence := _fault(quantity, tree, objective):
+                        late = "validation" in quantity or "updated" in quantity
+                        when = "after" if late else "at"
+                        return f"{when} inner step {int(state.step)} {sentence}."
+            state = step(theta, state, data)
+        if look is _values and (
+            sentence := _fault(_LOSS, _last_loss(inner, state, data), objective)
+        ):
+            return f"after inner step {int(state.step) - 1} {sentence}."
+    return None
+
+
+_LOSS, _HELD_OUT = "the training loss", "the validation loss"
+
+
+def _values(inner, theta, run, data):
+    """(the state after a step, what it computed: {quantity: pytree} in order of appearance)."""
+    family = inner.family
+    batch = batch_at(family, run, data)
+    loss, gradient = jax.value_and_grad(family.loss)(run.params, run.problem, batch)
+    # An OrderedDict comes out of jit in this order, a dict in that of its keys.
+    seen = OrderedDict({"parameter": run.params, "the training batch's": batch, _LOSS: loss})
+    seen["the gradient of"] = gradient
+    for name, row in _features(inner, theta, run, gradient).items():
+        seen[f"feature {name} of"] = row
+    updates, opt_state = _update(inner, theta, run, gradient)
+    params = jax.tree.map(jnp.add, run.params, updates)
+    after = run._replace(params=params, opt_state=opt_state, step=run.step + 1)
+    seen["the update of"] = updates
+    seen["the optimizer's state"] = opt_state
+    seen["the updated parameter"] = params
+    held_out = batch_at(family, after, data, VALIDATION)
+    value, pull = jax.value_and_grad(family.loss)(params, run.problem, held_out)
+    seen["the validation batch's"] = held_out
+    seen[_HELD_OUT] = value
+    seen["the validation gradient of"] = pull
+    return after, seen
+
+
+def _last_loss(inner, run, data):
+    return inner.family.loss(run.params, run.problem, batch_at(inner.family, run, data))
+
+
+def _slopes_by_gradient(inner, theta, run, data):
+    """Derivatives that order "exact" takes. Features are coordinate-wise: one direction of ones
+    shows the derivative of every coordinate by its own gradient."""
+    batch = batch_at(inner.family, run, data)
+
+    def gradient_at(params):
+        return jax.grad(inner.family.loss)(params, run.problem, batch)
+
+    def slope(function, x):
+        return jax.jvp(function, (x,), (jax.tree.map(jnp.ones_like, x),))[1]
+
+    gradient = gradient_at(run.params)
+    rows = slope(lambda g: OrderedDict(_features(inner, theta, run, g)), gradient)
+    seen = OrderedDict()
+    for name in rows:
+        seen[f"the derivative by the gradient of feature {name} of"] = rows[name]
+    updates = slope(lambda g: _update(inner, theta, run, g)[0], gradient)
+    seen["the derivative by the gradient of the update of"] = updates
+    seen["the second derivative of the loss by"] = slope(gradient_at, run.params)
+    return None, seen
+
+
+def _slopes_by_theta(inner, theta, run, data):
+    batch = batch_at(inner.family, run, data)
+    gradient = jax.grad(inner.family.loss)(run.params, run.problem, batch)
+
+    def total(theta):
+        return sum(jnp.sum(x) for x in jax.tree.leaves(_update(inner, theta, run, gradient)[0]))
+
+    return None, {"the derivative of the updates by the weight": jax.grad(total)(theta)}
+
+
+def _update(inner, theta, run, gradient):
+    """(updates, optimizer's state)."""
+    rule = inner.optimizer.rule
+    if rule is None:
+        return inner.optimizer.bind(theta).update(
+            gradient, run.opt_state, run.params, num_steps=run.told
+        )
+    g, p = _flat(theta, gradient), _flat(theta, run.params)
+    shapes = coordinates.shapes_of(run.params)
+    updates, opt_state, _ = coordinates.advance(rule, theta, g, p, run.opt_state, run.told, shapes)
+    return coordinates.unflatten(updates, run.params), opt_state
+
+
+def _features(inner, theta, run, gradient):
+    """{name: that feature, like the parameters} for optimizers with a rule."""
+    rule = inner.optimizer.rule
+    if rule is None:
+        return {}
+    state = run.opt_state
+    g, p = _flat(theta, gradient), _flat(theta, run.params)
+    rows, names = rule.observe(g, state.statistics, p, state.step)[0], rule.features
+    if rule.matrices is not None:
+        shapes = coordinates.shapes_of(run.params)
+        directions = coordinates.look(rule, g, p, state, shapes)[0].directions
+        rows, names = [*rows, *directions], names + rule.matrices.names
+    return {
+        name: coordinates.unflatten(row, run.params) for name, row in zip(names, rows, strict=True)
+    }
+
+
+def _flat(theta, tree):
+    return coordinates.flatten(tree, coordinates.dtype_of(theta))
+
+
+def _runs(state, problem):
+    """The inner runs of one problem in the state of an estimator: one, or two of a pair."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, base.InnerState))
+    run = next(x for x in nodes if isinstance(x, base.InnerState))
+    run = jax.tree.map(lambda x: x[problem], run)
+    if run.step.ndim == 0:
+        return [run]
+    return [jax.tree.map(lambda x, i=i: x[i], run) for i in range(run.step.shape[0])]
+
+
+def _fault(quantity, tree, objective):
+    """What is wrong with a quantity, or None."""
+    tensor = _first_bad(tree)
+    if tensor is not None:
+        remedy = _NO_SLOPE if "by the gradient" in quantity else ""
+        return f"{quantity} {tensor} is not finite{remedy}".replace("  ", " ")
+    if objective is None or objective.form != "log" or quantity not in (_LOSS, _HELD_OUT):
+        return None
+    read = objective.reads_validation if quantity == _HELD_OUT else objective.reads_train
+    if read and float(tree) + FLOOR <= 0:
+        return (
+            f"{quantity} is {float(tree):g}, which has no logarithm: choose objective.form 'plain' "
+            "or 'last', or add a constant to the task's loss"
+        )
+    return None
+
+
+def _first_bad(tree) -> str | None:
+    """The path and first coordinate of the first leaf that is not finite: "layer/w[2, 0] (nan, and
+    5 of 12 in all)"; None if all are finite. A tensor without a path is only counted."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        values = np.asarray(leaf).astype(np.float64)
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            place = tuple(int(i) for i in bad[0])
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name += str(list(place)) if place else ""
+            total = f", {len(bad)} of {values.size} numbers" if values.size > 1 else ""
+            return f"{name} ({values[place]:g}{total})".lstrip()
+    return None

@@ -1,0 +1,288 @@
+"""A configuration to everything that a run needs: `Experiment`.
+
+A section of a configuration is a dict with a `name` and settings: the keyword arguments of what the
+name stands for in the kind's registry (`tasks.registry`, `optimizers.registry`,
+`estimators.registry`, and the dicts here).
+"""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import optax
+
+from l2l.console import schema as checks
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.core.unroll import Inner
+from l2l.estimators import first_order, mixture, objective
+from l2l.estimators.registry import ESTIMATORS
+from l2l.optimizers.registry import optimizer
+from l2l.tasks.registry import setting_of, task
+from l2l.training import curriculum
+from l2l.training.meta_step import Meta
+
+HORIZONS = {"log_uniform": curriculum.log_uniform, "stages": curriculum.stages}
+META_OPTIMIZERS = {
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "add_decayed_weights": optax.add_decayed_weights,
+    "clip": optax.clip,
+    "clip_by_global_norm": optax.clip_by_global_norm,
+    "lion": optax.lion,
+    "rmsprop": optax.rmsprop,
+    "scale": optax.scale,
+    "scale_by_adam": optax.scale_by_adam,
+    "scale_by_learning_rate": optax.scale_by_learning_rate,
+    "scale_by_schedule": optax.scale_by_schedule,
+    "sgd": optax.sgd,
+}
+SCHEDULES = {
+    "constant_schedule": optax.constant_schedule,
+    "cosine_decay_schedule": optax.cosine_decay_schedule,
+    "exponential_decay": optax.exponential_decay,
+    "linear_schedule": optax.linear_schedule,
+    "warmup_cosine_decay_schedule": optax.warmup_cosine_decay_schedule,
+}
+LENGTH = 20  # Of a window, unless section `inner` says otherwise.
+
+
+class Running(NamedTuple):
+    """Section `meta`.
+
+    steps:        meta-steps of the whole run.
+    num_problems: inner problems, split over the devices.
+    group:        meta-steps a call of the compiled program (and between signs of life).
+    clip:         the largest norm of one problem's meta-gradient.
+    max_bad:      training stops after so many non-finite meta-gradients in a row.
+    blend:        the theta at the end is that of the beginning plus so much of the way to the
+                  trained one: between them lie optimizers that keep what the first does well on
+                  other tasks (as in WiSE-FT; Wortsman et al. 2022).
+    optimizer:    of the meta-optimizer: one section, or several that are chained.
+    """
+
+    steps: int = 2000
+    num_problems: int = 16
+    group: int = 50
+    clip: float = 1.0
+    max_bad: int = 20
+    blend: float = 1.0
+    optimizer: Any = MappingProxyType({"name": "adam", "learning_rate": 1e-3})
+
+
+class Evaluation(NamedTuple):
+    """Section `evaluation`: the comparison with tuned Adam, at the end and on the way.
+
+    horizons:     of the final comparison, in inner steps.
+    num_problems: unseen problems of the final comparison (seeds), for each horizon.
+    every:        meta-steps between comparisons on the way; 0 for none. They take the shortest
+                  horizon and the first of the tasks.
+    tasks:        what to compare on: settings that replace some of section `task`, or several such
+                  dicts; {} is that section itself. Always without augmentations.
+    """
+
+    horizons: Sequence[int] = (500, 1000)
+    num_problems: int = 12
+    every: int = 500
+    tasks: Any = MappingProxyType({})
+
+
+class Saving(NamedTuple):
+    """Section `checkpoint`: every how many meta-steps, and how many of the last are kept."""
+
+    every: int = 200
+    keep: int = 3
+
+
+class Experiment(NamedTuple):
+    """What `train.run` runs.
+
+    config:        plain data, as config.json holds it.
+    specification: the part of it that rebuilds the optimizer.
+    families:      what is trained on: one, or several that make a mixture.
+    reads:         for each family, which entry of `data()` is its own.
+    start:         an export or released name whose theta training begins with; "" for a fresh one.
+    judged:        what the optimizer is compared with Adam on: (name, family) pairs.
+    """
+
+    config: dict
+    specification: dict
+    seed: int
+    families: tuple[base.TaskFamily, ...]
+    reads: tuple[int, ...]
+    start: str
+    judged: tuple[tuple[str, base.TaskFamily], ...]
+    optimizer: base.LearnedOptimizer
+    inners: tuple[Inner, ...]
+    meta: Meta
+    curriculum: curriculum.Curriculum
+    running: Running
+    evaluation: Evaluation
+    saving: Saving
+
+    def data(self):
+        """What the estimator reads: a family's data, or for a mixture a tuple of them."""
+        loaded = tuple(
+            self.families[self.reads.index(i)].data() for i in range(max(self.reads) + 1)
+        )
+        return loaded[0] if len(self.families) == 1 else loaded
+
+    def data_of(self, data, index: int):
+        """The part of `data()` that belongs to a family."""
+        return data if len(self.families) == 1 else data[self.reads[index]]
+
+
+SECTIONS = (
+    "seed",
+    "start",
+    "task",
+    "augmentations",
+    "optimizer",
+    "objective",
+    "inner",
+    "estimator",
+    "horizon",
+    "imitation",
+    "meta",
+    "evaluation",
+    "checkpoint",
+)
+
+
+def experiment(config: Mapping) -> Experiment:
+    """Builds everything that a configuration (a ConfigDict or dict) describes.
+
+    Raises:
+      UserError: a key or name that is not known (with the nearest that is), or a value of the
+        wrong type or out of range.
+    """
+    config = checks.plain(config)
+    for key in config:
+        if key not in SECTIONS:
+            raise UserError(checks.unknown("section", key, SECTIONS, "config"))
+    running = checks.fill("meta", Running, config.get("meta", {}))
+    # Every call of the compiled program takes the same number of meta-steps.
+    running = running._replace(group=math.gcd(running.steps, running.group))
+    if not 0.0 < running.blend <= 1.0:
+        raise UserError(
+            f"meta.blend={running.blend} is no part of the way from the first theta to the trained "
+            "one: use a number above 0 and at most 1."
+        )
+    specification = config.get("optimizer", {"name": "lstm"})
+    learned = optimizer(specification)
+    imitation = checks.fill("imitation", curriculum.Imitation, config.get("imitation", {}))
+    evaluation = checks.fill("evaluation", Evaluation, config.get("evaluation", {}))
+    families, weights, sources = _mixture(config)
+    estimators, inners = zip(
+        *(_estimator(config, family, learned, imitation) for family in families), strict=True
+    )
+    reads = tuple(list(dict.fromkeys(sources)).index(source) for source in sources)
+    single = len(families) == 1
+    horizons = config.get("horizon", {"name": "log_uniform"})
+    return Experiment(
+        config=config,
+        specification=specification,
+        seed=checks.fits("config", "seed", config.get("seed", 0), int),
+        families=families,
+        reads=reads,
+        start=checks.fits("config", "start", config.get("start", ""), str),
+        judged=_judged(config, evaluation.tasks),
+        optimizer=learned,
+        inners=inners,
+        meta=Meta(
+            estimators[0] if single else mixture.mixture(list(estimators), weights, reads=reads),
+            learned,
+            meta_optimizer(running.optimizer, running.steps),
+            running.num_problems,
+            running.clip,
+        ),
+        curriculum=checks.make(
+            "horizon", HORIZONS, horizons, {"steps": running.steps, "imitation": imitation}
+        ),
+        running=running,
+        evaluation=evaluation,
+        saving=checks.fill("checkpoint", Saving, config.get("checkpoint", {})),
+    )
+
+
+def _mixture(config):
+    """(families, weights, what each reads) of section `task`: one family, or a tuple of them."""
+    sections = config.get("task", {"name": "mlp"})
+    sections = (sections,) if isinstance(sections, Mapping) else sections
+    if not sections:
+        raise UserError("task=() leaves nothing to train on: name at least one family.")
+    families, weights, sources = [], [], []
+    for section in sections:
+        section = dict(section)
+        weights.append(checks.fits("task", "weight", section.pop("weight", 1.0), float))
+        own = section.pop("augmentations", ())
+        families.append(
+            task(section, (*checks.several(own), *checks.several(config.get("augmentations", ()))))
+        )
+        sources.append(section.get("dataset", setting_of(section.get("name"), "dataset")))
+    return tuple(families), weights, sources
+
+
+def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
+    """The plain families of section `task`, each with each of the changes of settings."""
+    sections = config.get("task", {"name": "mlp"})
+    out = []
+    for section in checks.several(sections):
+        plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
+        for change in checks.several(changes):
+            family = task({**plain, **change})
+            values = " ".join(
+                "-".join(map(str, v if isinstance(v, tuple | list) else [v]))
+                for k, v in change.items()
+                if sum(change[k] != other.get(k) for other in checks.several(changes))
+            )
+            out.append((" ".join(filter(None, (family.name, values))), family))
+    return tuple(out)
+
+
+def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, Inner]:
+    settings = {"length": LENGTH, **config.get("inner", {})}
+    hidden = ("family", "optimizer")  # The program's, not the user's.
+    inner = Inner(family, learned, **checks.check("inner", Inner, settings, hidden))
+    losses = objective.objective(
+        **checks.check("objective", objective.objective, config.get("objective", {}))
+    )
+    section = config.get("estimator", {"name": "first_order"})
+    factory, _ = checks.factory_of("estimator", ESTIMATORS, section)
+    if learned.rule is None and factory is first_order.first_order:
+        raise UserError(
+            "Estimator 'first_order' works coordinate by coordinate, which this optimizer does "
+            "not: choose 'truncated' or 'pes'."
+        )
+    given = {"inner": inner, "objective": losses, "teacher": None}
+    if imitation.weight or imitation.final:
+        if "teacher" not in inspect.signature(factory).parameters:
+            raise UserError(
+                f"Estimator {section['name']!r} cannot imitate Adam: "
+                "set imitation.weight and imitation.final to 0."
+            )
+        given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
+    return checks.make("estimator", ESTIMATORS, section, given), inner
+
+
+def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
+    """One optax transformation from a section, or a chain from several. Schedules that need to know
+    how long they last are told `steps` unless they say otherwise."""
+    if not isinstance(settings, Mapping):
+        return optax.chain(*(meta_optimizer(one, steps) for one in settings))
+
+    def resolve(value):
+        if not isinstance(value, Mapping):
+            return value
+        length = next((k for k in ("decay_steps", "transition_steps") if _has(value, k)), None)
+        return checks.make("schedule", SCHEDULES, {**({length: steps} if length else {}), **value})
+
+    settings = {key: resolve(value) for key, value in settings.items()}
+    return checks.make("meta-optimizer", META_OPTIMIZERS, settings)
+
+
+def _has(settings: Mapping, key: str) -> bool:
+    factory = SCHEDULES.get(settings.get("name"))
+    return factory is not None and key in inspect.signature(factory).parameters

@@ -1,0 +1,132 @@
+"""What a run comes to: the comparison with tuned Adam on the way and at the end, and its files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from l2l.console import errors
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.evaluation import comparison as scorecard
+from l2l.evaluation import curves as evaluate
+from l2l.evaluation import tuning
+from l2l.storage import exports, files
+from l2l.training import experiment as build
+from l2l.training.run_directory import differences
+from l2l.version import __version__
+
+SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
+
+
+def comparison(
+    experiment: build.Experiment, directory, key: jax.Array, say: Callable[[str], None]
+) -> Callable:
+    """Makes (theta) -> (numbers for the log, a phrase), at the shortest horizon of section
+    `evaluation` and on the first of its tasks. Adam is tuned at the first call."""
+    settings = experiment.evaluation
+    horizon, (name, family) = min(settings.horizons), experiment.judged[0]
+    own = family.data()
+    made = []
+
+    def make():
+        say(f"Tuning Adam on {name}, {horizon} steps, to compare with.")
+        tuned = tuning.tune(
+            *(key, "adam", family, own, settings.num_problems, (horizon,)),
+            eps_roots=eps_roots(experiment),
+            cache_dir=Path(directory) / "cache",
+        )
+        run = evaluate.compile_evaluation(
+            experiment.optimizer, family, settings.num_problems, horizon
+        )
+        return run, float(np.mean(tuned.by_train_loss[horizon].train_loss))
+
+    def compare(theta):
+        if not made:
+            made.extend(make())
+        run, adam = made
+        curves = run(theta, key, own)
+        ratio = float(np.mean(curves.train_loss[:, -1])) / adam
+        numbers = {"comparison/loss_ratio": ratio, "comparison/adam_loss": adam}
+        if family.accuracy is not None:
+            numbers["comparison/test_accuracy"] = float(np.mean(curves.test_accuracy[:, -1]))
+        return numbers, f"{ratio:.3g} × tuned Adam's loss at {horizon}"
+
+    return compare
+
+
+def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> str:
+    """Exports theta, scores it beside tuned Adam and writes table, JSON and figure; returns the
+    summary that a user is shown."""
+    directory = Path(directory)
+    theta = jax.device_get(theta)
+    # First of all: whatever becomes of the comparison, the product is there.
+    path = exports.export(
+        directory / exports.EXPORT, experiment.specification, theta, about(experiment, snapshot)
+    )
+    cells = [scorecard.Cell(name, family, family.data()) for name, family in experiment.judged]
+    score = scorecard.score(
+        key,
+        [scorecard.Entry(experiment.specification["name"], experiment.optimizer, theta)],
+        cells,
+        experiment.evaluation.horizons,
+        experiment.evaluation.num_problems,
+        eps_roots=eps_roots(experiment),
+        cache_dir=directory / "cache",
+        progress=scorecard.watch(),
+    )
+    text = scorecard.write(directory, score, about(experiment, snapshot))
+    text += f"\n{directory / 'metrics.jsonl'}\n{path}\n"
+    files.write(directory / SUMMARY, text.encode())
+    return text
+
+
+def earlier(experiment) -> tuple[base.PyTree, dict]:
+    """(theta, metadata) of the export that training begins with; UserError if it does not fit."""
+    _, theta, metadata = exports.read(exports.locate(experiment.start))
+    mine = json.loads(json.dumps(experiment.specification))
+    if different := differences(exports.specification_of(metadata), mine, "optimizer"):
+        raise UserError(
+            f"start={experiment.start!r} is another optimizer ({'; '.join(different)}): set "
+            "section `optimizer` to its settings, or begin without it."
+        )
+    return theta, metadata
+
+
+def finished(directory) -> str | None:
+    """The summary of a run that has ended in a directory, or None."""
+    path = Path(directory) / SUMMARY
+    with errors.naming(path):
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def about(experiment: build.Experiment, snapshot) -> dict:
+    """Where an optimizer comes from, as plain data: what exports and results say of it."""
+    running, inner = experiment.running, experiment.config.get("inner", {})
+    windows = running.steps * running.num_problems * len(experiment.families)
+    before = earlier(experiment)[1] if experiment.start else {}
+    return {
+        "config": experiment.config,
+        "seed": experiment.seed,
+        "meta_steps": running.steps,
+        "skipped": int(snapshot.state.skipped),
+        "training": {
+            "seconds": round(float(snapshot.seconds), 1),
+            "devices": jax.device_count(),
+            "platform": jax.devices()[0].device_kind,
+            "inner_steps": windows * inner.get("length", build.LENGTH),
+            "data": [family.name for family in experiment.families],
+        },
+        # Of the optimizer that this one went on from, and of those before it.
+        "training_before": [*before.get("training_before", ()), before["training"]]
+        if before
+        else [],
+        "versions": {"l2l": __version__, "jax": jax.__version__},
+    }
+
+
+def eps_roots(experiment: build.Experiment) -> tuple[float, ...]:
+    """What Adam is tuned with: none, and the optimizer's own."""
+    return (0.0, experiment.specification.get("eps_root", 1e-8))

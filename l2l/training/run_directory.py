@@ -1,0 +1,117 @@
+"""A run directory belongs to one configuration and to one run at a time, and survives signals."""
+
+import contextlib
+import fcntl
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from l2l.cluster import collectives as cluster
+from l2l.console import errors
+from l2l.console.errors import UserError
+from l2l.storage import files
+
+
+def claim(directory: Path, config: dict) -> None:
+    """Makes the directory this configuration's, or refuses to."""
+    path = directory / "config.json"
+    mine = json.loads(json.dumps(config))
+    if not path.exists():
+        files.write(path, json.dumps(mine, indent=2).encode() + b"\n")
+        return
+    try:
+        with errors.naming(path):
+            theirs = json.loads(path.read_text())
+        if not isinstance(theirs, dict):
+            raise UserError("it is no table")
+    except (RecursionError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): restore it, or choose another directory."
+        ) from error
+    if different := differences(theirs, mine):
+        raise UserError(
+            f"{directory} holds a run of another configuration ({'; '.join(different[:8])}). "
+            "Choose another --workdir, or remove that directory."
+        )
+
+
+def shared(directory: Path, config: dict) -> None:
+    """Refuses a directory or a configuration that is not the same for all processes of a run.
+
+    Raises:
+      UserError: on all of them.
+    """
+    if cluster.count() == 1:
+        return
+    cluster.alike(
+        [json.dumps(config, sort_keys=True).encode()],
+        "The processes were started with different configurations: give all the same command.",
+    )
+    # A network file system may show another host's file late.
+    deadline = time.monotonic() + 20
+    while not (seen := (directory / "config.json").exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if cluster.largest(np.int32(not seen)):
+        raise UserError(
+            f"Not every process sees what process 0 wrote in {directory}: choose a --workdir on a "
+            "file system that all hosts share."
+        )
+
+
+def differences(theirs, mine, path="") -> list[str]:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        out = []
+        for key in sorted({*theirs, *mine}):
+            out += differences(theirs.get(key), mine.get(key), f"{path}.{key}" if path else key)
+        return out
+    return [] if theirs == mine else [f"{path} is {theirs} there, {mine} here"]
+
+
+@contextlib.contextmanager
+def lock(directory):
+    """Holds a directory for one run; the system lets go of it when the process ends, however.
+
+    Raises:
+      UserError: another run holds it.
+    """
+    with errors.naming(directory):
+        file = open(Path(directory) / "lock", "a+")  # noqa: SIM115
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another run is at work in {directory}: wait for it, or choose another --workdir."
+            ) from error
+        except OSError as error:  # Of a file system without locks.
+            raise errors.about(directory, error) from error
+        yield
+
+
+class Signals:
+    """Notes SIGINT and SIGTERM in `got`; a second one has its usual effect."""
+
+    def __init__(self):
+        self.got = 0
+        self.before = {}
+
+    def _note(self, number, frame):
+        self.got = number
+        self._restore(signal.SIG_DFL)
+
+    def _restore(self, handler=None):
+        for number, before in self.before.items():
+            signal.signal(number, before if handler is None else handler)
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows it only there.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        self._restore()

@@ -1,0 +1,98 @@
+"""What the members of a fleet came to: one table and one JSON file, with the spread over seeds."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from l2l.console import errors
+from l2l.console.errors import UserError
+from l2l.evaluation import report
+from l2l.storage import files
+
+TABLE, CONTENT = "fleet.md", "fleet.json"
+
+
+def finished(directory: Path) -> bool:
+    """Whether a directory holds a run that has ended."""
+    from l2l.training import (
+        finish as outcome,  # It imports JAX, which the caller prepares for first.
+    )
+
+    return outcome.finished(directory) is not None
+
+
+def write(root: Path, members: Sequence, codes: Mapping[Path, int]) -> str:
+    """Writes fleet.md and fleet.json from the results of the members that have finished; returns
+    the tables and the paths, as text.
+
+    Args:
+      members: of `fleet.Member`.
+      codes: exit codes of those that were run just now.
+    """
+    found = {m.directory: _results(m.directory) for m in members if finished(m.directory)}
+    states = [
+        {
+            "setting": m.setting or "–",
+            "seed": m.seed,
+            "state": _state(m.directory in found, codes.get(m.directory)),
+            "directory": str(m.directory),
+        }
+        for m in members
+    ]
+    rows = []
+    for setting in dict.fromkeys(m.setting for m in members):
+        mine = [m for m in members if m.setting == setting and m.directory in found]
+        steps = {row["steps"] for m in mine for row in found[m.directory]}
+        for horizon in sorted(steps):
+            own = [(m, row) for m in mine for row in found[m.directory] if row["steps"] == horizon]
+            rows.append({"setting": setting or "–", "steps": horizon, **_spread(own)})
+    table = [{key: value for key, value in row.items() if key != "each"} for row in rows]
+    text = report.table(table) + "\n" if rows else ""
+    text += report.table(states)
+    text += "\nloss ratio: geometric mean over seeds; points: mean ± standard deviation.\n"
+    files.write(root / TABLE, text.encode())
+    report.write_json(root / CONTENT, {"members": states, "results": rows})
+    return f"{text}\n{root / TABLE}\n{root / CONTENT}"
+
+
+def _results(directory: Path) -> list[dict]:
+    """The rows of the learned optimizer, one a horizon; of a run with several tasks, over all."""
+    path = directory / "results.json"
+    try:
+        with errors.naming(path):
+            content = json.loads(path.read_text())
+        name = content["rows"][0]["optimizer"]  # Tuned Adam's come after it.
+        return [row for row in content["summary"] if row["optimizer"] == name]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({errors.printable(str(error))[:100]}): remove summary.txt beside "
+            "it and run that member again, which writes it anew from the last checkpoint."
+        ) from error
+
+
+def _spread(own) -> dict:
+    ratios = [_number(row["loss ratio"]) for _, row in own]
+    points = [_number(row["points"]) for _, row in own]
+    return {
+        "seeds": len(own),
+        "loss ratio": report.geometric_mean(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "points": float(np.mean(points)),
+        "±": float(np.std(points, ddof=1)) if len(points) > 1 else float("nan"),
+        "diverged": sum(row["diverged"] for _, row in own),
+        "each": [{"seed": member.seed, **row} for member, row in own],
+    }
+
+
+def _number(value) -> float:
+    """What `report.plain` wrote: NaN as null, infinities as text."""
+    return float("nan" if value is None else value)
+
+
+def _state(done: bool, code: int | None) -> str:
+    if done:
+        return "finished"
+    return "not finished" if code is None else f"ended with code {code}"
