@@ -291,6 +291,7 @@ def _summary(metrics, state, stage, seconds) -> dict:
     """One row of the log: means over the group and the problems, finite ones where some are not."""
 
     def mean(x):
+        x = base.single(x)
         x = x[np.isfinite(x)] if x.dtype.kind == "f" else x
         return float(x.mean()) if x.size else math.nan
 
