@@ -11,6 +11,7 @@ from l2l.cluster import collectives as cluster
 from l2l.evaluation import comparison as scorecard
 from l2l.training import experiment as build
 from l2l.training import finish as outcome
+from l2l.training import loop
 
 
 @pytest.fixture
@@ -70,6 +71,16 @@ def test_inner_steps_are_counted_of_every_run(tiny, estimator, runs):
     about = outcome.about(experiment, SimpleNamespace(state=state, seconds=1.0))
     assert about["training"]["inner_steps"] == runs * 12 * 8 * 4
     assert about["dropped"] == 3
+
+
+def test_data_that_stand_twice_are_placed_once():
+    mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
+    same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    one, other = np.arange(3.0), np.arange(3.0)
+    placed = loop._placed(((one, other), (one,), ()), same)
+    assert placed[0][0] is placed[1][0] and placed[0][0] is not placed[0][1]
+    np.testing.assert_array_equal(placed[0][1], other)
+    assert placed[0][0].sharding == same and placed[2] == ()
 
 
 def test_what_a_process_has_whole_is_not_copied(monkeypatch):

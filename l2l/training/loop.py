@@ -402,7 +402,7 @@ def _explanation(experiment, data, layout, gather):
     """Makes (metrics, state before the group, state after it) -> a sentence on where a number that
     is not finite began, or None: for the first such group of a run, and the first of each row in
     which no problem was fine. All of them share their compiled programs."""
-    found = []
+    explained = False
 
     @functools.cache
     def explain():
@@ -416,12 +416,13 @@ def _explanation(experiment, data, layout, gather):
         )
 
     def explanation(metrics, before, state):
+        nonlocal explained
         fine = metrics["finite"]
         left_out, skipped = np.flatnonzero(~fine.all(1)), np.flatnonzero(~fine.any(1))
         new_row = len(skipped) and int(state.bad) <= len(fine)
-        if not len(left_out) or (found and not new_row):
+        if not len(left_out) or (explained and not new_row):
             return None
-        found.append(state.step)
+        explained = True
         # All take part in that.
         whole = cluster.whole((gather(before), data), layout.same)
         return explain()(*whole, int(left_out[0]) + 1) if cluster.first() else None
