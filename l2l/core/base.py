@@ -208,6 +208,16 @@ def finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
+def single(tree: PyTree) -> PyTree:
+    """A pytree of arrays with those of half precision as float32, all others as they are."""
+
+    def of(x):
+        half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        return x.astype(jnp.float32) if half else x
+
+    return jax.tree.map(of, tree)
+
+
 class RawKey(NamedTuple):
     """The numbers of random keys, where only plain arrays will do: in checkpoints, and in what
     `pmap` shares between processes."""

@@ -204,13 +204,7 @@ def one_run(transform, family, run: Beginning, data, steps, blowup=2.0) -> Curve
         kept = train <= initial + (blowup - 1) * jnp.abs(initial)
         measured.append((train, test, accuracy, ~(finite & kept)))
     curves = Curves(jnp.concatenate(losses), (), *map(jnp.stack, zip(*measured, strict=True)))
-    return jax.tree.map(_single, curves)
-
-
-def _single(x):
-    """Numbers of half precision as float32, which all that reads them knows."""
-    half = jnp.issubdtype(x.dtype, jnp.floating)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if half else x
+    return base.single(curves)  # What reads them knows no half precision.
 
 
 def _whole(measure, family, state, data, split):

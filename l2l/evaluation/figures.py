@@ -58,8 +58,8 @@ def curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
             axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
             axis.plot(steps, middle, label=name, linewidth=1.6, **style)
             drawn += [low, middle, high]
-        axis.set(xscale="log", title=title, xlabel="step", ylabel="training loss")
-        _scale_losses(axis, np.concatenate(drawn))
+        axis.set(title=title, xlabel="step", ylabel="training loss")
+        _scale(axis, np.concatenate(drawn))
         axis.grid(True, which="major", alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -70,15 +70,17 @@ def curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
     return Path(path)
 
 
-def _scale_losses(axis, losses) -> None:
-    """Sets the scale of an axis of losses, and says so where none is finite."""
+def _scale(axis, losses) -> None:
+    """Sets the scales of the axes of a panel; where no loss is finite, there are none to set."""
     finite = losses[np.isfinite(losses)]
-    if finite.size and finite.min() >= 0 and finite.max() > 0:
-        axis.set_yscale("log")
     if not finite.size:
         middle = dict(ha="center", va="center", transform=axis.transAxes)
         axis.text(0.5, 0.5, "no finite loss", **middle)
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
+        return
+    axis.set_xscale("log")
+    if finite.min() >= 0 and finite.max() > 0:
+        axis.set_yscale("log")
 
 
 def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) -> Path:

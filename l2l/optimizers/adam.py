@@ -91,13 +91,8 @@ def learned_adam(
         # Decays that are arrays make float32 moments of half-precision gradients, from the first
         # step on: so they are float32 from the beginning.
         return optax.GradientTransformation(
-            lambda params: adam.init(_single(params)),
-            lambda updates, state, params=None: adam.update(_single(updates), state),
+            lambda params: adam.init(base.single(params)),
+            lambda updates, state, params=None: adam.update(base.single(updates), state),
         )
 
     return base.lift(init, make)
-
-
-def _single(tree: base.PyTree) -> base.PyTree:
-    """Half precision as float32; wider dtypes as they are."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)

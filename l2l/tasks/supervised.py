@@ -118,7 +118,7 @@ def pixels(inputs: jax.Array) -> jax.Array:
 
 def loader(dataset: str) -> Callable[[], datasets.Dataset]:
     """Makes `data`: the arrays of the data set. A partial, by which families on the same data set
-    are known (`build.Experiment.reads`)."""
+    are known (`training.experiment.Experiment.reads`)."""
     return functools.partial(datasets.load, dataset)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from l2l.cluster import collectives
 from l2l.console.errors import UserError
+from l2l.core import base
 from l2l.training import curriculum, diagnose
 from l2l.training.loop import VALIDATE, Group, Loop
 
@@ -160,6 +161,7 @@ class Compare:
 
 def mean(x: np.ndarray) -> float:
     """Over all, and of floats over the finite ones; NaN if there are none."""
+    x = base.single(x)
     x = x[np.isfinite(x)] if x.dtype.kind == "f" else x
     return float(x.mean()) if x.size else math.nan
 
