@@ -47,7 +47,7 @@ def read_optimizer(text: str) -> Entry:
     if not released and expression and (name in baselines.OPTIMIZERS or "(" in text):
         return Entry(text, baselines.parse(text))
     path = files.readable(text)
-    if not released and not path.exists() and os.sep not in text:
+    if not released and os.sep not in text and not path.exists():
         raise UserError(_unknown(text, name))
     optimizer, theta, _ = exports.read(exports.locate(text))
     return Entry(text if released else _stem(path), optimizer, theta)
