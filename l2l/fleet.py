@@ -77,14 +77,15 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Member]]:
 
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    own = dict(flag_values=values)
-    flags.DEFINE_string(
-        "workdir", None, "Of all members; by default checkpoints/<config>-fleet.", **own
-    )
-    flags.DEFINE_integer("seeds", 1, "From that of the configuration on.", lower_bound=1, **own)
-    flags.DEFINE_multi_string("sweep", [], "field=value,value; several are multiplied.", **own)
-    flags.DEFINE_integer("index", None, "Runs this member alone.", lower_bound=0, **own)
-    flags.DEFINE_bool("gather", False, "Writes the summary alone.", **own)
+    about = "Of all members; by default checkpoints/<config>-fleet."
+    flags.DEFINE_string("workdir", None, about, flag_values=values)
+    about = "How many, from that of the configuration on."
+    flags.DEFINE_integer("seeds", 1, about, lower_bound=1, flag_values=values)
+    about = "field=value,value; several are multiplied."
+    flags.DEFINE_multi_string("sweep", [], about, flag_values=values)
+    about = "Runs this member alone."
+    flags.DEFINE_integer("index", None, about, lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("gather", False, "Writes the summary alone.", flag_values=values)
     return values
 
 

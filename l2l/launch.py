@@ -60,11 +60,12 @@ def main(argv) -> int:
 
 def _num_problems(config) -> int:
     """Of a configuration that is not checked yet."""
+    from l2l.training import experiment
+
     meta = config.get("meta")
     number = meta.get("num_problems") if hasattr(meta, "get") else None
-    if not isinstance(number, int) or number < 1:
-        number = _known()(("meta",), config)["num_problems"]
-    return number
+    fine = isinstance(number, int) and number > 0
+    return number if fine else experiment.Running().num_problems
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def test_one_device_a_core_unless_told_otherwise(monkeypatch, tmp_path):
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         monkeypatch.setenv(name, "")  # Restored afterwards, whatever `prepare` does.
         monkeypatch.delenv(name)
+    monkeypatch.setattr(host, "prepared", False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")

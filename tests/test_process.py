@@ -95,6 +95,22 @@ def test_what_others_log_is_heard_while_checkpoints_are_written(tmp_path, caplog
     assert caplog.messages == ["of the user's own", "of another library"]
 
 
+def test_a_command_does_not_hear_of_fonts_and_a_library_call_does():
+    """In processes of their own, where matplotlib lists its fonts as it does on a first run."""
+    program = (
+        "import logging, sys; from l2l.cluster import environment;"
+        "sys.argv[1] == 'command' and environment.prepare();"
+        "logging.getLogger('matplotlib.font_manager').warning('building the font cache')"
+    )
+    heard = {}
+    for who in ("command", "library"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, who], capture_output=True, text=True, check=True
+        )
+        heard[who] = done.stderr
+    assert heard == {"command": "", "library": "building the font cache\n"}
+
+
 # --- metrics and configurations are JSON -------------------------------------------------------
 
 

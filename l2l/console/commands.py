@@ -1,6 +1,7 @@
 """What every command does around its own work."""
 
 import functools
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -18,7 +19,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def run(argv: Sequence[str], *rest) -> int:
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # Not in every test and notebook.
+            if isinstance(stream, io.TextIOWrapper):  # Not in every test and notebook.
                 stream.reconfigure(errors="replace")
         try:
             return main(argv, *rest)

@@ -14,16 +14,16 @@ from l2l.console import modules, schema
 from l2l.console.errors import UserError, printable
 
 # (path of a section, configuration) -> {key: default} of it, or None where any key may be.
-Known = Callable[[tuple[str, ...], Mapping], Mapping[str, Any] | None]
+Known = Callable[[tuple[str, ...], Any], Mapping[str, Any] | None]
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
 class Typed(NamedTuple):
-    """values: of the flags. config: the configuration, with what was typed over it, and None
-    without --config; name: of its file, without folder and ending."""
+    """values: of the flags. config: a ConfigDict, with what was typed over it, or None without
+    --config; name: of its file, without folder and ending."""
 
     values: flags.FlagValues
-    config: ConfigDict | None
+    config: Any
     name: str
 
 

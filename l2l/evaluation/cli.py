@@ -49,7 +49,7 @@ def read_optimizer(text: str) -> Entry:
     if not released and expression and (name in baselines.OPTIMIZERS or "(" in text):
         return Entry(text, baselines.parse(text))
     path = files.readable(text)
-    if not released and not path.exists() and os.sep not in text:
+    if not released and os.sep not in text and not path.exists():
         raise UserError(_unknown(text, name))
     optimizer, theta, _ = exports.read(exports.locate(text))
     return Entry(text if released else _stem(path), optimizer, theta)
@@ -142,7 +142,7 @@ _OWN = ("task", "set", "vary", "baseline", "eps_root")
 
 def _sections(values, config, known) -> list[dict]:
     if config is not None and not values["task"].present:
-        found = {**known((), {}), **schema.plain(config)}["task"]
+        found = {**(known((), {}) or {}), **schema.plain(config)}["task"]
         sections = [found] if isinstance(found, dict) else list(found)
         # What belongs to the mixture is not the task's.
         sections = [{k: v for k, v in s.items() if k not in _MIXTURE} for s in sections]

@@ -54,7 +54,7 @@ def setting_of(name: str, key: str):
 def settings_of(section: Mapping) -> dict[str, Any] | None:
     """{key: its default, or None} of what may stand in a section `task`, those of a mixture too;
     None where its name is not known."""
-    factory = {**TASKS, **_own(section)}.get(section.get("name"))
+    factory = {**TASKS, **_own(section)}.get(section.get("name", ""))
     if factory is None:
         return None
     mixture = {"weight": 1.0, "augmentations": ()}
