@@ -19,6 +19,7 @@ from l2l.training import ahead_of_time as preflight
 from l2l.training import experiment as build
 from l2l.training import finish as outcome
 from l2l.training.callbacks import DONE, NOT_FINITE, TERMINATED
+from l2l.training.loop import start
 from l2l.training.run import train
 from l2l.training.run_directory import lock
 
@@ -88,6 +89,25 @@ def test_a_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch, hori
     assert train(experiment, parts) == DONE
     jax.tree.map(np.testing.assert_array_equal, theta_of(whole), theta_of(parts))
     assert rows_of(whole) == rows_of(parts)
+
+
+def test_the_loop_by_itself_is_the_same_training(tiny, whole):
+    """Without directory, logs and checkpoints, to the bit."""
+    loop = start(build.experiment(tiny))
+    while loop.step < loop.experiment.running.steps:
+        assert loop.advance().metrics["finite"].shape == (3, 8)
+    jax.tree.map(np.testing.assert_array_equal, loop.result(), theta_of(whole))
+
+
+def test_a_callback_ends_a_run(tiny, tmp_path):
+    met = []
+
+    def end(loop, group):
+        met.append((loop.step, group.metrics["meta_loss"].shape))
+        return 7 if loop.step == 6 else None
+
+    assert train(build.experiment(tiny), tmp_path, extra=[end]) == 7
+    assert met == [(3, (3, 8)), (6, (3, 8))]
 
 
 @pytest.mark.parametrize("saved, resumed", [(8, 1), (1, 8), (4, 2)])
