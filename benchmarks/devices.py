@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 
-from l2l.cluster import environment as host
+from l2l.cluster import environment
 
 ALL = None  # Devices.
 
@@ -30,15 +30,15 @@ def prepare(config: str, devices: int | None):
     if devices is not ALL:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     settings = runpy.run_path(config)["get_config"]()
-    host.prepare(settings.meta.num_problems)
+    environment.prepare(settings.meta.num_problems)
 
     import jax
 
-    from l2l.training.experiment import experiment
+    from l2l.training.experiment import build_experiment
     from l2l.training.loop import start
 
     local = None if devices is ALL or jax.process_count() > 1 else jax.devices()[:devices]
-    return start(experiment(settings), local)
+    return start(build_experiment(settings), local)
 
 
 def compile_seconds(queue, config: str, cache: str) -> None:
@@ -58,9 +58,9 @@ def call_seconds(queue, config: str, devices: int | None, member: dict | None = 
             os.sched_setaffinity(0, {cores[member["process_id"] % len(cores)]})
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 
-        from l2l.cluster import initialize as joining
+        from l2l.cluster import initialize
 
-        joining.join(member)
+        initialize.join(member)
     loop = prepare(config, devices)
 
     import jax

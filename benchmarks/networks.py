@@ -40,7 +40,7 @@ from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.storage import exports
 from l2l.tasks import registry
-from l2l.training import experiment as build
+from l2l.training.experiment import build_experiment
 from l2l.training.loop import start
 
 WHITENED = dict(matrix_size=256, anneal=1.0, learning_rate=0.04)
@@ -112,13 +112,13 @@ def train(network: dict, seconds: float, path: Path) -> None:
     steps = max(1, round(seconds / probe)) * GROUP
     spent, theta = run(network, steps, lambda done, spent: done * GROUP < steps)
     about = dict(meta_steps=steps, seconds=spent * steps / GROUP, config=config(network, steps))
-    specification = build.experiment(config(network, steps)).specification
+    specification = build_experiment(config(network, steps)).specification
     exports.export(path, specification, theta, about)
 
 
 def run(network: dict, steps: int, going):
     """(median processor seconds a group of meta-steps, theta) while `going` says so."""
-    loop = start(build.experiment(config(network, steps)), jax.devices()[:1])
+    loop = start(build_experiment(config(network, steps)), jax.devices()[:1])
     loop.compile()
     times = []
     while going(len(times), sum(times)):

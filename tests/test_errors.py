@@ -17,7 +17,7 @@ from l2l.console.errors import UserError
 from l2l.evaluation import cli
 from l2l.storage import exports, files
 from l2l.tasks import called, registry
-from l2l.training import experiment as build
+from l2l.training.experiment import build_experiment
 from l2l.training.run import train
 
 TASK = """
@@ -185,7 +185,7 @@ def test_a_file_where_a_directory_should_be(tiny, tmp_path, inside):
     (tmp_path / "afile").write_text("mine")
     workdir = tmp_path / "afile" / inside
     with pytest.raises(UserError, match=f"{workdir} cannot be a directory: .*/afile is a file"):
-        train(build.experiment(tiny), workdir)
+        train(build_experiment(tiny), workdir)
     assert (tmp_path / "afile").read_text() == "mine"
 
 

@@ -15,8 +15,7 @@ from l2l import tasks
 from l2l.core import base, unroll
 from l2l.estimators import autodiff, first_order, pes
 from l2l.estimators.objective import Objective
-from l2l.evaluation import baselines, cache, comparison, report, statistics, tuning
-from l2l.evaluation import cli as command
+from l2l.evaluation import baselines, cache, cli, comparison, report, statistics, tuning
 from l2l.evaluation import curves as evaluate
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
@@ -321,8 +320,8 @@ def test_two_devices_give_what_one_gives():
     def run(devices):
         flags = f"--xla_force_host_platform_device_count={devices}"
         env = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
-        command = [sys.executable, "-c", PROGRAM]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        cli = [sys.executable, "-c", PROGRAM]
+        return subprocess.Popen(cli, env=env, stdout=subprocess.PIPE, text=True)
 
     one, two = (json.loads(process.communicate()[0]) for process in [run(1), run(2)])
     assert (one[0], two[0]) == (1, 2)
@@ -388,11 +387,11 @@ def test_nan_counts_as_infinite_and_never_wins():
 
 
 def test_the_command_writes_table_json_and_figure(tmp_path):
-    command = [sys.executable, "-m", "l2l.evaluate", "--optimizer=adam,sgd(0.1, momentum=0.5)"]
-    command += ["--task=quadratic", "--set", "dimension=2", "--set", "batch_size=3"]
-    command += ["--horizons=4", "--seeds=2", "--baseline=none", f"--output={tmp_path / 'a'}"]
+    cli = [sys.executable, "-m", "l2l.evaluate", "--optimizer=adam,sgd(0.1, momentum=0.5)"]
+    cli += ["--task=quadratic", "--set", "dimension=2", "--set", "batch_size=3"]
+    cli += ["--horizons=4", "--seeds=2", "--baseline=none", f"--output={tmp_path / 'a'}"]
     env = dict(os.environ, JAX_PLATFORMS="cpu")
-    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    out = subprocess.run(cli, env=env, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     table = (tmp_path / "a" / "table.md").read_text()
     shown = out.stdout[out.stdout.index("## 4 steps") :].split("\n\n")[1]
@@ -403,8 +402,8 @@ def test_the_command_writes_table_json_and_figure(tmp_path):
 
 
 def test_options_are_read_as_typed():
-    assert command.split("adam, sgd(0.1, momentum=0.9)") == ["adam", "sgd(0.1, momentum=0.9)"]
-    assert command._assignment("hidden=64,64") == ("hidden", (64, 64))
-    assert command._assignment("activations=relu") == ("activations", "relu")
-    cells = command.read_cells({"name": "mlp", "hidden": 4}, "activations=relu,tanh")
+    assert cli.split("adam, sgd(0.1, momentum=0.9)") == ["adam", "sgd(0.1, momentum=0.9)"]
+    assert cli._assignment("hidden=64,64") == ("hidden", (64, 64))
+    assert cli._assignment("activations=relu") == ("activations", "relu")
+    cells = cli.read_cells({"name": "mlp", "hidden": 4}, "activations=relu,tanh")
     assert [cell.name for cell in cells] == ["mlp-digits-4 relu", "mlp-digits-4 tanh"]

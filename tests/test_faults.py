@@ -23,9 +23,9 @@ from l2l.data import datasets
 from l2l.evaluation import figures
 from l2l.optimizers import registry
 from l2l.storage import exports, files
-from l2l.training import experiment as build
-from l2l.training import finish as outcome
+from l2l.training import finish
 from l2l.training.callbacks import DONE, TERMINATED
+from l2l.training.experiment import build_experiment
 from l2l.training.run import train
 from l2l.training.run_log import RunLog
 
@@ -36,10 +36,10 @@ def no_comparison(monkeypatch):
 
     def conclude(experiment, theta, directory, key, snapshot):
         path = exports.export(directory / exports.EXPORT, experiment.specification, theta)
-        files.write(directory / outcome.SUMMARY, b"concluded")
+        files.write(directory / finish.SUMMARY, b"concluded")
         return str(path)
 
-    monkeypatch.setattr(outcome, "conclude", conclude)
+    monkeypatch.setattr(finish, "conclude", conclude)
 
 
 def at_step(step, action):
@@ -60,7 +60,7 @@ def expected(tmp_path_factory):
     def of(tiny):
         if not made:
             directory = tmp_path_factory.mktemp("whole") / "run"
-            assert train(build.experiment(tiny), directory) == DONE
+            assert train(build_experiment(tiny), directory) == DONE
             made[0] = (directory / exports.EXPORT).read_bytes()
         return made[0]
 
@@ -123,7 +123,7 @@ def saved(directory):
 
 def goes_on(tiny, directory, expected):
     """The cause is mended: the same command ends with the theta of a run that nothing befell."""
-    assert train(build.experiment(tiny), directory) == DONE
+    assert train(build_experiment(tiny), directory) == DONE
     assert (directory / exports.EXPORT).read_bytes() == expected(tiny)
 
 
@@ -138,7 +138,7 @@ def befalls(tiny, directory, monkeypatch, action, step=6):
         action()
 
     with pytest.raises(UserError) as error:
-        train(build.experiment(tiny), directory, extra=at_step(step, happens))
+        train(build_experiment(tiny), directory, extra=at_step(step, happens))
     return str(error.value)
 
 
@@ -184,7 +184,7 @@ def test_a_directory_that_turns_read_only(tiny, tmp_path, monkeypatch, expected,
     said = befalls(tiny, directory, monkeypatch, lambda: read_only(folder, True))
     assert str(folder) in said and "ake it " in said and "writable" in said
     with pytest.raises(UserError) as error:
-        train(build.experiment(tiny), directory)
+        train(build_experiment(tiny), directory)
     assert "writable" in str(error.value)
     read_only(folder, False)
     assert saved(directory) == [3]
@@ -238,20 +238,20 @@ def test_an_export_that_does_not_fit_leaves_the_old_one(tmp_path):
 
 
 def test_a_half_written_export_of_a_run_is_written_anew(tiny, tmp_path, monkeypatch, expected):
-    conclude = outcome.conclude
+    conclude = finish.conclude
 
     def dies(experiment, theta, directory, key, snapshot):
         (directory / exports.EXPORT).write_bytes(expected(tiny)[:200])
         raise errors.about(directory, OSError(errno.EIO, "Input/output error"))
 
     expected(tiny)
-    monkeypatch.setattr(outcome, "conclude", dies)
+    monkeypatch.setattr(finish, "conclude", dies)
     with pytest.raises(UserError) as error:
-        train(build.experiment(tiny), tmp_path)
+        train(build_experiment(tiny), tmp_path)
     assert "The disk may be failing" in sentence_of(error)
     with pytest.raises(ValueError, match="no whole export"):
         exports.load(tmp_path)
-    monkeypatch.setattr(outcome, "conclude", conclude)
+    monkeypatch.setattr(finish, "conclude", conclude)
     goes_on(tiny, tmp_path, expected)
 
 
@@ -264,7 +264,7 @@ def test_a_clock_that_steps_back(tiny, tmp_path, monkeypatch, expected, capsys):
         shift[0] = -3600.0
         os.kill(os.getpid(), signal.SIGTERM)
 
-    assert train(build.experiment(tiny), tmp_path, extra=at_step(6, back)) == TERMINATED
+    assert train(build_experiment(tiny), tmp_path, extra=at_step(6, back)) == TERMINATED
     shift[0] = -86400.0
     goes_on(tiny, tmp_path, expected)
     assert saved(tmp_path) == [6, 9, 12]
@@ -285,7 +285,7 @@ def test_data_that_is_damaged_later_leaves_the_run_as_it_was(tiny, tmp_path, mon
         labels = struct.pack(">4BI", 0, 0, 8, 1, count) + bytes(count)
         (data / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path / "data"))
-    experiment = build.experiment(tiny)  # Of quadratics, which read this data and leave it.
+    experiment = build_experiment(tiny)  # Of quadratics, which read this data and leave it.
     family = experiment.families[0]._replace(data=lambda: datasets.load("mnist14")[:0])
     experiment = experiment._replace(families=(family,))
     stop = at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -302,5 +302,5 @@ def test_data_that_is_damaged_later_leaves_the_run_as_it_was(tiny, tmp_path, mon
 def test_a_damaged_config_is_told_of_and_kept(tiny, tmp_path, damaged):
     (tmp_path / "config.json").write_bytes(damaged.encode("latin1"))
     with pytest.raises(ValueError, match="restore it, or choose another directory"):
-        train(build.experiment(tiny), tmp_path)
+        train(build_experiment(tiny), tmp_path)
     assert (tmp_path / "config.json").read_bytes() == damaged.encode("latin1")

@@ -16,11 +16,11 @@ from together import config_of
 
 import l2l
 from l2l.cluster import environment
-from l2l.evaluation import curves as evaluate
+from l2l.evaluation import curves
 from l2l.storage import checkpoint
-from l2l.training import experiment as build
 from l2l.training import run
 from l2l.training.callbacks import DONE, TERMINATED
+from l2l.training.experiment import build_experiment
 from l2l.training.run import train
 from l2l.training.run_directory import Signals
 from l2l.training.run_log import RunLog
@@ -47,7 +47,7 @@ def test_a_run_leaves_handlers_loggers_and_programs_as_they_were(tiny, tmp_path,
     """A whole run with its comparison, in this process: no logger is silenced, no signal handler
     stays, and the programs of the caller are not dropped."""
     monkeypatch.setattr(jax, "clear_caches", lambda: pytest.fail("the caches are not ours"))
-    experiment = build.experiment(tiny)
+    experiment = build_experiment(tiny)
     handlers, logs, path = state_of_the_process()
     assert train(experiment, tmp_path) == DONE
     handlers_now, logs_now, path_now = state_of_the_process()
@@ -58,10 +58,10 @@ def test_a_run_leaves_handlers_loggers_and_programs_as_they_were(tiny, tmp_path,
 def test_commands_drop_programs_where_notebooks_keep_them(monkeypatch):
     dropped = []
     monkeypatch.setattr(jax, "clear_caches", lambda: dropped.append(True))
-    evaluate.forget()
+    curves.forget()
     assert not dropped
     monkeypatch.setattr(environment, "prepared", True)
-    evaluate.forget()
+    curves.forget()
     assert dropped
 
 
@@ -127,7 +127,7 @@ def test_a_configuration_is_json_and_its_own_again(tiny, tmp_path, monkeypatch):
     tiny["objective"]["cap"] = float("inf")
     monkeypatch.setattr(run, "_run", lambda *_: DONE)
     for _ in range(2):  # The second time it is compared with what was written.
-        assert train(build.experiment(tiny), tmp_path) == DONE
+        assert train(build_experiment(tiny), tmp_path) == DONE
     assert strict((tmp_path / "config.json").read_text())["objective"]["cap"] == "inf"
 
 
@@ -137,7 +137,7 @@ def test_a_configuration_is_json_and_its_own_again(tiny, tmp_path, monkeypatch):
 def test_a_start_that_fails_leaves_no_claim(tiny, tmp_path, monkeypatch):
     """Data that is not there, a bug, an interrupt: the next start may be of another configuration,
     and what was in the directory is still there."""
-    experiment = build.experiment(tiny)
+    experiment = build_experiment(tiny)
 
     def fails():
         raise RuntimeError("no data")
@@ -152,13 +152,13 @@ def test_a_start_that_fails_leaves_no_claim(tiny, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no data"):
         train(broken, tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"notes.txt", "checkpoints"}
-    other = build.experiment(tiny | {"seed": 4})
+    other = build_experiment(tiny | {"seed": 4})
     monkeypatch.setattr(run, "_run", lambda *_: DONE)
     assert train(other, tmp_path / "run") == DONE
 
 
 def test_a_claim_stays_where_something_was_saved_or_was_claimed_before(tiny, tmp_path, monkeypatch):
-    experiment = build.experiment(tiny)
+    experiment = build_experiment(tiny)
 
     def saves(experiment, directory, *_):
         (directory / "checkpoints" / "3").mkdir(parents=True)

@@ -14,8 +14,7 @@ import pytest
 from l2l.cluster import environment
 from l2l.core import base
 from l2l.data import datasets
-from l2l.evaluation import baselines, cache, comparison, report, statistics, suites, timing
-from l2l.evaluation import curves as evaluate
+from l2l.evaluation import baselines, cache, comparison, curves, report, statistics, suites, timing
 from l2l.evaluation.comparison import Cell, Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
@@ -195,7 +194,7 @@ def live() -> int:
 
 def test_a_baseline_beside_itself_is_even(timed, monkeypatch):
     monkeypatch.setattr(environment, "prepared", True)  # As in a command of l2l's.
-    evaluate.forget()
+    curves.forget()
     before, rows, compiled = live(), [], []
     for row in measure():
         rows.append(row)
@@ -229,11 +228,11 @@ def test_a_baseline_beside_itself_is_even(timed, monkeypatch):
     assert summary[2]["cells"] == 4 and summary[2]["train no worse"] == 0
 
 
-def flat(train, test) -> evaluate.Curves:
+def flat(train, test) -> curves.Curves:
     """Two runs of four steps; a loss that is not finite is one of a run that diverged."""
     train, test = np.array([train]).T, np.array([test]).T
     losses = np.ones((2, 4)) * np.where(np.isfinite(train), 1, np.nan)
-    return evaluate.Curves(losses, [4], train, test, np.ones((2, 1)), ~np.isfinite(train))
+    return curves.Curves(losses, [4], train, test, np.ones((2, 1)), ~np.isfinite(train))
 
 
 def beside_adam(own, adam, monkeypatch):
@@ -268,13 +267,13 @@ def test_progress_reaches_the_whole(timed):
 
 def test_what_was_measured_is_not_measured_again(timed, tmp_path, monkeypatch):
     calls = []
-    compiled = evaluate.compile_evaluation
+    compiled = curves.compile_evaluation
 
     def counted(*args, **kwargs):
         run = compiled(*args, **kwargs)
         return lambda *a: (calls.append(args[1].name), run(*a))[1]
 
-    monkeypatch.setattr(evaluate, "compile_evaluation", counted)
+    monkeypatch.setattr(curves, "compile_evaluation", counted)
 
     def stop(share, text):
         if "two" in text and "sgd" in text:

@@ -3,7 +3,7 @@
     arguments = find({"num_processes": 2, "process_id": 0, "coordinator_address": "host:1234"})
     join(arguments)  # Before any other use of JAX; None joins nothing.
 
-Afterwards the processes agree through `cluster.py`.
+Afterwards the processes agree through `collectives.py`.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l2l.cluster import collectives as cluster
+from l2l.cluster import collectives
 from l2l.console.errors import UserError
 
 # JAX reads the first of these variables itself; the others follow the names of its arguments.
@@ -126,7 +126,7 @@ def join(arguments: Mapping | None) -> None:
 
     def give_up():  # JAX itself would end the process with a stack trace and no advice.
         print("l2l:", failed, file=sys.stderr, flush=True)
-        os._exit(cluster.LOST)
+        os._exit(collectives.LOST)
 
     watch = threading.Timer(JOIN_SECONDS, give_up)
     watch.daemon = True

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from l2l.cluster import environment as host
+from l2l.cluster import environment
 from l2l.console import configuration, modules, schema
 from l2l.console.commands import command
 from l2l.console.configuration import split
@@ -160,7 +160,7 @@ def main(argv, known: configuration.Known) -> int:
     """known: what may stand in which section of a configuration."""
     typed = configuration.parse(argv, _flags(), lambda: known, __doc__)
     values = typed.values
-    host.prepare()  # JAX is imported already, but reads this at its first use.
+    environment.prepare()  # JAX is imported already, but reads this at its first use.
     entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
     output = files.local(values.output, "--output")
     if values.suite is None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from l2l.cluster import collectives as cluster
+from l2l.cluster import collectives
 from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.core import base
@@ -104,7 +104,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
         except OSError as error:
             raise errors.about(directory, error) from error
         except _FORMAT:  # Of the times in any of these files; without, it opens them as well.
-            cluster.together(_set_times_aside)
+            collectives.together(_set_times_aside)
             manager = ocp.CheckpointManager(directory, options=options)
         silence = silence.pop_all()  # Until it is closed.
 
@@ -121,14 +121,14 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
     def restore(like, shardings):
         failed: dict[int, Exception] = {}
         # Process 0's list: another host may see a new directory later, or an old one longer.
-        for step in cluster.together(lambda: sorted(manager.all_steps(), reverse=True)):
+        for step in collectives.together(lambda: sorted(manager.all_steps(), reverse=True)):
             try:
                 tree = _open(step, like, shardings)
             except _Damaged as error:
                 failed[step] = error
                 continue
             # Moved only now that another is found to be good: where none is, nothing is touched.
-            cluster.together(lambda: [_set_aside(step) for step in failed] and None)
+            collectives.together(lambda: [_set_aside(step) for step in failed] and None)
             for bad, reason in failed.items():
                 say(f"Checkpoint {bad} is damaged ({reason}): set aside for that of {step}.")
             if failed:
@@ -168,7 +168,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             except Exception as error:
                 failure = _judged(error, folder)
             # The worst that any process met decides for all of them.
-            worst = int(cluster.largest(np.int32(_severity(failure))))
+            worst = int(collectives.largest(np.int32(_severity(failure))))
             if worst == _REFUSED and wait is not None:
                 time.sleep(wait)
                 continue
@@ -179,7 +179,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
                     raise failure
                 if worst == _DAMAGED:
                     raise _Damaged("another process cannot read its part")
-                raise cluster.Elsewhere("Another process cannot read its part, and says why.")
+                raise collectives.Elsewhere("Another process cannot read its part, and says why.")
             return leaves
 
     def _set_aside(step):

@@ -16,13 +16,11 @@ import jax
 import numpy as np
 import optax
 
-from l2l.console import errors, modules
-from l2l.console import schema as checks
+from l2l.console import errors, modules, schema
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.optimizers import coordinates, leaves, registry
-from l2l.storage import export_header as strangers
-from l2l.storage import files
+from l2l.storage import export_header, files
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
 FORMAT = 1
@@ -53,7 +51,7 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     }
     content = save(tensors, {"l2l": json.dumps(header)})
     read_bytes = 8 + int.from_bytes(content[:8], "little")
-    if read_bytes > strangers.LARGEST_HEADER:
+    if read_bytes > export_header.LARGEST_HEADER:
         raise UserError(f"The metadata of {path} take {read_bytes} bytes: leave some out.")
     files.write(path, content)
     return Path(path)
@@ -78,10 +76,10 @@ def read(path) -> tuple[base.LearnedOptimizer, Any, dict]:
 def _read(path, file):
     from safetensors import safe_open
 
-    check = strangers.check
-    about = strangers.header(file).get("__metadata__")
+    check = export_header.check
+    about = export_header.header(file).get("__metadata__")
     check(isinstance(about, dict), "it has no metadata")
-    metadata = strangers.table(about["l2l"])
+    metadata = export_header.table(about["l2l"])
     check(metadata["format"] == FORMAT, f"format {metadata['format']} is not {FORMAT}")
     stored = metadata["optimizer"]
     check(isinstance(stored, dict), "its optimizer is no table")
@@ -90,7 +88,7 @@ def _read(path, file):
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
         shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
         types = {name: x.get_dtype() for name, x in slices.items()}
-        strangers.plausible(stored["settings"], len(shapes))
+        export_header.plausible(stored["settings"], len(shapes))
         optimizer = registry.optimizer(specification_of(metadata))
         like = jax.eval_shape(lambda: optimizer.init(jax.random.key(0)))
         paths, treedef = jax.tree_util.tree_flatten_with_path(like)
@@ -180,7 +178,7 @@ def locate(name_or_path):
             f"are {', '.join(names)}."
         )
     raise UserError(
-        checks.unknown("optimizer", name_or_path, names)
+        schema.unknown("optimizer", name_or_path, names)
         + " A path to an export or to a run directory will do as well."
     )
 

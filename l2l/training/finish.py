@@ -19,7 +19,7 @@ from l2l.evaluation.comparison import Cell, Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.storage import exports, files
-from l2l.training import experiment as build
+from l2l.training.experiment import LENGTH, Experiment
 from l2l.training.run_directory import differences
 from l2l.version import __version__
 
@@ -27,7 +27,7 @@ SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finishe
 
 
 def comparing(
-    experiment: build.Experiment, directory, key: jax.Array, say: Callable[[str], None]
+    experiment: Experiment, directory, key: jax.Array, say: Callable[[str], None]
 ) -> Callable:
     """Makes (theta) -> (numbers for the log, a phrase), at the shortest horizon of section
     `evaluation` and on the first of its tasks. At the first call its data are read and Adam is
@@ -65,7 +65,7 @@ def comparing(
     return compare
 
 
-def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> str:
+def conclude(experiment: Experiment, theta, directory, key, snapshot) -> str:
     """Exports theta, scores it beside tuned Adam and writes table, JSON and figure; returns the
     summary that a user is shown."""
     directory = Path(directory)
@@ -111,7 +111,7 @@ def finished(directory) -> str | None:
         return path.read_text(encoding="utf-8") if path.exists() else None
 
 
-def about(experiment: build.Experiment, snapshot) -> dict:
+def about(experiment: Experiment, snapshot) -> dict:
     """Where an optimizer comes from, as plain data: what exports and results say of it."""
     running, inner = experiment.running, experiment.config.get("inner", {})
     windows = running.steps * running.num_problems * len(experiment.families)
@@ -128,7 +128,7 @@ def about(experiment: build.Experiment, snapshot) -> dict:
             "seconds": round(float(snapshot.seconds), 1),
             "devices": jax.device_count(),
             "platform": jax.devices()[0].device_kind,
-            "inner_steps": runs * windows * inner.get("length", build.LENGTH),
+            "inner_steps": runs * windows * inner.get("length", LENGTH),
             "data": [family.name for family in experiment.families],
         },
         # Of the optimizer that this one went on from, and of those before it.
@@ -139,6 +139,6 @@ def about(experiment: build.Experiment, snapshot) -> dict:
     }
 
 
-def grid(experiment: build.Experiment) -> Grid:
+def grid(experiment: Experiment) -> Grid:
     """The Adams that a run is compared with, without eps_root and with the optimizer's own."""
     return Grid("adam", eps_roots=(0.0, experiment.specification.get("eps_root", 1e-8)))

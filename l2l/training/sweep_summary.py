@@ -17,10 +17,10 @@ TABLE, CONTENT = "fleet.md", "fleet.json"
 def finished(directory: Path) -> bool:
     """Whether a directory holds a run that has ended."""
     from l2l.training import (
-        finish as outcome,  # It imports JAX, which the caller prepares for first.
+        finish,  # It imports JAX, which the caller prepares for first.
     )
 
-    return outcome.finished(directory) is not None
+    return finish.finished(directory) is not None
 
 
 def write(root: Path, members: Sequence, codes: Mapping[Path, int]) -> str:
