@@ -43,7 +43,7 @@ def measure(config: str, every: int, pairs: int, folder: Path) -> dict:
     from l2l.storage import checkpoint
 
     experiment = loop.experiment
-    saver = checkpoint.saver(folder, experiment.saving.keep)
+    saver = checkpoint.Saver(folder, experiment.saving.keep)
     loop.compile()
 
     def save(step: int):

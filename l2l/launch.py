@@ -62,8 +62,9 @@ def _num_problems(config) -> int:
 
     meta = config.get("meta")
     number = meta.get("num_problems") if hasattr(meta, "get") else None
-    fine = isinstance(number, int) and number > 0
-    return number if fine else experiment.Running().num_problems
+    if isinstance(number, int) and number > 0:
+        return number
+    return experiment.Running().num_problems
 
 
 if __name__ == "__main__":

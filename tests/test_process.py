@@ -86,7 +86,7 @@ def test_a_handler_that_python_did_not_install_is_no_error():
 
 
 def test_what_others_log_is_heard_while_checkpoints_are_written(tmp_path, caplog):
-    saver = checkpoint.saver(tmp_path)
+    saver = checkpoint.Saver(tmp_path)
     with caplog.at_level(logging.INFO, "absl"):
         logging.getLogger("absl").warning("of the user's own")
         logging.getLogger("asyncio").warning("of another library")

@@ -88,7 +88,7 @@ class Seen(NamedTuple):
         following = jnp.concatenate([self.gradient[1:], self.last[None]])
         pulls = self.weights[:, None] * following
         if not isinstance(self.held_out, tuple):
-            pulls += self.held_out_weights[:, None] * self.held_out
+            pulls += jnp.asarray(self.held_out_weights)[:, None] * self.held_out
         return pulls
 
 

@@ -95,7 +95,7 @@ class Objective(NamedTuple):
     def lowest(self, training: jax.Array, validation: jax.Array | tuple) -> jax.Array:
         """The lowest of the losses that the meta-loss of a window reads, NaN left out: a scalar,
         for the caller to hold against `least`."""
-        read = [training] * self.reads_train + [validation] * self.reads_validation
+        read: list = [training] * self.reads_train + [validation] * self.reads_validation
         losses = jnp.concatenate(read)
         return jnp.min(jnp.where(jnp.isnan(losses), jnp.inf, losses))
 

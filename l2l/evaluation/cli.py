@@ -142,7 +142,8 @@ _OWN = ("task", "set", "vary", "baseline", "eps_root")
 
 def _sections(values, config, known) -> list[dict]:
     if config is not None and not values["task"].present:
-        found = {**(known((), {}) or {}), **schema.plain(config)}["task"]
+        plain: Any = schema.plain(config)
+        found = {**(known((), {}) or {}), **plain}["task"]
         sections = [found] if isinstance(found, dict) else list(found)
         # What belongs to the mixture is not the task's.
         sections = [{k: v for k, v in s.items() if k not in _MIXTURE} for s in sections]

@@ -55,8 +55,8 @@ class Cell(NamedTuple):
 
     def load(self) -> tuple[base.TaskFamily, Any]:
         """The family and its data, cut to `rows` and placed once."""
-        made = isinstance(self.task, base.TaskFamily)
-        family = self.task if made else registry.task(self.task)
+        task = self.task
+        family = task if isinstance(task, base.TaskFamily) else registry.task(task)
         data = family.data()
         if self.rows is not None:
             data = jax.tree.map(lambda x: x[: self.rows], data)

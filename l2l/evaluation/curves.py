@@ -83,7 +83,7 @@ def compile_evaluation(
     num_steps: int,
     *,
     checkpoints: Sequence[int] = (),
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[base.Device] | None = None,
     batch: int | None = None,
     blowup: float = 2.0,
     sweep: bool = False,
@@ -141,7 +141,7 @@ def compile_evaluation(
 
     # Axes are spelt out leaf by leaf: jax 0.10 takes (None, 0, None) for those of the leaves, not
     # of the arguments, whenever all arguments together happen to have three leaves.
-    axes = (None, Beginning(0, 0, 0), None)
+    axes = (None, Beginning._make(0 for _ in Beginning._fields), None)
     mapped = jax.pmap(on_device, in_axes=axes, devices=devices)
     # A program of its own: half of what there is to compile, and the same for every horizon.
     begin = _begin(family)
@@ -172,15 +172,15 @@ def beginning(family: base.TaskFamily, key: jax.Array) -> Beginning:
 
 def opened(optimizer, run: Beginning, horizon: int) -> base.InnerState:
     """A run before its first step, with an optimizer that is told the horizon."""
-    horizon = jnp.asarray(horizon, jnp.int32)
+    known = jnp.asarray(horizon, jnp.int32)
     return base.InnerState(
         params=run.params,
         opt_state=optimizer.init(run.params),
         problem=run.problem,
         key=run.key,
         step=jnp.zeros((), jnp.int32),
-        num_steps=horizon,
-        told=horizon,
+        num_steps=known,
+        told=known,
     )
 
 

@@ -168,7 +168,7 @@ def _stored(row: "Row") -> dict:
 
 def _described(cell: "Cell") -> dict:
     """A cell as results.json has it: of a family its name alone."""
-    task = cell.task.name if hasattr(cell.task, "name") else cell.task
+    task = getattr(cell.task, "name", cell.task)
     return {"name": cell.name, "kind": cell.kind, "task": task, "rows": cell.rows}
 
 

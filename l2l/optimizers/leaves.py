@@ -6,7 +6,6 @@ step is traced or before it runs: no number is looked at.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -154,7 +153,7 @@ _REMEDY = {
 }
 
 
-def _name(path: Sequence) -> str:
+def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path) or "the root"
 
 

@@ -8,7 +8,6 @@ checked (`export_header.py`) before memory is taken.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +193,7 @@ def released() -> dict[str, Path]:
     return found
 
 
-def _name(path: Sequence) -> str:
+def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

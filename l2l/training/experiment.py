@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -172,7 +173,7 @@ def build_experiment(config: Mapping) -> Experiment:
       UserError: a key or name that is not known (with the nearest that is), or a value of the
         wrong type or out of range.
     """
-    config = schema.plain(config)
+    config = dict(schema.plain(config))
     for key in config:
         if key not in SECTIONS:
             raise UserError(schema.unknown("section", key, SECTIONS, "config"))
@@ -274,7 +275,7 @@ def _equal(one, other) -> bool:
 def _array(x):
     if not hasattr(x, "dtype"):
         return np.asarray(x)
-    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
 def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
@@ -333,7 +334,7 @@ def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
 
 
 def _has(settings: Mapping, key: str) -> bool:
-    factory = SCHEDULES.get(settings.get("name"))
+    factory = SCHEDULES.get(settings.get("name", ""))
     return factory is not None and key in inspect.signature(factory).parameters
 
 

@@ -12,7 +12,7 @@
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,10 @@ class Layout(NamedTuple):
 
     def of(self, tree):
         """The shardings of a `Snapshot` or `MetaState`: inner problems split, all else the same."""
-        parts = meta_step.split_of(self.same, self.problems)
+        parts: Any = meta_step.split_of(self.same, self.problems)
         if isinstance(tree, Snapshot):
-            parts = Snapshot(parts, self.same, self.same)
+            same: Any = self.same
+            parts = Snapshot(parts, same, same)
         return jax.tree.broadcast(parts, tree)
 
 
@@ -179,7 +180,8 @@ def shapes(experiment: Experiment) -> Snapshot:
     stage = _first_stage(experiment, memory)
     state = jax.eval_shape(lambda k, s: meta_step.meta_init(k, experiment.meta, s), key, stage)
     memory = jax.eval_shape(lambda: memory)
-    return Snapshot(state, memory, jax.ShapeDtypeStruct((), jnp.float32))  # pyright: ignore
+    seconds: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    return Snapshot(state, memory, seconds)
 
 
 def placed(data, same):

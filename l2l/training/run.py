@@ -65,7 +65,7 @@ def _run(experiment: Experiment, directory, devices, signals, extra) -> int:
     """Opens what a run needs, trains, and concludes."""
     layout, like = layout_of(experiment, devices), shapes(experiment)
     sentences: list[str] = []
-    saver = checkpoint.saver(directory / "checkpoints", experiment.saving.keep, sentences.append)
+    saver = checkpoint.Saver(directory / "checkpoints", experiment.saving.keep, sentences.append)
     with contextlib.closing(saver):
         found = saver.restore(like, layout.of(like))
         snapshot, begun = found if found else (None, 0)

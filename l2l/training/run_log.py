@@ -4,6 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from l2l.console import errors
 from l2l.console.progress import Bar
@@ -83,13 +84,14 @@ class _Board:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
-        self.directory, self.events = directory, event_pb2
+        self.directory = directory
+        self.events: Any = event_pb2  # Made by protobuf, which type checkers cannot read.
         # The name has the second of the clock, which may have been that of an earlier run too.
         before = len(list(directory.glob("events.out.tfevents.*")))
         with errors.naming(directory):
             self.writer = EventsWriter(str(directory / "events"), f".{before}")
             if begun:  # What earlier runs said of later steps is hidden.
-                log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                log = self.events.SessionLog(status=self.events.SessionLog.START)
                 self._write(step=begun + 1, session_log=log)
             self.writer.flush()
         self.flushed = time.monotonic()
