@@ -183,13 +183,14 @@ def first_order(
 
         def tensor_signals(theta):
             """What the network for whole tensors says at each step: [K, O, G], or ()."""
-            if rule.tensors is None:
+            whole = rule.tensors
+            if whole is None:
                 return ()
 
             def step(hidden, xs):
                 seen, step = xs
                 context = rule.context(step, told).astype(seen.dtype)
-                signals, hidden = rule.tensors.propose(theta, seen, context, hidden)
+                signals, hidden = whole.propose(theta, seen, context, hidden)
                 return hidden, signals
 
             return jax.lax.scan(step, start.tensors[1], (seen.tensors, steps))[1]

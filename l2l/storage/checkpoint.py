@@ -169,8 +169,9 @@ class Saver:
                 time.sleep(wait)
                 continue
             if failure is not None and worst == _severity(failure):
-                refused = isinstance(failure, OSError)
-                raise (_refusal(folder, failure) if refused else failure) from failure
+                if isinstance(failure, OSError):
+                    raise _refusal(folder, failure) from failure
+                raise failure
             if worst == _DAMAGED:
                 raise _Damaged("another process cannot read its part")
             break

@@ -78,6 +78,7 @@ def _read(path, file):
     check = export_header.check
     about = export_header.header(file).get("__metadata__")
     check(isinstance(about, dict), "it has no metadata")
+    assert about is not None
     metadata = export_header.table(about["l2l"])
     check(metadata["format"] == FORMAT, f"format {metadata['format']} is not {FORMAT}")
     stored = metadata["optimizer"]
