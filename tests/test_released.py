@@ -5,9 +5,6 @@ The contracts are those of optax's `contrib/_common_test.py`; `tests/test_optax_
 every kind of rule to the rest.
 """
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -220,36 +217,3 @@ def test_float64_parameters_are_computed_in_float64(optimizer):
             return (float(update(moved[0])) - float(update(moved[1]))) / (2 * step)
 
         assert slope(1e-6) == pytest.approx(slope(1e-4), rel=1e-3, abs=1e-6)
-
-
-def test_a_process_that_enables_x64_by_its_environment(tmp_path):
-    """Meta-training too: theta is float32 there as everywhere."""
-    config = tmp_path / "config.py"
-    config.write_text(CONFIG)
-    command = [
-        sys.executable,
-        "-m",
-        "l2l.launch",
-        f"--config={config}",
-        f"--workdir={tmp_path}/run",
-    ]
-    ran = subprocess.run(
-        command, env={**os.environ, "JAX_ENABLE_X64": "1"}, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    theta = l2l.read_export(tmp_path / "run" / "optimizer.safetensors")[1]
-    assert {str(x.dtype) for x in jax.tree.leaves(theta)} == {"float32"}
-
-
-CONFIG = """
-def get_config():
-    return dict(
-        task=dict(name="quadratic", dimension=2, batch_size=3),
-        optimizer=dict(name="lstm", hidden_size=2, tensor_size=2),
-        inner=dict(length=4),
-        horizon=dict(name="log_uniform", shortest=4, longest=8),
-        imitation=dict(weight=0.1),
-        meta=dict(steps=4, num_problems=8, group=2),
-        evaluation=dict(horizons=(6,), num_problems=2, every=0),
-    )
-"""
