@@ -172,6 +172,21 @@ def test_a_rule_that_changed_since_is_refused_unless_the_change_is_elsewhere(pat
     exports.load(path)
 
 
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda x: np.asarray(x, np.float64), r"float64 \(.*has float32 \("),
+        (lambda x: x[None], r"float32 \(1.*has float32 \("),
+    ],
+)
+def test_a_theta_that_could_not_be_read_back_is_not_written(tmp_path, theta, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        exports.export(tmp_path / "x.safetensors", SPECIFICATION, jax.tree.map(change, theta))
+    with pytest.raises(UserError, match="log_learning_rate: none, where 'lstm'"):
+        exports.export(tmp_path / "x.safetensors", SPECIFICATION, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_of_a_later_l2l_is_refused(path):
     rewrite(path, lambda h: None, lambda a: a["optimizer"].update(rules={"lstm": 7}))
     with pytest.raises(UserError, match=r"version 7 of 'lstm', and this l2l has 1: install"):

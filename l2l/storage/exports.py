@@ -43,12 +43,20 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
       The path.
 
     Raises:
-      UserError: the specification names no optimizer, or settings that it has not; or the metadata
-        are too long.
+      UserError: the specification names no optimizer, or settings that it has not; theta is not
+        of that optimizer; or the metadata are too long.
     """
     from safetensors.numpy import save
 
     tensors = {_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(theta)}
+    expected, _ = _like(registry.optimizer(specification))
+    kinds = [{n: f"{x.dtype} {x.shape}" for n, x in tree.items()} for tree in (tensors, expected)]
+    if odd := next((n for n in {**kinds[0], **kinds[1]} if kinds[0].get(n) != kinds[1].get(n)), ""):
+        raise UserError(
+            f"This theta has {odd}: {kinds[0].get(odd, 'none')}, where {specification['name']!r} "
+            f"with these settings has {kinds[1].get(odd, 'none')}: export it with those that made "
+            "it."
+        )
     settings = versions.complete(specification)
     rules = versions.rules_of(settings)
     header = {
@@ -122,9 +130,7 @@ def _read(path, metadata):
         types = {name: x.get_dtype() for name, x in slices.items()}
         strangers.plausible(metadata["optimizer"]["settings"], len(shapes))
         optimizer = registry.optimizer(specification_of(metadata))
-        like = jax.eval_shape(lambda: optimizer.init(jax.random.key(0)))
-        paths, treedef = jax.tree_util.tree_flatten_with_path(like)
-        expected = {_name(p): x for p, x in paths}
+        expected, treedef = _like(optimizer)
         check(set(expected) == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
         for name, x in expected.items():
             check(
@@ -216,6 +222,13 @@ def released() -> dict[str, Path]:
         if (folder / "__init__.py").is_file():
             found |= {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
     return found
+
+
+def _like(optimizer: base.LearnedOptimizer):
+    """({name: shape and dtype} of its theta, in order, the structure of theta)."""
+    like = jax.eval_shape(lambda: optimizer.init(jax.random.key(0)))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    return {_name(path): x for path, x in paths}, treedef
 
 
 def _name(path: Sequence) -> str:
