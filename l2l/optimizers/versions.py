@@ -19,7 +19,7 @@ from l2l.console import schema
 from l2l.console.errors import UserError
 from l2l.optimizers.registry import OPTIMIZERS
 
-VERSIONS = {"adam": 1, "by_parameter": 1, "dm": 1, "learned_adam": 1, "lstm": 1, "rnnprop": 1}
+VERSIONS = {"adam": 1, "by_parameter": 1, "dm": 1, "learned_adam": 1, "lstm": 2, "rnnprop": 1}
 
 # What a setting is where a file does not hold it: exports of format 1 held only those that their
 # configuration named. These are the defaults of that time, whatever today's are, as JSON has them.
@@ -60,6 +60,10 @@ EARLIER: dict[str, dict[str, Any]] = {
 }
 
 
+class OtherRule(UserError):
+    """An export was made for a rule that acted otherwise; its text is the end of a sentence."""
+
+
 class Change(NamedTuple):
     """What became of a rule.
 
@@ -74,7 +78,14 @@ class Change(NamedTuple):
     concerns: Callable[[Mapping], bool] = lambda settings: True
 
 
-CHANGES: tuple[Change, ...] = ()
+CHANGES: tuple[Change, ...] = (
+    Change(
+        "lstm",
+        2,
+        "the basis of whitened directions follows with damping",
+        lambda settings: settings["matrix_size"] > 0,
+    ),
+)
 
 
 def complete(section: Mapping) -> dict:
@@ -95,23 +106,23 @@ def rules_of(section: Mapping) -> dict[str, int]:
 
 
 def check_rules(section: Mapping, rules: Mapping[str, int]) -> None:
-    """Raises UserError where a rule of those versions did other than it does now."""
+    """Raises OtherRule where a rule of those versions did other than it does now."""
     for part in _walk(section):
         kind, now = part["name"], VERSIONS.get(part["name"])
         then = rules.get(kind)
         if now is None or then == now:
             continue  # What it is that nobody knows is said where it is built.
         if not isinstance(then, int) or not 0 < then < now:
-            raise UserError(
+            raise OtherRule(
                 f"it was made for version {then!r} of {kind!r}, and this l2l has {now}: install "
                 "the newer l2l that wrote it"
             )
         for change in CHANGES:
             if change.kind == kind and then < change.version and change.concerns(part):
-                raise UserError(
-                    f"it was made for version {then} of {kind!r}, which this l2l has not: since "
-                    f"version {change.version} {change.what}. Install the l2l that wrote it, or "
-                    "train again"
+                raise OtherRule(
+                    f"it was made for version {then} of {kind!r}, and since version "
+                    f"{change.version} {change.what}. Install the l2l that wrote it, train again, "
+                    "or read it with other_rules=True and export its theta anew"
                 )
 
 

@@ -92,6 +92,8 @@ def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any
             if not other_rules:
                 versions.check_rules(specification_of(metadata), metadata["optimizer"]["rules"])
             return *_read(local, metadata), metadata
+        except versions.OtherRule as error:
+            raise UserError(f"{path} is not for this l2l: {error}.") from None
         except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
             reason = errors.printable(reason)[:300].rstrip(". ")
