@@ -112,9 +112,11 @@ def check_rules(section: Mapping, rules: Mapping[str, int]) -> None:
         then = rules.get(kind)
         if now is None or then == now:
             continue  # What it is that nobody knows is said where it is built.
-        if not isinstance(then, int) or not 0 < then < now:
+        if type(then) is not int or then < 1:
+            raise ValueError(f"it does not say which version of {kind!r} it was made for")
+        if then > now:
             raise OtherRule(
-                f"it was made for version {then!r} of {kind!r}, and this l2l has {now}: install "
+                f"it was made for version {then} of {kind!r}, and this l2l has {now}: install "
                 "the newer l2l that wrote it"
             )
         for change in CHANGES:
