@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from l2l.storage import exports
 from l2l.optimizers.guard import guard
+from l2l.storage import exports
 
 STEPS = 3
 # Compiling is what these tests spend their time on, and the answers need no fast code.
