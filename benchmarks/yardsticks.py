@@ -59,7 +59,7 @@ def mnist(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
     family, data = suites.CELLS["mnist"].load()
     problems, rows = Problems(jax.random.key(KEY), seeds), []
     for steps in MNIST:
-        run = cache.curves(optimizer, theta, family, data, problems, steps, directory)
+        run = cache.trained(optimizer, theta, family, data, problems, steps, directory)
         loss = run.train_loss[:, -1]
         error = float(np.std(loss, ddof=1) / math.sqrt(seeds)) if seeds > 1 else math.nan
         row = {"steps": steps, "train": float(np.mean(loss)), "standard error": error}

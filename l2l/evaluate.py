@@ -1,6 +1,6 @@
 """The command `python -m l2l.evaluate`: optimizers beside tuned baselines. See `evaluation/cli.py`.
 
-    python -m l2l.evaluate --optimizer=runs/mlp,"adam(1e-2)" --task=mlp --horizons=500,1000
+python -m l2l.evaluate --optimizer=runs/mlp,"adam(1e-2)" --task=mlp --horizons=500,1000
 """
 
 import sys

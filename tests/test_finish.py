@@ -35,7 +35,7 @@ def test_data_of_the_comparison_are_read_when_there_is_one(read, tmp_path, monke
     made = SimpleNamespace(by_train_loss={6: SimpleNamespace(train_loss=[2.0])})
     curves = SimpleNamespace(train_loss=np.asarray([[3.0]]), test_accuracy=np.asarray([[0.5]]))
     monkeypatch.setattr(finish.tuning, "tune", lambda *a, **k: made)
-    monkeypatch.setattr(finish.evaluate, "compile_evaluation", lambda *a: lambda *b: curves)
+    monkeypatch.setattr(finish.curves, "compile_evaluation", lambda *a: lambda *b: curves)
     numbers, phrase = compare(())
     assert loaded == ["a"] and numbers["comparison/loss_ratio"] == 1.5
     assert phrase == "1.5 × tuned Adam's loss at 6"

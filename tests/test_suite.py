@@ -237,7 +237,7 @@ def flat(train, test) -> curves.Curves:
 
 def beside_adam(own, adam, monkeypatch):
     """The row of an optimizer whose runs are `own`, where tuned Adam's are `adam`."""
-    monkeypatch.setattr(cache, "curves", lambda optimizer, theta, *a: adam if theta != () else own)
+    monkeypatch.setattr(cache, "trained", lambda optimizer, theta, *a: adam if theta != () else own)
     return next(measure(cells=CELLS[:1], grids=GRIDS[:1]))
 
 
@@ -300,7 +300,7 @@ def test_another_theta_is_another_result(tmp_path):
 
     def run(rate):
         problems = Problems(key, 2)
-        return cache.curves(adam, baselines.setting(rate), family, (), problems, 3, tmp_path)
+        return cache.trained(adam, baselines.setting(rate), family, (), problems, 3, tmp_path)
 
     first, other, again = run(0.1), run(0.2), run(0.1)
     assert len(list(tmp_path.iterdir())) == 2 and not np.array_equal(first.losses, other.losses)

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l2l.evaluation import curves as evaluate
+from l2l.evaluation import curves
 from l2l.evaluation.curves import Curves, Problems
 from l2l.storage import files
 
@@ -42,8 +42,8 @@ def program(optimizer, family, theta, checkpoints, key, data) -> str:
     and checkpoints, and the version of JAX that compiles it."""
 
     def run(theta, key, data):
-        start = evaluate.beginning(family, key)
-        return evaluate.one_run(optimizer.bind(theta), family, start, data, checkpoints)
+        start = curves.beginning(family, key)
+        return curves.one_run(optimizer.bind(theta), family, start, data, checkpoints)
 
     text = jax.jit(run).lower(theta, key, data).as_text()
     return _checksum(f"{jax.__version__}\n{text}")
@@ -59,11 +59,11 @@ def digest(tree) -> str:
 
 
 def curves(optimizer, theta, family, data, problems: Problems, num_steps: int, directory) -> Curves:
-    """What `evaluate` gives of a `LearnedOptimizer` and its theta, kept in a directory, if any."""
+    """What `curves.evaluate` gives of a `LearnedOptimizer` and its theta, kept in a directory, if any."""
     key, count = problems
 
     def compute():
-        run = evaluate.compile_evaluation(optimizer, family, count, num_steps)
+        run = curves.compile_evaluation(optimizer, family, count, num_steps)
         return {name: _packed(x) for name, x in run(theta, key, data)._asdict().items()}
 
     inputs = ()

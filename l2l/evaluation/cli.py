@@ -163,7 +163,6 @@ def main(argv, known: configuration.Known) -> int:
     values = typed.values
     environment.prepare()  # JAX is imported already, but reads this at its first use.
     entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
-    output = files.local(values.output, "--output")
     if values.suite is None:
         sections = _sections(values, typed.config, known)
         cells = [cell for section in sections for cell in read_cells(section, values.vary)]
@@ -173,6 +172,8 @@ def main(argv, known: configuration.Known) -> int:
     chosen = chosen._replace(
         horizons=_horizons(values, chosen.horizons), seeds=values.seeds or chosen.seeds
     )
+    # Before hours of work that it could not keep.
+    output = files.folder(values.output, "--output")
     for note in notes:
         print(note, file=sys.stderr)
     if values.suite is not None:

@@ -195,7 +195,7 @@ class _Field:
             runs = {}
             for entry in field:
                 self.told((1 + TUNING) / 2, f"{entry.name} at {horizon:,}")
-                runs[entry.name] = cache.curves(
+                runs[entry.name] = cache.trained(
                     *(entry.optimizer, entry.theta, self.family, self.data),
                     *(self.problems, horizon, self.cache_dir),
                 )

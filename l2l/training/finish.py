@@ -13,11 +13,11 @@ from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.console.progress import Bar
 from l2l.core import base
-from l2l.evaluation import comparison, report, statistics, tuning
-from l2l.evaluation import curves as evaluate
+from l2l.evaluation import comparison, curves, report, statistics, tuning
 from l2l.evaluation.comparison import Cell, Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
+from l2l.optimizers import versions
 from l2l.storage import exports, files
 from l2l.training.experiment import LENGTH, Experiment
 from l2l.training.run_directory import differences
@@ -44,20 +44,20 @@ def comparing(
             *(grid(experiment), family, own, problems, (horizon,)),
             cache_dir=Path(directory) / "cache",
         )
-        run = evaluate.compile_evaluation(
+        run = curves.compile_evaluation(
             experiment.optimizer, family, settings.num_problems, horizon
         )
         return run, own, float(np.mean(tuned.by_train_loss[horizon].train_loss))
 
     def compare(theta):
         run, own, adam = make()
-        curves = run(theta, key, own)
-        loss = float(np.mean(statistics.or_infinite(curves.train_loss[:, -1])))
+        found = run(theta, key, own)
+        loss = float(np.mean(statistics.or_infinite(found.train_loss[:, -1])))
         ratio = float(statistics.ratio(loss, adam))
         numbers = {"comparison/loss_ratio": ratio, "comparison/adam_loss": adam}
         numbers["comparison/loss"] = loss
         if family.accuracy is not None:
-            numbers["comparison/test_accuracy"] = float(np.mean(curves.test_accuracy[:, -1]))
+            numbers["comparison/test_accuracy"] = float(np.mean(found.test_accuracy[:, -1]))
         if math.isnan(ratio):
             return numbers, f"loss {loss:.3g}, tuned Adam's {adam:.3g} at {horizon}"
         return numbers, f"{ratio:.3g} × tuned Adam's loss at {horizon}"
@@ -95,7 +95,7 @@ def conclude(experiment: Experiment, theta, directory, key, snapshot) -> str:
 def earlier(experiment) -> tuple[base.PyTree, dict]:
     """(theta, metadata) of the export that training begins with; UserError if it does not fit."""
     _, theta, metadata = exports.read(exports.locate(experiment.start))
-    mine = json.loads(json.dumps(experiment.specification))
+    mine = json.loads(json.dumps(versions.complete(experiment.specification)))
     if different := differences(exports.specification_of(metadata), mine, "optimizer"):
         raise UserError(
             f"start={experiment.start!r} is another optimizer ({'; '.join(different)}): set "
