@@ -57,7 +57,7 @@ def test_a_run_is_stopped_goes_on_and_ends(command, tmp_path):
     line = process.stderr.readline()
     assert f"Going on from meta-step {step}" in line
     process.kill()
-    process.wait()
+    process.communicate()  # Closes its pipes too.
 
 
 def test_a_whole_run_prints_its_table_and_paths(command, tmp_path):

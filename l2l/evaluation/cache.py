@@ -58,8 +58,10 @@ def digest(tree) -> str:
     return found.hexdigest()
 
 
-def curves(optimizer, theta, family, data, problems: Problems, num_steps: int, directory) -> Curves:
-    """What `curves.evaluate` gives of a `LearnedOptimizer` and its theta, kept in a directory, if any."""
+def trained(
+    optimizer, theta, family, data, problems: Problems, num_steps: int, directory
+) -> Curves:
+    """What `evaluate` gives of a `LearnedOptimizer` and its theta, kept in a directory, if any."""
     key, count = problems
 
     def compute():

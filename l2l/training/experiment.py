@@ -252,6 +252,7 @@ def _reads(families) -> tuple[int, ...]:
     what else two functions return is not known before it is loaded (`Experiment.data`)."""
 
     def source(data):
+        data = inspect.unwrap(data)  # Every task's functions are wrapped anew (`tasks.called`).
         if isinstance(data, functools.partial):
             return data.func, data.args, tuple(sorted(data.keywords.items()))
         return data
