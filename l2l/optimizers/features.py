@@ -59,6 +59,16 @@ def root(nu_hat: jax.Array, eps_root: float, eps: float = 1e-8) -> jax.Array:
     return jnp.sqrt(nu_hat + eps_root) + eps
 
 
+def norm(square: jax.Array) -> jax.Array:
+    """√square, of sums or means of squares; its derivative is 0 where they are 0.
+
+    There a norm is even, and central differences of it are 0, but that of the root is infinite: a
+    0 before it or behind it, even one of a `where` that chose otherwise, then makes NaN.
+    """
+    zero = square == 0  # And not > 0: the norm of NaN is NaN.
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
+
+
 def pool(
     products: Sequence[jax.Array], sizes: Sequence[int], tensors: Sequence[int] | None = None
 ) -> jax.Array:

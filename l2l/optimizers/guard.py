@@ -18,7 +18,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, leaves
+from l2l.optimizers import coordinates, features, leaves
 
 
 class LossRecord(NamedTuple):
@@ -231,14 +231,14 @@ def guard(
             _, before, longest = carry
             out, of_adam = adam.update(gradients, before, params, **extra_args)
             out = _like(out, params)
-            return out, _like(of_adam, before), jnp.maximum(longest, jnp.sqrt(_square(out)))
+            return out, _like(of_adam, before), jnp.maximum(longest, features.norm(_square(out)))
 
         def learned_steps(carry):
             safe, before, _ = carry
             out, of_learned = learned.update(gradients, before, params, **extra_args)
             out, of_learned = _like(out, params), _like(of_learned, before)
             # Of anything that is not finite the norm is not either.
-            failed = ~(jnp.sqrt(_square(out)) <= longest_step * longest)
+            failed = ~(features.norm(_square(out)) <= longest_step * longest)
             after = coordinates.flatten(optax.apply_updates(params, out), jnp.float32)
             failed |= ~jnp.all(jnp.isfinite(after))
             taken = driving & ~failed
@@ -304,7 +304,7 @@ def _heard(state: GuardState, value, window, deviations, share):
     first = jnp.where((old.seen == 0) & (state.falls == 0), value, old.first)
     low = (seen == 1) | (mean < old.best)
     best = jnp.where(low, mean, old.best)
-    limit = best + jnp.maximum(deviations * jnp.sqrt(variance), share * (first - best))
+    limit = best + jnp.maximum(deviations * features.norm(variance), share * (first - best))
     limit = jnp.where(limited, jnp.where(low, jnp.minimum(limit, old.limit), old.limit), limit)
     new = LossRecord(seen, first, mean, variance, best, limit)
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), above, low & finite

@@ -102,7 +102,7 @@ def tensor_rule(
         pooled = features.pool(products, sizes)
         began = step > 0
         steady, (along, ahead, square, weights) = pooled[: len(decays)], pooled[len(decays) :]
-        cosine = along / (jnp.sqrt(ahead * steady[0]) + 1e-8)
+        cosine = along / (features.norm(ahead * steady[0]) + 1e-8)
         log_gradient = 0.5 * jnp.log(square + 1e-20)
 
         def average(past, new):
@@ -119,7 +119,7 @@ def tensor_rule(
         log_weights = _log_rms(weights)
         dynamic = jnp.stack(
             [
-                *jnp.minimum(jnp.sqrt(steady), 3.0),
+                *jnp.minimum(features.norm(steady), 3.0),
                 *present.alignment,
                 jnp.where(began, jnp.tanh(0.5 * jnp.log(ahead + 1e-8)), 0.0),
                 jnp.tanh(present.log_gradient[0] - present.log_gradient[1]),

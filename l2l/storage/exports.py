@@ -7,6 +7,7 @@ checked (`export_header.py`) before memory is taken.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from l2l.console import errors
+from l2l.console import errors, modules
 from l2l.console import schema as checks
 from l2l.console.errors import UserError
 from l2l.core import base
@@ -122,7 +123,9 @@ def load(
 
     Args:
       name_or_path: a released optimizer (`released()` lists them), an export, or the directory of a
-        run that has ended; also at gs:// or s3://, where etils can read those.
+        run that has ended; also at gs:// or s3://, where etils can read those. The name of a
+        released one means that, whatever the working directory holds: a file or folder of the
+        same name is written with a slash (./lstm) or given as a `Path`.
       num_steps: the horizon to tell the optimizer where `update` is not given one.
       state_dtype: in which the recurrent state is kept between steps (`coordinates.bind`):
         jnp.bfloat16 takes 48 bytes a parameter of the default optimizer, not 80.
@@ -159,6 +162,9 @@ def load(
 def locate(name_or_path):
     """The path of an export, for `read`: from a released name, a file or a run directory (remote
     ones too); or a UserError."""
+    names = released()
+    if isinstance(name_or_path, str) and name_or_path in names:
+        return names[name_or_path]
     path = files.readable(name_or_path)
     with files.reached(path):
         if path.is_dir() and (path / EXPORT).is_file():
@@ -167,11 +173,14 @@ def locate(name_or_path):
             return path
         if path.is_dir():
             raise UserError(f"{path} has no {EXPORT} yet: it is written when its training ends.")
-    names = released()
-    if str(name_or_path) in names:
-        return names[str(name_or_path)]
+    if isinstance(name_or_path, os.PathLike) or os.sep in name_or_path:
+        near = "" if files.scheme(path) else modules.nearest_path(str(name_or_path))
+        raise UserError(
+            f"There is no optimizer at {name_or_path}: no such file or directory.{near} Released "
+            f"are {', '.join(names)}."
+        )
     raise UserError(
-        checks.unknown("optimizer", str(name_or_path), names)
+        checks.unknown("optimizer", name_or_path, names)
         + " A path to an export or to a run directory will do as well."
     )
 
