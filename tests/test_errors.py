@@ -19,6 +19,7 @@ from l2l.storage import exports, files
 from l2l.tasks import called, registry
 from l2l.training import experiment as build
 from l2l.training import loop as train
+from l2l.training import run_directory, sweep_summary
 
 TASK = """
 import jax
@@ -190,13 +191,33 @@ def test_a_file_where_a_directory_should_be(tiny, tmp_path, inside):
 
 
 def test_errors_of_the_system_name_the_path_and_a_remedy(tmp_path):
+    """None of them passes for damage, which would be another remedy."""
+    for name in ("config.json", "results.json"):
+        (tmp_path / "run" / name).mkdir(parents=True)
     for action in (
+        lambda: run_directory.claim(tmp_path / "run", {}),
+        lambda: sweep_summary._results(tmp_path / "run"),
         lambda: files.write(tmp_path / "no" / "file", b""),
         lambda: exports.read(tmp_path / "nothing"),
         lambda: exports.read(tmp_path),
     ):
         with pytest.raises(UserError, match=rf"^{tmp_path}\S*: .*\. Choose another path\.$"):
             action()
+
+
+def test_an_output_that_cannot_be_is_told_before_anything_is_scored(tmp_path, monkeypatch, capsys):
+    (tmp_path / "afile").write_text("mine")
+    monkeypatch.setattr(cli.host, "prepare", lambda: None)  # This process is the tests' own.
+    scored = []
+    monkeypatch.setattr(cli.scorecard, "score", lambda *_, **__: scored.append(True))
+    monkeypatch.setattr(cli.suite, "measure", lambda *_, **__: scored.append(True))
+    for what in ("--task=quadratic", "--suite=quick"):
+        argv = ["evaluate", what, f"--output={tmp_path}/afile/x"]
+        assert cli.main(argv, build.settings_of) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said == [f"l2l: --output={tmp_path}/afile/x cannot be a directory: "
+                        f"{tmp_path}/afile is a file. Choose another."]  # fmt: skip
+    assert not scored
 
 
 # --- names ------------------------------------------------------------------------------------

@@ -70,6 +70,18 @@ def settings_of(factory: Callable, hidden: Sequence[str] = ()) -> dict[str, Any]
     }
 
 
+def complete(kind: str, table: Mapping[str, Callable], section: Mapping) -> dict:
+    """A section, checked as `make` checks it, and with the defaults of what it leaves out."""
+    factory, rest = factory_of(kind, table, section)
+    parameters = inspect.signature(factory).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {
+        "name": section["name"],
+        **defaults,
+        **check(f"{kind} {section['name']!r}", factory, rest),
+    }
+
+
 def factory_of(kind: str, table: Mapping[str, Callable], settings: Mapping):
     """(table[settings["name"]], the other settings)."""
     if not isinstance(settings, Mapping) or "name" not in settings:

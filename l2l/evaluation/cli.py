@@ -170,6 +170,7 @@ def main(argv, known: configuration.Known) -> int:
 
 def _tasks(values, entries, output, cells) -> int:
     kinds = [kind for kind in values.baseline if kind not in ("", "none")]
+    files.folder(output, "--output")  # Before hours of work that it could not keep.
     began, seeds = time.monotonic(), values.seeds or 10
     result = scorecard.score(
         *(jax.random.key(values.seed), entries, cells, _horizons(values, (500, 1000)), seeds),
@@ -191,6 +192,7 @@ def _suite(values, entries, output, config) -> int:
         )
     chosen = suite.find(values.suite)
     horizons = _horizons(values, chosen.horizons)
+    files.folder(output, "--output")
     began, seeds = time.monotonic(), values.seeds or chosen.seeds
     cells, notes = suite.available(chosen.cells)
     parts = suite.plan(cells, horizons)
