@@ -207,10 +207,9 @@ def test_errors_of_the_system_name_the_path_and_a_remedy(tmp_path):
 
 def test_an_output_that_cannot_be_is_told_before_anything_is_scored(tmp_path, monkeypatch, capsys):
     (tmp_path / "afile").write_text("mine")
-    monkeypatch.setattr(cli.host, "prepare", lambda: None)  # This process is the tests' own.
+    monkeypatch.setattr(cli.environment, "prepare", lambda: None)  # This process is the tests' own.
     scored = []
-    monkeypatch.setattr(cli.scorecard, "score", lambda *_, **__: scored.append(True))
-    monkeypatch.setattr(cli.suite, "measure", lambda *_, **__: scored.append(True))
+    monkeypatch.setattr(cli.comparison, "measure", lambda *_, **__: scored.append(True))
     for what in ("--task=quadratic", "--suite=quick"):
         argv = ["evaluate", what, f"--output={tmp_path}/afile/x"]
         assert cli.main(argv, experiment.settings_of) == 2

@@ -24,6 +24,7 @@ from l2l.core.unroll import Inner
 from l2l.estimators import first_order, mixture, objective
 from l2l.estimators.registry import ESTIMATORS
 from l2l.optimizers.registry import OPTIMIZERS, optimizer
+from l2l.tasks import called
 from l2l.tasks import registry as tasks
 from l2l.tasks.registry import task
 from l2l.training import curriculum
@@ -251,17 +252,17 @@ def _reads(families) -> tuple[int, ...]:
     where their `data` is one function, or `functools.partial` of one with the same arguments;
     what else two functions return is not known before it is loaded (`Experiment.data`)."""
 
-    def source(data):
-        data = inspect.unwrap(data)  # Every task's functions are wrapped anew (`tasks.called`).
+    def source(family):
+        data = called.own(family.data)
         if isinstance(data, functools.partial):
             return data.func, data.args, tuple(sorted(data.keywords.items()))
         return data
 
     different = []
     for family in families:
-        if source(family.data) not in different:
-            different.append(source(family.data))
-    return tuple(different.index(source(family.data)) for family in families)
+        if source(family) not in different:
+            different.append(source(family))
+    return tuple(different.index(source(family)) for family in families)
 
 
 def _equal(one, other) -> bool:
