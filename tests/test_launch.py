@@ -65,7 +65,7 @@ def test_a_whole_run_prints_its_table_and_paths(command, tmp_path):
     out, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "adam, tuned" in out
-    for name in ("curves-6.png", "metrics.jsonl", exports.EXPORT):
+    for name in ("curves-2.png", "metrics.jsonl", exports.EXPORT):
         assert f"{tmp_path}/run/{name}" in out and (tmp_path / "run" / name).exists()
     exports.load(tmp_path / "run")
 
