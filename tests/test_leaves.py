@@ -112,7 +112,9 @@ def test_leaves_that_cannot_be_trained(leaf):
     assert "Parameter ['odd'] is" in told and "optax.masked" in told
 
 
-@pytest.mark.parametrize("num_steps", ["100", -5, 2.7, 100.0, True, 1 << 31, jnp.ones(()), [100]])
+@pytest.mark.parametrize(
+    "num_steps", ["100", -5, 2.7, 100.0, True, np.True_, 1 << 31, jnp.ones(()), [100], [[1], 2]]
+)
 def test_a_horizon_that_is_no_number_of_steps(transform, num_steps):
     state = transform.init(PARAMS)
     told = refused(lambda: transform.update(PARAMS, state, PARAMS, num_steps=num_steps))
