@@ -207,7 +207,7 @@ def test_logs_that_cannot_be_written(tmp_path, where):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert re.fullmatch(rf"{tmp_path}\S*: File too large. Raise the limit.*", sentence_of(error))
-    out = RunLog(tmp_path, 100, start=1, stream=io.StringIO())  # The half line is dropped.
+    out = RunLog(tmp_path, 100, begun=1, stream=io.StringIO())  # The half line is dropped.
     out.log(2, {"loss": 2.0})
     out.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
