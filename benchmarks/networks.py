@@ -94,8 +94,8 @@ def config(network: dict, steps: int) -> dict:
         task=MIXTURE,
         augmentations=(dict(name="rescale", per="tensor", magnitude=1.0, probability=0.5),),
         optimizer={"name": "lstm", "learning_rate": 3e-3, "eps_root": 1e-12, **network},
-        objective=dict(on="both", form="log", share=0.9, floor=3e-5, emphasis=1.0),
-        inner=dict(length=100, hide=0.25),
+        objective=dict(on="both", form="log", validation_weight=0.9, floor=3e-5, emphasis=1.0),
+        inner=dict(length=100, hide_horizon_probability=0.25),
         horizon=dict(name="log_uniform", shortest=100, longest=1000),
         meta=dict(
             steps=steps,

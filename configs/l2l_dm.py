@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.augmentations = ()
     config.optimizer = dict(name="dm", hidden_size=20, layers=2, p=5.0, scale=0.01)
     config.objective = dict(on="train", form="plain", cap=1e4)
-    config.inner = dict(length=20, stagger=False, hide=0.0)
+    config.inner = dict(length=20, stagger=False, hide_horizon_probability=0.0)
     config.estimator = dict(name="first_order")
     config.horizon = dict(name="stages", horizons=(100,), every=100, patience=3, num_problems=8)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=1e-3)

@@ -24,8 +24,10 @@ def get_config() -> ConfigDict:
     )
     config.augmentations = ()
     config.optimizer = dict(name="lstm", hidden_size=8, layers=1, learning_rate=3e-3, eps_root=1e-8)
-    config.objective = dict(on="both", form="log", cap=1e4, share=0.98, late_share=0.65)
-    config.inner = dict(length=50, stagger=True, hide=0.25)
+    config.objective = dict(
+        on="both", form="log", cap=1e4, validation_weight=0.98, late_validation_weight=0.65
+    )
+    config.inner = dict(length=50, stagger=True, hide_horizon_probability=0.25)
     config.estimator = dict(name="first_order")
     config.horizon = dict(name="log_uniform", shortest=100, longest=2000, start=200, growth=0.5)
     # Without it the first hundred steps are so long that test accuracy never recovers.

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.augmentations = ()
     config.optimizer = dict(name="lstm", hidden_size=8, layers=1, learning_rate=3e-3, eps_root=1e-8)
     config.objective = dict(on="train", form="log", cap=1e4)
-    config.inner = dict(length=20, stagger=True, hide=0.0)
+    config.inner = dict(length=20, stagger=True, hide_horizon_probability=0.0)
     config.estimator = dict(name="first_order")
     config.horizon = dict(name="log_uniform", shortest=40, longest=400, start=100, growth=0.5)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=1e-3)

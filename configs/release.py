@@ -40,8 +40,10 @@ def get_config() -> ConfigDict:
         learning_rate=0.04,
         eps_root=1e-12,
     )
-    config.objective = dict(on="both", form="log", cap=1e4, share=0.9, floor=3e-5, emphasis=1.0)
-    config.inner = dict(length=250, stagger=True, hide=0.25)
+    config.objective = dict(
+        on="both", form="log", cap=1e4, validation_weight=0.9, floor=3e-5, emphasis=1.0
+    )
+    config.inner = dict(length=250, stagger=True, hide_horizon_probability=0.25)
     config.estimator = dict(name="first_order")
     config.horizon = dict(name="log_uniform", shortest=250, longest=4000, start=2000, growth=0.5)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=3e-3)

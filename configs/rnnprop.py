@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
         eps_root=1e-8,
     )
     config.objective = dict(on="train", form="last", cap=1e4)
-    config.inner = dict(length=20, stagger=False, hide=0.0)
+    config.inner = dict(length=20, stagger=False, hide_horizon_probability=0.0)
     config.estimator = dict(name="first_order")
     config.horizon = dict(name="log_uniform", shortest=100, longest=100, start=100, growth=0.0)
     config.imitation = dict(weight=0.0, until=0.5, learning_rate=1e-3)

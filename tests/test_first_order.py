@@ -45,7 +45,9 @@ PLAIN = Objective("train", "log")
 # Training and validation losses enter linearly: both of them, in every form, and each alone.
 OBJECTIVES = [
     Objective("both", "plain"),
-    Objective("both", "log", share=0.8, late_share=0.3, floor=0.1, emphasis=2.0),
+    Objective(
+        "both", "log", validation_weight=0.8, late_validation_weight=0.3, floor=0.1, emphasis=2.0
+    ),
     Objective("both", "last"),
     Objective("validation", "plain", cap=3.0),
     Objective("train", "last"),
@@ -107,7 +109,7 @@ def windows(make, optimizer, *, length=LENGTH, imitation=0.0):
 def check_equal(
     optimizer, dtype, *, family=None, objective=PLAIN, teacher=None, imitation=0.0, length=LENGTH
 ):
-    inner = Inner(family or ragged(), optimizer, length, hide=0.3)
+    inner = Inner(family or ragged(), optimizer, length, hide_horizon_probability=0.3)
     theta = thetas(optimizer, dtype)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(NUM_PROBLEMS))
     # Blocks of 16: three of them for 44 parameters, the last of which shares 4 with the second.

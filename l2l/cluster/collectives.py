@@ -73,7 +73,7 @@ def _maximum() -> tuple[Callable, Callable]:
     return place, jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(mesh, P()))
 
 
-def told(value):
+def broadcast(value):
     """Process 0's `value`, JSON-able, on all processes."""
     if count() == 1:
         return value
@@ -101,7 +101,7 @@ def together(action: Callable[[], Any]) -> Any:
         except UserError as error:
             failure = error
     _meet()
-    failed, result = told((failure is not None, result))
+    failed, result = broadcast((failure is not None, result))
     if failure is not None:
         raise failure
     if failed:

@@ -128,7 +128,7 @@ class InnerState(NamedTuple):
     """One inner training run. Every random number of it comes from `key` and `step`.
 
     num_steps: the horizon, int32; the run is replaced by a new one when `step` reaches it.
-    told:      what the optimizer is told of the horizon: `num_steps`, or 0 where it is hidden.
+    known_horizon: what the optimizer knows of it: `num_steps`, or 0 where it is hidden.
     """
 
     params: PyTree
@@ -137,7 +137,7 @@ class InnerState(NamedTuple):
     key: jax.Array
     step: jax.Array
     num_steps: jax.Array
-    told: jax.Array
+    known_horizon: jax.Array
 
 
 class Stage(NamedTuple):

@@ -18,14 +18,14 @@ class Inner(NamedTuple):
 
     length:   steps in a window (the truncation); horizons are rounded to multiples of it.
     stagger:  begin with horizons cut at random, so that one meta-batch covers all ages.
-    hide:     probability that the optimizer is not told the horizon.
+    hide_horizon_probability: that the optimizer of a run does not know its horizon.
     """
 
     family: base.TaskFamily
     optimizer: base.LearnedOptimizer
     length: int
     stagger: bool = True
-    hide: float = 0.0
+    hide_horizon_probability: float = 0.0
 
 
 def fresh(inner: Inner, key: jax.Array, theta, stage: base.Stage) -> base.InnerState:
@@ -41,7 +41,7 @@ def fresh(inner: Inner, key: jax.Array, theta, stage: base.Stage) -> base.InnerS
     steps = jnp.exp(low + (high - low) * jax.random.uniform(fold(HORIZON)))
     windows = jnp.maximum(jnp.round(steps / inner.length), 1).astype(jnp.int32)
     num_steps = windows * inner.length
-    hidden = jax.random.bernoulli(fold(HIDE), inner.hide)
+    hidden = jax.random.bernoulli(fold(HIDE), inner.hide_horizon_probability)
     return base.InnerState(
         params=params,
         opt_state=inner.optimizer.bind(theta).init(params),
@@ -49,7 +49,7 @@ def fresh(inner: Inner, key: jax.Array, theta, stage: base.Stage) -> base.InnerS
         key=key,
         step=jnp.zeros((), jnp.int32),
         num_steps=num_steps,
-        told=jnp.where(hidden, 0, num_steps),
+        known_horizon=jnp.where(hidden, 0, num_steps),
     )
 
 
@@ -103,7 +103,7 @@ def unroll(
             state.opt_state,
             frozen(state.params),
             value=frozen(loss),
-            num_steps=state.told,
+            num_steps=state.known_horizon,
         )
         # In the parameters' dtype, whatever that of the updates.
         params = optax.apply_updates(state.params, updates)

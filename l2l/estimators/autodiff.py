@@ -113,7 +113,7 @@ def window(
 ) -> tuple[base.InnerState, jax.Array, dict[str, jax.Array]]:
     """One window of inner training: (state after it, its meta-loss, metrics), differentiable."""
     family = inner.family
-    on_train, on_validation = objective.shares(state.step, state.num_steps)
+    on_train, on_validation = objective.weights(state.step, state.num_steps)
     emphases = objective.emphases(state.step, state.num_steps, inner.length)
 
     def steps(state, _, length):

@@ -149,7 +149,7 @@ class _Engine(NamedTuple):
     def forward(self, theta, state: base.InnerState, data):
         """K steps: (the state after them, what the backward pass needs, metrics)."""
         objective, family = self.objective, self.inner.family
-        on_train, on_validation = objective.shares(state.step, state.num_steps)
+        on_train, on_validation = objective.weights(state.step, state.num_steps)
         emphases = objective.emphases(state.step, state.num_steps, self.inner.length)
         state, out = jax.lax.scan(
             lambda state, _: self.step(theta, state, data), state, None, self.inner.length
@@ -192,7 +192,7 @@ class _Engine(NamedTuple):
         g, p = (coordinates.flatten(tree, dtype) for tree in (gradient, state.params))
         shapes = coordinates.shapes_of(state.params)
         updates, opt_state, seen = coordinates.advance(
-            self.rule, theta, g, p, state.opt_state, state.told, shapes, self.block
+            self.rule, theta, g, p, state.opt_state, state.known_horizon, shapes, self.block
         )
         change = coordinates.unflatten(updates, state.params)
         params = optax.apply_updates(state.params, change)
@@ -242,7 +242,7 @@ class _Engine(NamedTuple):
 
         def step(hidden, xs):
             seen, step = xs
-            context = self.rule.context(step, run.told).astype(seen.dtype)
+            context = self.rule.context(step, run.known_horizon).astype(seen.dtype)
             signals, hidden = whole.propose(theta, seen, context, hidden)
             return hidden, signals
 
@@ -291,7 +291,7 @@ class _Window(NamedTuple):
         rows, statistics = rule.observe(g, statistics, p, step)
         shapes = coordinates.shapes_of(self.run.params)
         rows = coordinates.below(rows, directions, signals, shapes, first)
-        context = rule.context(step, self.run.told).astype(g.dtype)
+        context = rule.context(step, self.run.known_horizon).astype(g.dtype)
         updates, hidden = rule.propose(theta, rows, context, hidden)
         # Σₜ ⟨λₜ, uₜ⟩ = Σₛ ⟨pullₛ, Σ_{t≤s} uₜ⟩: the sums λ come out of the backward pass.
         moved = moved + updates

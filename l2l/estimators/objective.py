@@ -17,8 +17,8 @@ class Objective(NamedTuple):
 
     on:   "train" (the batches the optimizer will see next), "validation" (held-out batches) or
           "both".
-    share, late_share: the weight of the validation losses under "both" when a run begins and when
-          it ends, linear in t/T between (late_share None: the same throughout). A meta-loss on
+    validation_weight, late_validation_weight: of the validation losses under "both" when a run
+          begins and when it ends, linear in t/T between (None: the same throughout). A meta-loss on
           training batches alone teaches an optimizer to memorise; one on validation batches alone,
           to stop.
     form: "plain" (ρ = ℓ, mean over the window; Andrychowicz et al. 2016 sum), "log" (ρ =
@@ -38,8 +38,8 @@ class Objective(NamedTuple):
     on: str = "train"
     form: str = "log"
     cap: float = 1e4
-    share: float = 0.5
-    late_share: float | None = None
+    validation_weight: float = 0.5
+    late_validation_weight: float | None = None
     floor: float = FLOOR
     emphasis: float = 0.0
 
@@ -51,12 +51,18 @@ class Objective(NamedTuple):
     def reads_validation(self) -> bool:
         return self.on != "train"
 
-    def shares(self, step: jax.Array, num_steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def weights(self, step: jax.Array, num_steps: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The weights of (training, validation) losses in a window that begins at `step`."""
         if self.on != "both":
             return jnp.float32(self.on == "train"), jnp.float32(self.on == "validation")
-        late = self.share if self.late_share is None else self.late_share
-        validation = self.share + (late - self.share) * (step / num_steps).astype(jnp.float32)
+        late = (
+            self.validation_weight
+            if self.late_validation_weight is None
+            else self.late_validation_weight
+        )
+        validation = self.validation_weight + (late - self.validation_weight) * (
+            step / num_steps
+        ).astype(jnp.float32)
         return 1.0 - validation, validation
 
     def emphases(self, step: jax.Array, num_steps: jax.Array, length: int) -> jax.Array:
@@ -105,21 +111,26 @@ def objective(
     on: str = "train",
     form: str = "log",
     cap: float = 1e4,
-    share: float = 0.5,
-    late_share: float | None = None,
+    validation_weight: float = 0.5,
+    late_validation_weight: float | None = None,
     floor: float = FLOOR,
     emphasis: float = 0.0,
 ) -> Objective:
-    """An `Objective`; raises UserError for an unknown `on` or `form`, a share outside [0, 1], or a
-    floor or an emphasis below 0."""
+    """An `Objective`; raises UserError for an unknown `on` or `form`, a weight of the validation
+    losses outside [0, 1], or a floor or an emphasis below 0."""
     if on not in ("train", "validation", "both"):
         raise UserError(f"Unknown meta-loss split {on!r}: choose train, validation or both.")
     if form not in ("plain", "log", "last"):
         raise UserError(f"Unknown form of meta-loss {form!r}: choose plain, log or last.")
-    for value in (share, share if late_share is None else late_share):
+    for value in (
+        validation_weight,
+        validation_weight if late_validation_weight is None else late_validation_weight,
+    ):
         if not 0.0 <= value <= 1.0:
-            raise UserError(f"A share {value} of the validation losses is outside [0, 1].")
+            raise UserError(
+                f"A validation_weight {value} of the validation losses is outside [0, 1]."
+            )
     for name, value in (("floor", floor), ("emphasis", emphasis)):
         if not 0.0 <= value < float("inf"):
             raise UserError(f"{name}={value} is no weight: use 0 or a positive number.")
-    return Objective(on, form, cap, share, late_share, floor, emphasis)
+    return Objective(on, form, cap, validation_weight, late_validation_weight, floor, emphasis)

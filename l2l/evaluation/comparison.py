@@ -124,10 +124,10 @@ def measure(
         steps = ", ".join(f"{h:,}" for h in part.horizons)
         before, label = sum(costs[:i]), f"{part.cell.name}, {steps} steps"
 
-        def told(share, text, before=before, cost=cost, label=label):
+        def report(share, text, before=before, cost=cost, label=label):
             progress((before + share * cost) / sum(costs), f"{label}: {text}")
 
-        yield from _Field(part, entries, problems, grids, cache_dir, told).rows(timed)
+        yield from _Field(part, entries, problems, grids, cache_dir, report).rows(timed)
         curves.forget()  # No cell has a program that another can use.
     progress(1.0, "done")
 
@@ -167,16 +167,16 @@ def estimate(part: Part, grids: Sequence[Grid], count: int, entries: int) -> flo
 class _Field:
     """All that meet in a part: the entries, and the best of each grid."""
 
-    def __init__(self, part, entries, problems, grids, cache_dir, told):
+    def __init__(self, part, entries, problems, grids, cache_dir, report):
         self.cell, self.horizons = part
         self.entries, self.problems, self.grids = entries, problems, grids
-        self.cache_dir, self.told = cache_dir, told
+        self.cache_dir, self.report = cache_dir, report
         self.family, self.data = self.cell.load()
         self.tuned = [self._tune(i, grid) for i, grid in enumerate(grids)]
 
     def _tune(self, i: int, grid: Grid) -> tuning.Tuned:
         def progress(share, text):
-            self.told(TUNING * (i + share) / len(self.grids), text)
+            self.report(TUNING * (i + share) / len(self.grids), text)
 
         return tuning.tune(
             *(grid, self.family, self.data, self.problems, self.horizons),
@@ -194,7 +194,7 @@ class _Field:
             ]
             runs = {}
             for entry in field:
-                self.told((1 + TUNING) / 2, f"{entry.name} at {horizon:,}")
+                self.report((1 + TUNING) / 2, f"{entry.name} at {horizon:,}")
                 runs[entry.name] = cache.trained(
                     *(entry.optimizer, entry.theta, self.family, self.data),
                     *(self.problems, horizon, self.cache_dir),

@@ -180,7 +180,7 @@ def opened(optimizer, run: Beginning, horizon: int) -> base.InnerState:
         key=run.key,
         step=jnp.zeros((), jnp.int32),
         num_steps=known,
-        told=known,
+        known_horizon=known,
     )
 
 

@@ -231,11 +231,13 @@ def _update(inner, theta, run, gradient):
     rule = inner.optimizer.rule
     if rule is None:
         return inner.optimizer.bind(theta).update(
-            gradient, run.opt_state, run.params, num_steps=run.told
+            gradient, run.opt_state, run.params, num_steps=run.known_horizon
         )
     g, p = _flat(theta, gradient), _flat(theta, run.params)
     shapes = coordinates.shapes_of(run.params)
-    updates, opt_state, _ = coordinates.advance(rule, theta, g, p, run.opt_state, run.told, shapes)
+    updates, opt_state, _ = coordinates.advance(
+        rule, theta, g, p, run.opt_state, run.known_horizon, shapes
+    )
     return coordinates.unflatten(updates, run.params), opt_state
 
 

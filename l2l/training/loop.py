@@ -127,7 +127,7 @@ class Loop:
     def snapshot(self) -> Snapshot:
         """For a checkpoint."""
         # Of a number that every process measures for itself, process 0's.
-        rest = (self.memory, np.float32(collectives.told(self.seconds)))
+        rest = (self.memory, np.float32(collectives.broadcast(self.seconds)))
         return Snapshot(self.gather(self.state), *collectives.place(rest, self.layout.same))
 
     def result(self):
