@@ -121,5 +121,5 @@ def objective(
             raise UserError(f"A share {value} of the validation losses is outside [0, 1].")
     for name, value in (("floor", floor), ("emphasis", emphasis)):
         if not 0.0 <= value < float("inf"):
-            raise UserError(f"{name}={value} is no weight: use 0 or a positive number.")
+            raise UserError(f"{name}={value} is not a weight: use 0 or a positive number.")
     return Objective(on, form, cap, share, late_share, floor, emphasis)
