@@ -102,7 +102,7 @@ def test_commands_that_train_are_taken(monkeypatch):
             continue
         argv = ["launch", *shlex.split(line, comments=True)]
         typed = configuration.parse(argv, launch._flags(), launch._known, launch.__doc__)
-        experiment.experiment(typed.config)
+        experiment.build_experiment(typed.config)
         tried += 1
     for line in commands("l2l.fleet"):
         assert fleet.plan(["fleet", *shlex.split(line, comments=True)])[2], line
