@@ -122,15 +122,11 @@ def objective(
         raise UserError(f"Unknown meta-loss split {on!r}: choose train, validation or both.")
     if form not in ("plain", "log", "last"):
         raise UserError(f"Unknown form of meta-loss {form!r}: choose plain, log or last.")
-    for value in (
-        validation_weight,
-        validation_weight if late_validation_weight is None else late_validation_weight,
-    ):
+    late = validation_weight if late_validation_weight is None else late_validation_weight
+    for value in (validation_weight, late):
         if not 0.0 <= value <= 1.0:
-            raise UserError(
-                f"A validation_weight {value} of the validation losses is outside [0, 1]."
-            )
+            raise UserError(f"A weight {value} of the validation losses is outside [0, 1].")
     for name, value in (("floor", floor), ("emphasis", emphasis)):
         if not 0.0 <= value < float("inf"):
-            raise UserError(f"{name}={value} is no weight: use 0 or a positive number.")
+            raise UserError(f"{name}={value} is not a weight: use 0 or a positive number.")
     return Objective(on, form, cap, validation_weight, late_validation_weight, floor, emphasis)
