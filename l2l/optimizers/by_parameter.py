@@ -35,21 +35,7 @@ def by_parameter(
     """
     names = sorted(optimizers)
     labels = tuple((pattern, label) for pattern, label in labels)
-    if unknown := sorted({label for _, label in labels} - set(names)):
-        raise UserError(
-            f"No optimizer is labelled {unknown}: label parameters with {', '.join(names)}."
-        )
-    if idle := sorted(set(names) - {label for _, label in labels}):
-        raise UserError(
-            f"No pattern gives a parameter to {idle}: add one to labels, or drop the optimizer."
-        )
-    found = {name: optimizers[name].rule for name in names}
-    rules = {n: r for n, r in found.items() if r and not r.tensors and not r.matrices}
-    if lacking := [name for name in names if name not in rules]:
-        raise UserError(
-            f"Optimizers {lacking} have no coordinatewise rule, so they cannot share parameters: "
-            "use adam(...) of l2l.optimizers.adam, or optax.partition of bound optimizers."
-        )
+    rules = _rules(optimizers, labels)
 
     def init(key):
         keys = jax.random.split(key, len(names))
@@ -97,6 +83,27 @@ def by_parameter(
         features=("label", *(f"{name}: {row}" for name in names for row in rules[name].features)),
     )
     return coordinates.optimizer(init, rule)
+
+
+def _rules(optimizers: Mapping[str, base.LearnedOptimizer], labels) -> dict[str, base.Rule]:
+    """The rules of the parts; UserError where labels and optimizers do not fit, or one has none."""
+    names = sorted(optimizers)
+    if unknown := sorted({label for _, label in labels} - set(names)):
+        raise UserError(
+            f"No optimizer is labelled {unknown}: label parameters with {', '.join(names)}."
+        )
+    if idle := sorted(set(names) - {label for _, label in labels}):
+        raise UserError(
+            f"No pattern gives a parameter to {idle}: add one to labels, or drop the optimizer."
+        )
+    found = {name: optimizers[name].rule for name in names}
+    rules = {n: r for n, r in found.items() if r and not r.tensors and not r.matrices}
+    if lacking := [name for name in names if name not in rules]:
+        raise UserError(
+            f"Optimizers {lacking} have no coordinatewise rule, so they cannot share parameters: "
+            "use adam(...) of l2l.optimizers.adam, or optax.partition of bound optimizers."
+        )
+    return rules
 
 
 # What a context is asked for where only its size matters.

@@ -8,7 +8,6 @@ Nothing here is particular to l2l's optimizers: any optax transformation can be 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -67,6 +66,7 @@ class GuardState(NamedTuple):
 LIKE_PARAMS = ("anchor", "adam", "learned")
 
 
+# Nine settings: each is one of the promises below, and none goes without saying.
 def guard(
     optimizer: optax.GradientTransformation,
     *,
@@ -144,47 +144,21 @@ def guard(
       UserError: an option is out of range, or is not an optax transformation; from `update`, where
         `params` is None or `value` no scalar.
     """
-    learned = _transformation("optimizer", optimizer, "l2l.load(…)")
-    adam = _transformation("adam", optax.adam(1e-3) if adam is None else adam, "optax.adam(1e-3)")
-    for name, number in {
-        "longest_step": longest_step,
-        "deviations": deviations,
-        "share": share,
-    }.items():
-        if not (isinstance(number, float | int) and 0 < number < float("inf")):
-            raise UserError(f"{name}={number!r} is no threshold: give a positive finite number.")
-    counts = {"window": window, "patience": patience, "period": period, "max_falls": max_falls}
-    for name, number in counts.items():
-        if not (isinstance(number, int) and number > 0):
-            raise UserError(f"{name}={number!r} counts nothing: give a positive int.")
-    if period << (max_falls - 1) >= 1 << 31:
-        raise UserError(
-            f"period={period} doubled after each of max_falls={max_falls} falls is more than an "
-            "int32 counts: lower either."
-        )
-
-    @partial(jax.jit, inline=True)
-    def start(params):
-        params = _strong(params)
-        return GuardState(
-            falls=jnp.zeros((), jnp.int32),
-            strikes=jnp.zeros((), jnp.int32),
-            rest=jnp.zeros((), jnp.int32),
-            returning=jnp.zeros((), bool),
-            longest=jnp.zeros((), jnp.float32),
-            losses=_no_losses(),
-            learned=learned.init(params),  # Before the copy: it may say what is wrong with them.
-            adam=adam.init(params),
-            # A copy: leaves that share a buffer with the parameters could not be donated.
-            anchor=jax.tree.map(jnp.array, params),
-        )
+    own = _Guard(
+        _transformation("optimizer", optimizer, "l2l.load(…)"),
+        _transformation("adam", optax.adam(1e-3) if adam is None else adam, "optax.adam(1e-3)"),
+        *(longest_step, deviations, share, window, patience, period, max_falls),
+    )
+    own.check()
+    start, compiled = jax.jit(own.start, inline=True), jax.jit(own.step, inline=True)
 
     def init(params):
         if leaves.abstract(params):
             return jax.eval_shape(start, params)
         state = start(params)
-        own = {name: getattr(state, name) for name in GuardState._fields if name not in LIKE_PARAMS}
-        return state._replace(**meshes.together(own, params))
+        parts = [name for name in GuardState._fields if name not in LIKE_PARAMS]
+        together = meshes.together({name: getattr(state, name) for name in parts}, params)
+        return state._replace(**together)
 
     def update(updates, state, params=None, *, value=None, **extra_args):
         if params is None:
@@ -199,87 +173,159 @@ def guard(
         if "num_steps" in extra_args:
             extra_args["num_steps"] = leaves.horizon(extra_args["num_steps"])
         # A program takes numbers alone, and some optimizers ask for functions.
-        run = compiled if _numbers(extra_args) else step
+        run = compiled if _numbers(extra_args) else own.step
         out, state = run(given, state, params, value, extra_args)
         out = [None if g is None else u for g, u in zip(given, jax.tree.leaves(out), strict=True)]
         return jax.tree.unflatten(jax.tree.structure(params), out), state
 
-    def step(given, state, params, value, extra_args):
-        params = _strong(params)
-        values, treedef = jax.tree.flatten(params)
-        gradients = jax.tree.unflatten(
-            treedef,
-            [jnp.zeros_like(p) if g is None else g for g, p in zip(given, values, strict=True)],
-        )
-        fine = jnp.isfinite(_square(gradients))
-        if value is None:
-            losses, above = state.losses, jnp.zeros((), bool)
-            # Without losses every place with gradients will do; with some, only they tell.
-            informed = good = losses.seen == 0
-        else:
-            extra_args["value"] = value
-            losses, above, good = _heard(state, value, window, deviations, share)
-            informed = jnp.ones((), bool)
-        bad = above | ~fine
+    return optax.GradientTransformationExtraArgs(init, update)
 
-        open_ended = state.falls < max_falls
+
+class _Guard(NamedTuple):
+    """The arguments of `guard`, and what it does with them."""
+
+    learned: optax.GradientTransformationExtraArgs
+    adam: optax.GradientTransformationExtraArgs
+    longest_step: float
+    deviations: float
+    share: float
+    window: int
+    patience: int
+    period: int
+    max_falls: int
+
+    def check(self) -> None:
+        for name in ("longest_step", "deviations", "share"):
+            number = getattr(self, name)
+            if not (isinstance(number, float | int) and 0 < number < float("inf")):
+                raise UserError(
+                    f"{name}={number!r} is no threshold: give a positive finite number."
+                )
+        for name in ("window", "patience", "period", "max_falls"):
+            number = getattr(self, name)
+            if not (isinstance(number, int) and number > 0):
+                raise UserError(f"{name}={number!r} counts nothing: give a positive int.")
+        if self.period << (self.max_falls - 1) >= 1 << 31:
+            raise UserError(
+                f"period={self.period} doubled after each of max_falls={self.max_falls} falls is "
+                "more than an int32 counts: lower either."
+            )
+
+    def start(self, params) -> GuardState:
+        params = _strong(params)
+        return GuardState(
+            falls=jnp.zeros((), jnp.int32),
+            strikes=jnp.zeros((), jnp.int32),
+            rest=jnp.zeros((), jnp.int32),
+            returning=jnp.zeros((), bool),
+            longest=jnp.zeros((), jnp.float32),
+            losses=_no_losses(),
+            learned=self.learned.init(params),  # Before the copy: it may say what is wrong here.
+            adam=self.adam.init(params),
+            # A copy: leaves that share a buffer with the parameters could not be donated.
+            anchor=jax.tree.map(jnp.array, params),
+        )
+
+    def step(self, given, state: GuardState, params, value, extra_args):
+        """A whole update: (updates, state)."""
+        params = _strong(params)
+        gradients = _whole(given, params)
+        fine = jnp.isfinite(_square(gradients))
+        heard = self.hear(state, value)
+        if value is not None:
+            extra_args["value"] = value
+        bad = heard.above | ~fine
+        open_ended = state.falls < self.max_falls
         driving = open_ended & (state.rest == 0) & ~state.returning
-        falling = driving & (state.strikes + bad >= patience)
+        falling = driving & (state.strikes + bad >= self.patience)
         going_back = falling | state.returning
-        keeping = good & fine & ~going_back
+        keeping = heard.good & fine & ~going_back
         anchor = jax.tree.map(lambda p, a: jnp.where(keeping, p, a), params, state.anchor)
 
-        def go_back(carry):
-            # p + (a − p) rounds. From where it ends a second such step is exact: a − p is then
-            # either a itself or, both being within a factor of two, free of rounding.
-            back = jax.tree.map(jnp.subtract, anchor, params)
-            return back, adam.init(anchor), learned.init(anchor), jnp.zeros_like(carry[-1])
+        def back(carry):
+            return *self.go_back(anchor, params), jnp.zeros_like(carry[-1])
 
         def adam_steps(carry):
-            _, before, longest = carry
-            out, of_adam = adam.update(gradients, before, params, **extra_args)
-            out = _like(out, params)
-            return out, _like(of_adam, before), jnp.maximum(longest, features.norm(_square(out)))
+            return self.step_of_adam(carry, gradients, params, extra_args)
 
         def learned_steps(carry):
-            safe, before, _ = carry
-            out, of_learned = learned.update(gradients, before, params, **extra_args)
-            out, of_learned = _like(out, params), _like(of_learned, before)
-            # Of anything that is not finite the norm is not either.
-            failed = ~(features.norm(_square(out)) <= longest_step * longest)
-            after = meshes.together(optax.apply_updates(params, out))
-            failed |= ~jnp.all(jnp.isfinite(coordinates.flatten(after, jnp.float32)))
-            taken = driving & ~failed
-            return jax.tree.map(lambda x, y: jnp.where(taken, x, y), out, safe), of_learned, failed
+            return self.step_of_learned(carry, gradients, params, extra_args, driving, longest)
 
         stepping = fine & ~going_back
         out = jax.tree.map(jnp.zeros_like, params)
         carry = (out, state.adam, state.learned, state.longest)
-        out, of_adam, of_learned, longest = _where(going_back, go_back, carry)
+        out, of_adam, of_learned, longest = _where(going_back, back, carry)
         out, of_adam, longest = _where(stepping, adam_steps, (out, of_adam, longest))
         carry = (out, of_learned, jnp.zeros_like(fine))
         out, of_learned, failed = _where(stepping & open_ended, learned_steps, carry)
 
-        striking = jnp.where(bad | failed, state.strikes + 1, state.strikes - informed)
-        fresh = _no_losses()._replace(first=losses.first)
+        striking = jnp.where(bad | failed, state.strikes + 1, state.strikes - heard.informed)
+        rest = jnp.maximum(state.rest - stepping, 0)
+        fresh = _no_losses()._replace(first=heard.losses.first)
         return meshes.alike(out, params), GuardState(
             falls=state.falls + falling,
             strikes=jnp.where(driving & ~falling, jnp.maximum(striking, 0), 0),
-            rest=jnp.where(
-                falling,
-                jnp.left_shift(period, state.falls),
-                jnp.maximum(state.rest - stepping, 0),
-            ),
+            rest=jnp.where(falling, jnp.left_shift(self.period, state.falls), rest),
             returning=falling,
             longest=longest,
-            losses=jax.tree.map(lambda a, b: jnp.where(going_back, a, b), fresh, losses),
+            losses=jax.tree.map(lambda a, b: jnp.where(going_back, a, b), fresh, heard.losses),
             anchor=anchor,
             adam=of_adam,
             learned=of_learned,
         )
 
-    compiled = jax.jit(step, inline=True)
-    return optax.GradientTransformationExtraArgs(init, update)
+    def hear(self, state: GuardState, value) -> "_Heard":
+        """What the loss says, if there is one."""
+        if value is None:
+            # Without losses every place with gradients will do; with some, only they tell.
+            unheard = state.losses.seen == 0
+            return _Heard(state.losses, jnp.zeros((), bool), unheard, unheard)
+        found = _heard(state, value, self.window, self.deviations, self.share)
+        return _Heard(*found, jnp.ones((), bool))
+
+    def go_back(self, anchor, params):
+        """(the way back, both states as at the start)."""
+        # p + (a − p) rounds. From where it ends a second such step is exact: a − p is then either
+        # a itself or, both being within a factor of two, free of rounding.
+        back = jax.tree.map(jnp.subtract, anchor, params)
+        return back, self.adam.init(anchor), self.learned.init(anchor)
+
+    def step_of_adam(self, carry, gradients, params, extra_args):
+        """carry: (updates so far, Adam's state, its longest step), as it returns them."""
+        _, before, longest = carry
+        out, after = self.adam.update(gradients, before, params, **extra_args)
+        out = _like(out, params)
+        return out, _like(after, before), jnp.maximum(longest, features.norm(_square(out)))
+
+    def step_of_learned(self, carry, gradients, params, extra_args, driving, longest):
+        """carry: (Adam's updates, the learned state, whether its step failed), as it returns them;
+        the updates are the learned ones where it drives and does not fail."""
+        safe, before, _ = carry
+        out, of_learned = self.learned.update(gradients, before, params, **extra_args)
+        out, of_learned = _like(out, params), _like(of_learned, before)
+        # Of anything that is not finite the norm is not either.
+        failed = ~(features.norm(_square(out)) <= self.longest_step * longest)
+        after = meshes.together(optax.apply_updates(params, out))
+        failed |= ~jnp.all(jnp.isfinite(coordinates.flatten(after, jnp.float32)))
+        taken = driving & ~failed
+        return jax.tree.map(lambda x, y: jnp.where(taken, x, y), out, safe), of_learned, failed
+
+
+class _Heard(NamedTuple):
+    """losses: the record. above: whether the loss is above the limit. good: whether the parameters
+    are worth going back to. informed: whether a call without a strike takes one back."""
+
+    losses: LossRecord
+    above: jax.Array
+    good: jax.Array
+    informed: jax.Array
+
+
+def _whole(given, params):
+    """Gradients like the parameters, 0 where there are none."""
+    values, treedef = jax.tree.flatten(params)
+    own = [jnp.zeros_like(p) if g is None else g for g, p in zip(given, values, strict=True)]
+    return jax.tree.unflatten(treedef, own)
 
 
 def _where(condition, change: Callable, carry: base.PyTree) -> base.PyTree:
