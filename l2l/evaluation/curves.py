@@ -76,6 +76,7 @@ def evaluate(
     return run(theta, key, data)
 
 
+# Nine: what is trained, where and how it is measured; `evaluate` hands most of it on.
 def compile_evaluation(
     optimizer: base.LearnedOptimizer,
     family: base.TaskFamily,
