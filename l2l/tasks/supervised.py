@@ -4,11 +4,11 @@ A problem is a way to learn from a fixed data set: an activation, a factor on th
 and the part of the training split it may see.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
     "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
     "sin": jnp.sin,
 }
@@ -186,11 +187,6 @@ def rescaled(params, scale: jax.Array):
     """The parameters with their matrices times `scale`. Vectors are offsets and the scales of
     normalisation: they start where they should."""
     return jax.tree.map(lambda p: p * scale.astype(p.dtype) if p.ndim > 1 else p, params)
-
-
-def layer_norm(x: jax.Array, name: str) -> jax.Array:
-    """Layer normalisation over the last axis with its own scale and offset, inside haiku."""
-    return hk.LayerNorm(-1, create_scale=True, create_offset=True, name=name)(x)
 
 
 def in_chunks(apply: Callable, inputs: jax.Array, rows: int = 1000) -> jax.Array:
