@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from l2l.console.errors import UserError
 from l2l.core.base import TaskFamily
 from l2l.data import datasets
-from l2l.tasks import blocks, supervised
+from l2l.tasks import attention, supervised
 
 
 def residual(
@@ -44,9 +44,9 @@ def residual(
     def network(index, x):
         x = hk.Linear(width, name="linear_0")(x.reshape(len(x), -1))
         for i in range(blocks):
-            y = hk.Linear(width, name=f"block_{i}_0")(blocks.layer_norm(x, f"norm_{i}"))
+            y = hk.Linear(width, name=f"block_{i}_0")(supervised.layer_norm(x, f"norm_{i}"))
             x = x + hk.Linear(width, name=f"block_{i}_1")(activate(index, y))
-        return hk.Linear(classes or 1, name="linear_1")(blocks.layer_norm(x, "norm"))
+        return hk.Linear(classes or 1, name="linear_1")(supervised.layer_norm(x, "norm"))
 
     name = f"residual-{dataset}-{blocks}x{width}"
     return _family(name, network, dataset, shape, activations, initial_scale, subset, batch_size)
@@ -85,10 +85,10 @@ def mixer(
     def network(index, x):
         x = hk.Linear(width, name="rows")(x.reshape(*x.shape[:2], -1))
         for i in range(layers):
-            y = jnp.swapaxes(blocks.layer_norm(x, f"norm_{i}_0"), 1, 2)
+            y = jnp.swapaxes(supervised.layer_norm(x, f"norm_{i}_0"), 1, 2)
             x = x + jnp.swapaxes(mix(index, y, shape[0], f"tokens_{i}"), 1, 2)
-            x = x + mix(index, blocks.layer_norm(x, f"norm_{i}_1"), width, f"channels_{i}")
-        return hk.Linear(classes, name="linear")(blocks.layer_norm(x, "norm").mean(1))
+            x = x + mix(index, supervised.layer_norm(x, f"norm_{i}_1"), width, f"channels_{i}")
+        return hk.Linear(classes, name="linear")(supervised.layer_norm(x, "norm").mean(1))
 
     name = f"mixer-{dataset}-{layers}x{width}"
     return _family(name, network, dataset, shape, activations, initial_scale, subset, batch_size)
@@ -215,7 +215,7 @@ def vit(
             f"patch={patch} does not divide the {shape[0]}×{shape[1]} images of {dataset}: "
             "use a number of pixels that does."
         )
-    blocks.check(width, layers, heads)
+    attention.check(width, layers, heads)
     activate = supervised.activation(activations)
     rows, columns = shape[0] // patch, shape[1] // patch
 
@@ -225,8 +225,8 @@ def vit(
         init = hk.initializers.RandomNormal(0.02)
         x = x + hk.get_parameter("positions", x.shape[1:], x.dtype, init=init)[None]
         for i in range(layers):
-            x = blocks.block(x, functools.partial(activate, index), f"block_{i}", heads)
-        return hk.Linear(classes, name="linear")(blocks.layer_norm(x, "norm").mean(1))
+            x = attention.block(x, functools.partial(activate, index), f"block_{i}", heads)
+        return hk.Linear(classes, name="linear")(supervised.layer_norm(x, "norm").mean(1))
 
     name = f"vit-{dataset}-{layers}x{width}"
     return _family(name, network, dataset, shape, activations, initial_scale, subset, batch_size)

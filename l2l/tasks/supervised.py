@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
@@ -187,6 +188,12 @@ def rescaled(params, scale: jax.Array):
     """The parameters with their matrices times `scale`. Vectors are offsets and the scales of
     normalisation: they start where they should."""
     return jax.tree.map(lambda p: p * scale.astype(p.dtype) if p.ndim > 1 else p, params)
+
+
+def layer_norm(x: jax.Array, name: str, *, offset: bool = True) -> jax.Array:
+    """Layer normalisation over the last axis with a scale of its own and, unless told otherwise, an
+    offset, inside haiku."""
+    return hk.LayerNorm(-1, create_scale=True, create_offset=offset, name=name)(x)
 
 
 def in_chunks(apply: Callable, inputs: jax.Array, rows: int = 1000) -> jax.Array:

@@ -13,7 +13,7 @@ import optax
 from l2l.console.errors import UserError
 from l2l.core.base import TaskFamily
 from l2l.data import datasets
-from l2l.tasks import blocks, supervised
+from l2l.tasks import attention, supervised
 
 
 def transformer(
@@ -45,7 +45,7 @@ def transformer(
       rows end to end (the last incomplete one left out). `accuracy` is the share of characters
       predicted.
     """
-    blocks.check(width, layers, heads)
+    attention.check(width, layers, heads)
     activate = supervised.activation(activations)
 
     def network(index, characters):
@@ -57,17 +57,17 @@ def transformer(
         causal = jnp.tril(jnp.ones((1, 1, context, context), bool))
         w_init = hk.initializers.VarianceScaling(1.0, "fan_in", "normal")
         for i in range(layers):
-            attention = hk.MultiHeadAttention(
+            attend = hk.MultiHeadAttention(
                 heads, width // heads, w_init=w_init, name=f"attention_{i}"
             )
-            y = blocks.layer_norm(x, f"norm_{i}_0")
-            x = x + attention(y, y, y, causal)
+            y = supervised.layer_norm(x, f"norm_{i}_0")
+            x = x + attend(y, y, y, causal)
             y = hk.Linear(4 * width, w_init=w_init, name=f"mlp_{i}_0")(
-                blocks.layer_norm(x, f"norm_{i}_1")
+                supervised.layer_norm(x, f"norm_{i}_1")
             )
             x = x + hk.Linear(width, w_init=w_init, name=f"mlp_{i}_1")(activate(index, y))
         return hk.Linear(datasets.spec(dataset).classes, name="linear")(
-            blocks.layer_norm(x, "norm")
+            supervised.layer_norm(x, "norm")
         )
 
     name = f"transformer-{dataset}-{layers}x{width}"
@@ -158,7 +158,7 @@ def nanogpt(
     if dataset is None:
         known = datasets.present("tinyshakespeare")
         dataset = "tinyshakespeare" if known else "pydoc"
-    blocks.check(width, layers, heads)
+    attention.check(width, layers, heads)
     activate = supervised.activation(activations)
     normal = hk.initializers.RandomNormal(0.02)
     smaller = hk.initializers.RandomNormal(0.02 / math.sqrt(2 * layers))
@@ -169,7 +169,7 @@ def nanogpt(
         positions = hk.get_parameter("positions", (context, width), init=normal)
         x = embedding[characters] + positions[None]
         for i in range(layers):
-            x = blocks.block(
+            x = attention.block(
                 x,
                 functools.partial(activate, index),
                 f"block_{i}",
@@ -179,7 +179,7 @@ def nanogpt(
                 w_init=normal,
                 out_init=smaller,
             )
-        return blocks.layer_norm(x, "norm", offset=False) @ embedding.T
+        return supervised.layer_norm(x, "norm", offset=False) @ embedding.T
 
     name = f"nanogpt-{dataset}-{layers}x{width}"
     family = _family(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from l2l.console.errors import UserError
+from l2l.tasks import supervised
 
 
 def check(width: int, layers: int, heads: int) -> None:
@@ -44,14 +45,9 @@ def block(
     def linear(size, part, init):
         return hk.Linear(size, with_bias=bias, w_init=init, name=f"{name}_{part}")
 
-    y = linear(3 * width, "qkv", w_init)(layer_norm(x, f"{name}_norm_0", offset=bias))
+    y = linear(3 * width, "qkv", w_init)(supervised.layer_norm(x, f"{name}_norm_0", offset=bias))
     q, k, v = jnp.moveaxis(y.reshape(n, length, 3, heads, width // heads), 2, 0)
     y = jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(x.shape)
     x = x + linear(width, "attended", out_init)(y)
-    y = linear(4 * width, "hidden", w_init)(layer_norm(x, f"{name}_norm_1", offset=bias))
+    y = linear(4 * width, "hidden", w_init)(supervised.layer_norm(x, f"{name}_norm_1", offset=bias))
     return x + linear(width, "out", out_init)(activate(y))
-
-
-def layer_norm(x: jax.Array, name: str, *, offset: bool = True) -> jax.Array:
-    """Layer normalisation over the last axis with a scale and, unless told otherwise, an offset."""
-    return hk.LayerNorm(-1, create_scale=True, create_offset=offset, name=name)(x)
