@@ -180,11 +180,12 @@ def test_an_error_in_a_users_file_is_its_own(small, text, kind):
     assert not isinstance(error.value, UserError) and str(small) in str(error.traceback[-1].path)
 
 
-def test_the_readmes_config_takes_a_seed_alone_and_in_a_fleet(tmp_path, monkeypatch):
-    readme = (Path(l2l.__file__).parent.parent / "README.md").read_text()
-    for start, name in (("import jax\nimport jax.numpy", "my_task"), ("from ml_coll", "my_config")):
-        block = readme[readme.index("```python\n" + start) + len("```python\n") :]
-        (tmp_path / f"{name}.py").write_text(block[: block.index("```")])
+def test_the_tutorials_config_takes_a_seed_alone_and_in_a_fleet(tmp_path, monkeypatch):
+    page = (Path(l2l.__file__).parent.parent / "docs/tutorial/3-your-own-task.md").read_text()
+    for name in ("my_task.py", "my_config.py"):
+        start = f'```python title="{name}"\n'
+        block = page[page.index(start) + len(start) :]
+        (tmp_path / name).write_text(block[: block.index("```")])
     monkeypatch.chdir(tmp_path)
     assert read("my_config.py", "--config.seed=1").seed == 1
     members = fleet.plan(["fleet", "--config=my_config.py", "--seeds=2"])[2]

@@ -31,10 +31,19 @@ STATE_OF_A_BLOCK = 8192
 LANES = 16
 
 
+def platform() -> str:
+    """That of the device which JAX computes on: of `jax.default_device` where it is set, which code
+    that is given devices does while it traces; else of the default backend."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
 def width(hidden: base.PyTree | None = None) -> int | None:
-    """Columns in a block on this machine, None for all: of a step forward or, if the recurrent
+    """Columns in a block on this `platform`, None for all: of a step forward or, if the recurrent
     state `hidden` [..., P] is given, of the way back through a window."""
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return None
     if hidden is None:
         return FORWARD_BLOCK
@@ -308,6 +317,7 @@ def bind(
     horizon of the run. Other extra arguments are left to other links of the chain. Updates are in
     the dtypes of params, whatever those of the gradients. Both halves are compiled, as one program
     each, where they are called outside of `jax.jit`; inside it they are traced as if they were not.
+    Derivatives of any mode pass through both, with the bases of a preconditioner held constant.
 
     Args:
       state_dtype: that in which the recurrent state is kept between steps. With jnp.bfloat16 the

@@ -118,8 +118,9 @@ def pixels(inputs: jax.Array) -> jax.Array:
 
 
 def loader(dataset: str) -> Callable[[], datasets.Dataset]:
-    """Makes `data`: the data set with its arrays on the default device."""
-    return lambda: jax.tree.map(jnp.asarray, datasets.load(dataset))
+    """Makes `data`: the arrays of the data set. A partial, by which families on the same data set
+    are known (`training.experiment.Experiment.reads`)."""
+    return functools.partial(datasets.load, dataset)
 
 
 def activation(names: Sequence[str]) -> Callable[[jax.Array, jax.Array], jax.Array]:
