@@ -185,7 +185,7 @@ def nanogpt(
     family = _family(
         name, network, dataset, context, activations, initial_scale, subset, batch_size
     )
-    return family._replace(data=lambda: jax.tree.map(jnp.asarray, _renumbered(dataset)))
+    return family._replace(data=functools.partial(_renumbered, dataset))
 
 
 def _characters(dataset: str) -> np.ndarray:
