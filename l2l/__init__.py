@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # The same names as in `_CONTENTS`, for editors and type chec
     from l2l.optimizers.guard import guard
     from l2l.storage.exports import export, load, released
     from l2l.storage.exports import read as read_export
-    from l2l.training.experiment import experiment as build_experiment
-    from l2l.training.loop import run as train
+    from l2l.training.experiment import build_experiment
+    from l2l.training.run import train
 
 __all__ = [
     "LearnedOptimizer",
@@ -46,7 +46,7 @@ _CONTENTS = {
     "Rule": ("l2l.core.base", "Rule"),
     "TaskFamily": ("l2l.core.base", "TaskFamily"),
     "UserError": ("l2l.console.errors", "UserError"),
-    "build_experiment": ("l2l.training.experiment", "experiment"),
+    "build_experiment": ("l2l.training.experiment", "build_experiment"),
     "estimators": ("l2l.estimators", None),
     "evaluation": ("l2l.evaluation", None),
     "export": ("l2l.storage.exports", "export"),
@@ -58,7 +58,7 @@ _CONTENTS = {
     "read_export": ("l2l.storage.exports", "read"),
     "released": ("l2l.storage.exports", "released"),
     "tasks": ("l2l.tasks", None),
-    "train": ("l2l.training.loop", "run"),
+    "train": ("l2l.training.run", "train"),
 }
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import optax
 
 PyTree = Any
+Device = Any  # jax.Device, which type checkers take for a variable.
+Scalar = jax.Array | np.ndarray | float
 
 
 class TaskFamily(NamedTuple):
@@ -142,9 +144,9 @@ class Stage(NamedTuple):
     """What the curriculum sets: the range of horizons [shortest, longest] drawn log-uniformly, and
     the weight of the imitation of Adam. Traced scalars, so that a new stage compiles nothing."""
 
-    shortest: jax.Array
-    longest: jax.Array
-    imitation: jax.Array
+    shortest: Scalar
+    longest: Scalar
+    imitation: Scalar
 
 
 class MetaGradient(NamedTuple):
@@ -153,7 +155,7 @@ class MetaGradient(NamedTuple):
     init:     (keys [n], theta, stage) -> state, every leaf [n, ...]. Key i alone decides all that
               is random about problem i, so the split over devices changes nothing.
     estimate: (theta, state, data, stage) -> (gradients, state, metrics), all with leading axis [n]:
-              one meta-gradient a problem (like theta, clipped by nobody yet), the next states, and
+              one meta-gradient a problem (like theta, not clipped yet), the next states, and
               metrics of one number a problem: `meta_loss`; `loss`, at the end of the window; and
               `lowest`, of the losses that the meta-loss reads.
     """

@@ -67,7 +67,7 @@ def local(path, what: str = "--workdir") -> Path:
 
 
 def readable(path):
-    """What a path to read from is: a Path, or for remote ones etils' like of it.
+    """A path to read from: a Path, or for a remote one its counterpart of etils.epath.
 
     Raises:
       UserError: a kind of remote path that etils does not offer.
@@ -91,7 +91,7 @@ def reached(path):
     try:
         yield
     except ImportError as error:
-        kind = scheme(path)
+        kind = scheme(path) or ""
         raise UserError(
             f"{path} is remote and reading it needs a package that is not installed ({error}): "
             f"pip install {PACKAGES.get(kind, kind)}, or download the file and name it."

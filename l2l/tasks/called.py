@@ -1,4 +1,4 @@
-"""What goes wrong inside a task is told with the function and the shapes it was called with."""
+"""An error inside a task says which function was called with which shapes."""
 
 import functools
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def _named(function: Callable, key: str, task: str) -> Callable:
         _check(out, key, task)
         return out
 
-    call.own = function
+    call.own = function  # pyright: ignore[reportAttributeAccessIssue]
     return call
 
 
