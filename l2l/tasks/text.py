@@ -213,8 +213,8 @@ def _recurrent(core: Callable[[], hk.RNNCore], dataset: str, embedding: int) -> 
         x = hk.Embed(classes, embedding, name="embedding")(characters)
         cell = core()
         start = jax.tree.map(lambda s: s.astype(x.dtype), cell.initial_state(len(x)))
-        x, _ = hk.dynamic_unroll(cell, x, start, time_major=False)
-        return hk.Linear(classes, name="linear")(x)
+        outputs, _ = hk.dynamic_unroll(cell, x, start, time_major=False)
+        return hk.Linear(classes, name="linear")(jnp.asarray(outputs))
 
     return network
 
