@@ -63,7 +63,7 @@ class Grid(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One setting of the grid at one horizon. Lists have one number per problem, `inf` if not finite.
+    """One setting of the grid at one horizon. Lists have a number per problem, `inf` if not finite.
 
     horizon:  steps after which it was measured.
     schedule: "constant" or "cosine" (to 0 over `horizon`).
