@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.special import erf
 
 from l2l import tasks
 from l2l.data import datasets
-from l2l.tasks import supervised
+from l2l.tasks import architectures, supervised
 
 SMALL = [
     tasks.nanogpt(dataset="pydoc", width=16, layers=2, heads=2, context=16),
@@ -234,6 +235,23 @@ def test_a_resnet_sees_one_image_at_a_time_and_no_scale():
         k: {"w": 3 * v["w"]} if "conv" in k and "norm" not in k else v for k, v in params.items()
     }
     np.testing.assert_allclose(whole, loss(larger, problem, batch), rtol=1e-2)
+
+
+@pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (1, 2)])
+def test_convolutions_are_convolutions(size, stride):
+    net = hk.without_apply_rng(
+        hk.transform(lambda x: architectures._Convolution(5, size, stride, "conv")(x))
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 6, 7, 4))
+    params = jax.jit(net.init)(jax.random.key(1), x)
+    expected = jax.lax.conv_general_dilated(
+        x,
+        params["conv"]["w"],
+        (stride, stride),
+        2 * [(size // 2, size // 2)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    np.testing.assert_allclose(net.apply(params, x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_vit_knows_patches_by_their_positions_alone():

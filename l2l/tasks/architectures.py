@@ -164,8 +164,7 @@ def resnet(
     activate = supervised.activation(activations)
 
     def convolve(x, width, stride, name, size=3):
-        init = hk.initializers.VarianceScaling(2.0, "fan_in", "normal")
-        x = hk.Conv2D(width, size, stride, with_bias=False, w_init=init, name=name)(x)
+        x = _Convolution(width, size, stride, name)(x)
         return hk.GroupNorm(groups, name=f"{name}_norm")(x)
 
     def network(index, x):
@@ -182,6 +181,29 @@ def resnet(
 
     name = f"resnet-{dataset}-{depth}x" + "-".join(map(str, channels))
     return _family(name, network, dataset, shape, activations, initial_scale, subset, batch_size)
+
+
+class _Convolution(hk.Module):
+    """[n, height, width, in] -> [n, ⌈height/stride⌉, ⌈width/stride⌉, out] by filters of an odd size
+    without biases. A product with shifted copies: a step of `resnet()` inside `scan` takes 0.3 s of
+    a CPU so, and 3.6 s with XLA's own convolutions (jax 0.10.2), which are as fast outside only."""
+
+    def __init__(self, width: int, size: int, stride: int, name: str):
+        super().__init__(name)
+        self.width, self.size, self.stride = width, size, stride
+
+    def __call__(self, x):
+        size, step, (_, height, width, channels) = self.size, self.stride, x.shape
+        init = hk.initializers.VarianceScaling(2.0, "fan_in", "normal")
+        w = hk.get_parameter("w", (size, size, channels, self.width), x.dtype, init)
+        edge = (size // 2, size // 2)
+        x = jnp.pad(x, ((0, 0), edge, edge, (0, 0)))
+        shifted = [
+            x[:, i : i + height : step, j : j + width : step]
+            for i in range(size)
+            for j in range(size)
+        ]
+        return jnp.concatenate(shifted, -1) @ w.reshape(-1, self.width)
 
 
 def vit(
