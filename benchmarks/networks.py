@@ -30,12 +30,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l import evaluate
 from l2l.core import base
 from l2l.data import datasets
 from l2l.evaluation import comparison as scorecard
+from l2l.evaluation import curves as evaluate
 from l2l.evaluation import report, tuning
 from l2l.storage import exports
+from l2l.tasks import registry
 from l2l.training import experiment as build
 from l2l.training import meta_step as meta
 
@@ -158,7 +159,7 @@ def step_cost(optimizer, theta, rounds: int = 15) -> float:
 def cells() -> list[scorecard.Cell]:
     found = []
     for section in JUDGES:
-        family = build.task(section)
+        family = registry.task(section)
         if datasets.present(section.get("dataset", "digits")):
             found.append(scorecard.Cell(family.name, family, family.data()))
         else:

@@ -23,12 +23,11 @@ import jax
 import numpy as np
 
 from l2l.data import datasets
-from l2l.evaluation import cache, report, tuning
+from l2l.evaluation import baselines, cache, report, tuning
 from l2l.evaluation import suites as suite
 from l2l.evaluation import timing as speed
-from l2l.optimizers import baselines
 from l2l.storage import exports
-from l2l.training import experiment as build
+from l2l.tasks import registry
 
 KEY = 31
 DIGITS = (200, 1_000, 2_000)
@@ -78,7 +77,7 @@ def batches(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
     key, rows = jax.random.key(KEY), []
     for hidden in ((32,), (128,), (64, 64)):
         task = dict(suite.CELLS["mlp"].task, hidden=hidden, batch_size=1024)
-        family = build.task(task)
+        family = registry.task(task)
         data = family.data()
         tuned = tuning.tune(
             *(key, "adam", family, data, seeds, (1_000,)), eps_roots=(0.0,), cache_dir=directory

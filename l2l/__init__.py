@@ -1,41 +1,73 @@
 """l2l: learned optimizers that install, train and load.
 
-    optimizer = l2l.load("checkpoints/mlp")  # an optax transformation
+    optimizer = l2l.load("lstm")  # an optax transformation
 
-Names are imported when they are first used, so that `import l2l` costs nothing.
+This is the table of contents. A name is imported when it is first used, so that `import l2l` costs
+nothing and `l2l.load` does not bring in what trains an optimizer.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
+from l2l.version import __version__ as __version__
+
+if TYPE_CHECKING:  # The same names as in `_CONTENTS`, for editors and type checkers.
+    from l2l import estimators, evaluation, optimizers, tasks
+    from l2l.console.errors import UserError
+    from l2l.core.base import LearnedOptimizer, Rule, TaskFamily, fixed, lift
+    from l2l.optimizers.guard import guard
+    from l2l.storage.exports import export, load, released
+    from l2l.storage.exports import read as read_export
+    from l2l.training.experiment import experiment as build_experiment
+    from l2l.training.loop import run as train
+
+__all__ = [
+    "LearnedOptimizer",
+    "Rule",
+    "TaskFamily",
+    "UserError",
+    "build_experiment",
+    "estimators",
+    "evaluation",
+    "export",
+    "fixed",
+    "guard",
+    "lift",
+    "load",
+    "optimizers",
+    "read_export",
+    "released",
+    "tasks",
+    "train",
+]
+# Where each is at home, and what it is called there; a package is named alone.
 _CONTENTS = {
-    "l2l.core.base": (
-        "InnerState",
-        "LearnedOptimizer",
-        "MetaGradient",
-        "MetaState",
-        "Rule",
-        "Stage",
-        "TaskFamily",
-        "fixed",
-        "lift",
-    ),
-    "l2l.console.errors": ("UserError",),
-    "l2l.training.experiment": ("experiment",),
-    "l2l.storage.exports": ("export", "load", "read", "released"),
-    "l2l.optimizers.guard": ("guard",),
-    "l2l.optimizers.lstm": ("dm", "lstm", "rnnprop"),
-    "l2l.training.loop": ("run",),
-    "l2l.core.unroll": ("Inner",),
+    "LearnedOptimizer": ("l2l.core.base", "LearnedOptimizer"),
+    "Rule": ("l2l.core.base", "Rule"),
+    "TaskFamily": ("l2l.core.base", "TaskFamily"),
+    "UserError": ("l2l.console.errors", "UserError"),
+    "build_experiment": ("l2l.training.experiment", "experiment"),
+    "estimators": ("l2l.estimators", None),
+    "evaluation": ("l2l.evaluation", None),
+    "export": ("l2l.storage.exports", "export"),
+    "fixed": ("l2l.core.base", "fixed"),
+    "guard": ("l2l.optimizers.guard", "guard"),
+    "lift": ("l2l.core.base", "lift"),
+    "load": ("l2l.storage.exports", "load"),
+    "optimizers": ("l2l.optimizers", None),
+    "read_export": ("l2l.storage.exports", "read"),
+    "released": ("l2l.storage.exports", "released"),
+    "tasks": ("l2l.tasks", None),
+    "train": ("l2l.training.loop", "run"),
 }
-_HOME = {name: module for module, names in _CONTENTS.items() for name in names}
-__all__ = sorted(_HOME)
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"Package l2l has no {name!r}: it offers {', '.join(__all__)}.")
+    if name not in _CONTENTS:
+        raise AttributeError(f"Package l2l has no {name!r}: it offers {', '.join(__all__)}.")
+    module, attribute = _CONTENTS[name]
+    found = importlib.import_module(module)
+    return found if attribute is None else getattr(found, attribute)
 
 
 def __dir__():

@@ -3,7 +3,7 @@
 import json
 import struct
 
-from l2l.training import experiment as build
+from l2l.optimizers import registry
 
 
 def parts(content):
@@ -88,7 +88,7 @@ def add_setting(content, random):
     key = known[random.integers(len(known))]
     about["optimizer"]["settings"][key] = NASTY[random.integers(len(NASTY))]
     if random.integers(2):
-        names = (*build.OPTIMIZERS, "canary:sing", "../canary.py:sing")
+        names = (*registry.OPTIMIZERS, "canary:sing", "../canary.py:sing")
         about["optimizer"]["name"] = names[random.integers(len(names))]
     return joined(header, about, numbers)
 

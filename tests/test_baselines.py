@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from l2l.optimizers import baselines
+from l2l.evaluation import baselines
+from l2l.optimizers import adam
 
 STEPS = 5
 
@@ -23,7 +24,7 @@ def walk(optimizer, dtype=jnp.float32):
 
 
 def test_learned_adam_begins_as_optax_adam():
-    learned = baselines.learned_adam(learning_rate=0.02, b1=0.8, b2=0.99, eps_root=1e-8)
+    learned = adam.learned_adam(learning_rate=0.02, b1=0.8, b2=0.99, eps_root=1e-8)
     theta = learned.init(jax.random.key(0))
     assert [x.dtype for x in jax.tree.leaves(theta)] == [jnp.float32] * 3
     np.testing.assert_allclose(
@@ -36,7 +37,7 @@ def test_learned_adam_has_a_meta_gradient_only_thanks_to_eps_root():
         return jnp.sum(walk(learned.bind(theta))[-1] ** 4)
 
     for eps_root, finite in ((1e-8, True), (0.0, False)):
-        learned = baselines.learned_adam(eps_root=eps_root)
+        learned = adam.learned_adam(eps_root=eps_root)
 
         def through_gradient(theta, shift, learned=learned):
             # Exact meta-gradients differentiate the gradients too: here by a shift of the start.
@@ -51,7 +52,7 @@ def test_learned_adam_has_a_meta_gradient_only_thanks_to_eps_root():
         theta = learned.init(jax.random.key(0))
         slope = jax.grad(through_gradient, (0, 1))(theta, jnp.zeros(2))
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(slope)) == finite
-    slope = jax.grad(end)(theta, baselines.learned_adam())
+    slope = jax.grad(end)(theta, adam.learned_adam())
     assert float(slope["log_learning_rate"]) < 0  # Too slow a rate: faster is better.
 
 
@@ -114,4 +115,4 @@ def test_unknown_kinds_and_impossible_decays_are_refused():
     with pytest.raises(ValueError, match="did you mean rmsprop"):
         baselines.grid("rmsporp")
     with pytest.raises(ValueError, match="strictly between"):
-        baselines.learned_adam(b1=1.0)
+        adam.learned_adam(b1=1.0)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from l2l.optimizers import registry
 from l2l.storage import exports
 from l2l.training import experiment as build
 
@@ -130,7 +131,7 @@ def test_two_optimizers_by_parameter_survive_their_export(tmp_path):
         "parts": {"net": {"name": "dm", "hidden_size": 2}, "adam": {"name": "adam"}},
         "labels": (("x_0", "net"), ("x_1", "adam")),
     }
-    theta = build.optimizer(section).init(jax.random.key(0))
+    theta = registry.optimizer(section).init(jax.random.key(0))
     path = exports.export(tmp_path / "multi.safetensors", section, theta)
     loaded = exports.load(path)
     params = {"x_0": jnp.ones(2), "x_1": jnp.ones(3)}

@@ -10,7 +10,8 @@ import pytest
 
 from l2l.core import base
 from l2l.optimizers import coordinates
-from l2l.optimizers.by_parameter import adam, by_parameter
+from l2l.optimizers.adam import adam
+from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.lstm import dm, lstm
 
 # Compiling is what these tests spend their time on, and most answers need no fast code.

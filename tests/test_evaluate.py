@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import evaluate, tasks
+from l2l import tasks
 from l2l.core import base, unroll
+from l2l.evaluation import baselines, tuning
 from l2l.evaluation import cli as command
 from l2l.evaluation import comparison as scorecard
-from l2l.evaluation import tuning
-from l2l.optimizers import baselines, lstm
+from l2l.evaluation import curves as evaluate
+from l2l.optimizers import lstm
 
 CURVATURE = jnp.asarray([1.0, 0.5, 0.1])
 
@@ -144,7 +145,8 @@ def test_impossible_runs_are_refused_in_one_sentence(settings):
 
 PROGRAM = """
 import json, jax, optax
-from l2l import evaluate, tasks
+from l2l.evaluation import curves as evaluate
+from l2l import tasks
 family = tasks.mlp(hidden=(), activations=("relu",), batch_size=8)
 run = evaluate.evaluate(jax.random.key(3), optax.adam(1e-2), family, family.data(), 3, 5)
 print(json.dumps([jax.device_count(), run.losses.tolist(), run.test_loss.tolist()]))

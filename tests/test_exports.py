@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from l2l.console.errors import UserError
+from l2l.optimizers import registry
 from l2l.storage import exports, files
-from l2l.training import experiment as build
 
 SPECIFICATION = {"name": "lstm", "hidden_size": 3, "decays": (0.9, 0.99)}
 
 
 @pytest.fixture(scope="module")
 def theta():
-    theta = build.optimizer(SPECIFICATION).init(jax.random.key(1))
+    theta = registry.optimizer(SPECIFICATION).init(jax.random.key(1))
     return jax.tree.map(lambda x: x + 0.01, theta)
 
 
@@ -49,7 +49,7 @@ def test_an_export_comes_back(path, theta):
     optimizer, found, about = exports.read(path)
     jax.tree.map(np.testing.assert_array_equal, theta, found)
     assert about["seed"] == 1 and about["optimizer"]["settings"]["hidden_size"] == 3
-    assert optimizer.rule.features == build.optimizer(SPECIFICATION).rule.features
+    assert optimizer.rule.features == registry.optimizer(SPECIFICATION).rule.features
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # No temporary file is left.
 
 
@@ -64,7 +64,7 @@ def test_metadata_of_another_export_say_nothing_of_this_theta(path, theta, tmp_p
 
 def test_load_takes_a_horizon_that_update_overrides(path, theta):
     params, gradient = jnp.ones(4), jnp.full(4, 0.5)
-    bound = build.optimizer(SPECIFICATION).bind(theta)
+    bound = registry.optimizer(SPECIFICATION).bind(theta)
 
     def step(optimizer, **extra):
         # The second step: at the first, outputs that start at zero hide the horizon.

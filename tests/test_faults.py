@@ -17,9 +17,11 @@ import jax
 import numpy as np
 import pytest
 
+from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.data import datasets
 from l2l.evaluation import report
+from l2l.optimizers import registry
 from l2l.storage import exports, files
 from l2l.training import experiment as build
 from l2l.training import finish as outcome
@@ -222,7 +224,7 @@ def sentence_of(error):
 def test_an_export_that_does_not_fit_leaves_the_old_one(tmp_path):
     path = tmp_path / exports.EXPORT
     specification = {"name": "lstm", "hidden_size": 2}
-    theta = build.optimizer(specification).init(jax.random.key(0))
+    theta = registry.optimizer(specification).init(jax.random.key(0))
     before = exports.export(path, specification, theta).read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -243,7 +245,7 @@ def test_a_half_written_export_of_a_run_is_written_anew(tiny, tmp_path, monkeypa
 
     def dies(experiment, theta, directory, key, snapshot):
         (directory / exports.EXPORT).write_bytes(expected(tiny)[:200])
-        raise files.about(directory, OSError(errno.EIO, "Input/output error"))
+        raise errors.about(directory, OSError(errno.EIO, "Input/output error"))
 
     expected(tiny)
     monkeypatch.setattr(outcome, "conclude", dies)

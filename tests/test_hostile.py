@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mutations import MUTATIONS, NASTY, cut, flip, joined, parts, places, replaced
 
 from l2l.console.errors import UserError
+from l2l.optimizers import registry
 from l2l.storage import checkpoint, exports
-from l2l.training import experiment as build
 
 SPECIFICATION = {"name": "lstm", "hidden_size": 3, "decays": (0.9, 0.99)}
 # What Python tells of itself when it runs, imports or loads something, or touches other files.
@@ -80,13 +80,13 @@ def test_the_listener_hears(tmp_path, monkeypatch):
 def fuzz_exports(folder, trials, seed=0):
     """Reads mutations of a good export: a count of ends. Asserts that each is one of the two good
     ones, an error that is clear or the very numbers of the original, and that nothing was run."""
-    theta = build.optimizer(SPECIFICATION).init(jax.random.key(1))
+    theta = registry.optimizer(SPECIFICATION).init(jax.random.key(1))
     theta = jax.tree.map(lambda x: x + 0.01, theta)
     about = {"seed": 1, "config": {"task": {"hidden": (32,), "name": "mlp"}}}
     path = exports.export(folder / "mine.safetensors", SPECIFICATION, theta, about)
     whole, random = path.read_bytes(), np.random.default_rng(seed)
     # Each optimizer is built once: what JAX and Haiku import and make at their first use is theirs.
-    for name in build.OPTIMIZERS:
+    for name in registry.OPTIMIZERS:
         header, about, numbers = parts(whole)
         about["optimizer"] = {"name": name, "settings": {}}
         path.write_bytes(joined(header, about, numbers))

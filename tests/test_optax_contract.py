@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.optimizers import tensors
-from l2l.optimizers.by_parameter import adam, by_parameter
+from l2l.optimizers.adam import adam
+from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.guard import GuardState, guard
 from l2l.optimizers.lstm import dm, lstm, rnnprop
 

@@ -13,7 +13,8 @@ from l2l.core.unroll import Inner
 from l2l.estimators import autodiff
 from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import Objective
-from l2l.optimizers.by_parameter import adam, by_parameter
+from l2l.optimizers.adam import adam
+from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.lstm import lstm, rnnprop
 from l2l.tasks import simple_multi
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from l2l.console.errors import UserError
+from l2l.optimizers import registry
 from l2l.storage import exports
 from l2l.training import experiment as build
 from l2l.training import loop as train
@@ -23,7 +24,7 @@ def test_a_remote_export_is_loaded_through_etils(tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     backend = pytest.importorskip("etils.epath.backend")
     specification = {"name": "lstm", "hidden_size": 2}
-    theta = build.optimizer(specification).init(jax.random.key(0))
+    theta = registry.optimizer(specification).init(jax.random.key(0))
     local = exports.export(tmp_path / exports.EXPORT, specification, theta)
     store = fsspec.filesystem("memory")
     monkeypatch.setattr(backend._FileSystemSpecBackend, "fs", lambda self, path: Cloud(store))

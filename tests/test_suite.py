@@ -12,15 +12,14 @@ import numpy as np
 import optax
 import pytest
 
-from l2l import evaluate
 from l2l.core import base
 from l2l.data import datasets
-from l2l.evaluation import cache, scoring, tuning
+from l2l.evaluation import baselines, cache, scoring, tuning
 from l2l.evaluation import comparison as scorecard
+from l2l.evaluation import curves as evaluate
 from l2l.evaluation import suites as suite
 from l2l.evaluation import timing as speed
-from l2l.optimizers import baselines
-from l2l.training import experiment as build
+from l2l.tasks import registry
 
 
 def descent(rate, steps):
@@ -283,7 +282,7 @@ def test_what_was_measured_is_not_measured_again(tiny_suite, tmp_path, monkeypat
 
 
 def test_another_theta_is_another_result(tmp_path):
-    family = build.task(dict(name="quadratic", dimension=2, batch_size=3))
+    family = registry.task(dict(name="quadratic", dimension=2, batch_size=3))
     key, adam = jax.random.key(0), baselines.grid("adam")
 
     def run(rate):

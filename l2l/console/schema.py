@@ -42,6 +42,34 @@ def check(where: str, factory: Callable, settings: Mapping, hidden=()) -> dict:
     return out
 
 
+def make(kind: str, table: Mapping[str, Callable], settings: Mapping, given: Mapping = {}):
+    """table[settings["name"]] called with the other settings and with those of what is `given` by
+    the program that it takes."""
+    factory, rest = factory_of(kind, table, settings)
+    name, known = settings["name"], inspect.signature(factory).parameters
+    own = {key: value for key, value in given.items() if key in known}
+    return factory(**own, **check(f"{kind} {name!r}", factory, rest, given))
+
+
+def factory_of(kind: str, table: Mapping[str, Callable], settings: Mapping):
+    """(table[settings["name"]], the other settings)."""
+    if not isinstance(settings, Mapping) or "name" not in settings:
+        raise UserError(
+            f"The {kind} {settings!r} has no name: write dict(name=…, …) with one of "
+            f"{', '.join(sorted(table))}."
+        )
+    settings = dict(settings)
+    name = settings.pop("name")
+    if name not in table:
+        raise UserError(unknown(kind, name, table))
+    return table[name], settings
+
+
+def several(sections) -> tuple:
+    """One section, or a sequence of them, as a tuple of sections."""
+    return (sections,) if isinstance(sections, Mapping) else tuple(sections)
+
+
 def _least(factory, parameter, hint) -> int | None:
     """What a whole number, or each of several, must be at least: those of l2l that are positive by
     default count something. `every` may be 0, for never; a stranger's number may be anything."""

@@ -5,11 +5,13 @@ P is the number of coordinates (scalar parameters) of the optimizee, n any numbe
 number of features a coordinate has, C the number of context values all coordinates share.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 PyTree = Any
@@ -193,8 +195,8 @@ def fixed(transform: optax.GradientTransformation) -> LearnedOptimizer:
 
 
 def count(tree: PyTree) -> int:
-    """The number of scalars in a pytree of arrays or of their shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """The number of scalars in a pytree of arrays, Python numbers or shapes."""
+    return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 def finite(tree: PyTree) -> jax.Array:
@@ -227,8 +229,3 @@ def typed(tree: PyTree) -> PyTree:
 
     wrap = jax.random.wrap_key_data
     return jax.tree.map(lambda x: wrap(x.data) if is_raw(x) else x, tree, is_leaf=is_raw)
-
-
-def as_steps(steps) -> jax.Array:
-    """An int32 scalar; None becomes 0, which says that the horizon is unknown."""
-    return jnp.asarray(0 if steps is None else steps, jnp.int32)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from l2l.console import errors
 from l2l.console.errors import UserError
-from l2l.storage import files
 
 
 def find(folder: Path, stem: str) -> Path | None:
@@ -19,7 +19,7 @@ def find(folder: Path, stem: str) -> Path | None:
 
 def read(path: Path) -> bytes:
     """The content of a file, unpacked if it is gzipped."""
-    with files.naming(path):
+    with errors.naming(path):
         content = path.read_bytes()
     if content[:2] != b"\x1f\x8b":  # By content: browsers unpack .gz and keep the name.
         return content

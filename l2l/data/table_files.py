@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.data.image_files import broken
-from l2l.storage import files
 
 # Of adult.names, None for a number.
 _ADULT = (
@@ -88,7 +88,7 @@ def _rows(path: Path, delimiter: str) -> list[list[str]]:
             f"{path} is not there and is not fetched by itself: put the published file there."
         )
     try:
-        with files.naming(path), path.open(newline="", encoding="utf-8") as file:
+        with errors.naming(path), path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file, delimiter=delimiter, skipinitialspace=True))
     except UnicodeDecodeError as error:
         raise broken(path, f"is no text ({error.reason})") from None

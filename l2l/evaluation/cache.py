@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l2l import evaluate
+from l2l.evaluation import curves as evaluate
 from l2l.storage import files
 
 

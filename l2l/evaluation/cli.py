@@ -23,13 +23,12 @@ from ml_collections import config_flags
 from l2l.cluster import environment as host
 from l2l.console import errors
 from l2l.console.errors import UserError
+from l2l.evaluation import baselines, scoring
 from l2l.evaluation import comparison as scorecard
-from l2l.evaluation import scoring
 from l2l.evaluation import suites as suite
 from l2l.evaluation.comparison import Cell, Entry
-from l2l.optimizers import baselines
 from l2l.storage import exports, files
-from l2l.training import experiment as build
+from l2l.tasks import registry
 
 
 def read_optimizer(text: str) -> Entry:
@@ -48,7 +47,7 @@ def read_cells(section: dict, vary: str | None) -> list[Cell]:
         name, values = _assignment(vary)
         values = values if isinstance(values, tuple) else (values,)
         sections = {str(value): {**section, name: value} for value in values}
-    families = {name: build.task(_wrapped(s, build.TASKS)) for name, s in sections.items()}
+    families = {name: registry.task(_wrapped(s, registry.TASKS)) for name, s in sections.items()}
     return [Cell(" ".join((f.name, name)).strip(), f, f.data()) for name, f in families.items()]
 
 
@@ -100,7 +99,7 @@ def _define_flags():
         "'sgd(0.1, momentum=0.9)'; comma-separated or repeated.",
     )
     text("suite", None, f"Score on the cells of a suite: {', '.join(suite.SUITES)}.")
-    text("task", "mlp", "A name of build.TASKS.")
+    text("task", "mlp", "A name of tasks.registry.TASKS.")
     several("set", [], "A setting of the task, like hidden=64,64.")
     text("vary", None, "One task for each value, like activations=relu,tanh,sigmoid.")
     config_flags.DEFINE_config_file("config", None, "Take the task of this file of configs/.")

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from l2l import evaluate
 from l2l.core import base
-from l2l.evaluation import report, tuning
-from l2l.optimizers import baselines
+from l2l.evaluation import baselines, report, tuning
+from l2l.evaluation import curves as evaluate
 from l2l.storage import files
 
 

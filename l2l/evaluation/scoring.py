@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l2l import evaluate
+from l2l.evaluation import curves as evaluate
 from l2l.evaluation import report
 from l2l.evaluation import timing as speed
 from l2l.evaluation.suites import CELLS, Result, Suite, tuned_name

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from l2l import evaluate
 from l2l.core import base
 from l2l.data import datasets
-from l2l.evaluation import cache, tuning
+from l2l.evaluation import baselines, cache, tuning
+from l2l.evaluation import curves as evaluate
 from l2l.evaluation import timing as speed
 from l2l.evaluation.comparison import Entry
-from l2l.optimizers import baselines
-from l2l.training import experiment as build
+from l2l.tasks import registry
 
 KINDS = (
     "trained-on family",
@@ -169,7 +168,7 @@ def find(name: str) -> Suite:
 def dataset_of(name: str) -> str:
     """The data set of a cell; of a task that reads none, the task's name."""
     task = CELLS[name].task
-    return task.get("dataset", build.setting_of(task["name"], "dataset"))
+    return task.get("dataset", registry.setting_of(task["name"], "dataset"))
 
 
 def available(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -291,7 +290,7 @@ def _cell(key, entries, suite, horizons, name, seeds, cache_dir, told) -> Iterat
 
 def load(name: str) -> tuple[base.TaskFamily, Any]:
     """The family of a cell and its data, cut to its `rows`."""
-    family = build.task(CELLS[name].task)
+    family = registry.task(CELLS[name].task)
     data, rows = family.data(), CELLS[name].rows
     return family, data if rows is None else jax.tree.map(lambda x: x[:rows], data)
 

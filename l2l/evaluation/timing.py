@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import optax
 
-from l2l import evaluate
 from l2l.core import unroll
+from l2l.evaluation import curves as evaluate
 
 # The steps that a loss is averaged over are one part in so many of the horizon.
 WINDOWS = 20

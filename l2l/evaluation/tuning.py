@@ -8,11 +8,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from l2l import evaluate
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.evaluation import cache
-from l2l.optimizers import baselines
+from l2l.evaluation import baselines, cache
+from l2l.evaluation import curves as evaluate
 
 # Rates that go abreast on a CPU: 3 are as fast as 15 there, and a grid grows by 3 at a time, so
 # that an extension needs no new program. An accelerator takes a whole schedule's rates at once.

@@ -1,4 +1,4 @@
-"""Several optimizers in one, each for some of the parameters; and Adam as one that can take part.
+"""Several optimizers in one, each for some of the parameters.
 
 `by_parameter` is itself a coordinatewise `Rule`, so that its parts are meta-trained together by the
 same engine as any other (L2L's simple-multi and cifar-multi).
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, features
+from l2l.optimizers import coordinates
 
 
 def by_parameter(
@@ -45,7 +45,7 @@ def by_parameter(
     if lacking := [name for name, r in rules.items() if r is None or r.tensors or r.matrices]:
         raise UserError(
             f"Optimizers {lacking} have no coordinatewise rule, so they cannot share parameters: "
-            "use adam(...) of l2l.optimizers.by_parameter, or optax.partition of bound optimizers."
+            "use adam(...) of l2l.optimizers.adam, or optax.partition of bound optimizers."
         )
 
     def init(key):
@@ -94,45 +94,6 @@ def by_parameter(
         features=("label", *(f"{name}: {row}" for name in names for row in rules[name].features)),
     )
     return coordinates.optimizer(init, rule)
-
-
-def adam(
-    learning_rate: float = 1e-3,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    eps_root: float = 1e-8,
-    learned: bool = False,
-) -> base.LearnedOptimizer:
-    """`optax.adam` with a `rule`, for `by_parameter` and the first-order engine.
-
-    Theta is the logarithm of the learning rate where it is `learned`, () where it is fixed.
-    """
-
-    def observe(gradient, moments, params, step):
-        del params
-        moments, hat = features.update_moments(
-            gradient, moments, step, decays=(b1,), second_decay=b2
-        )
-        return hat.mu / features.root(hat.nu, eps_root, eps)[None], moments
-
-    def propose(theta, rows, context, hidden):
-        del context
-        rate = jnp.exp(theta) if learned else learning_rate
-        return -rate * rows[0], hidden
-
-    rule = base.Rule(
-        statistics=lambda params, dtype: features.zero_moments(1, base.count(params), dtype),
-        context=lambda step, num_steps: jnp.zeros((0,)),
-        observe=observe,
-        hidden=lambda theta, n: (),
-        propose=propose,
-        features=("m̂/√v̂",),
-    )
-    return coordinates.optimizer(
-        lambda key: jnp.log(jnp.asarray(learning_rate, jnp.float32)) if learned else (), rule
-    )
 
 
 # What a context is asked for where only its size matters.

@@ -48,9 +48,25 @@ def update_moments(
     return Moments(jnp.stack(mu), nu), Moments(jnp.stack(mu_hat), nu_hat)
 
 
+def weight_of(decay: float, count: jax.Array, dtype) -> jax.Array:
+    """1 − decayᵗ, the sum of the weights in an average of t numbers: what a bias correction divides
+    by. A Python number to a whole power would be float64 under `jax_enable_x64`."""
+    return 1 - jnp.asarray(decay, dtype) ** count
+
+
 def root(nu_hat: jax.Array, eps_root: float, eps: float = 1e-8) -> jax.Array:
     """√(v̂ + eps_root) + eps, the denominator of `optax.adam(eps=eps, eps_root=eps_root)`."""
     return jnp.sqrt(nu_hat + eps_root) + eps
+
+
+def norm(square: jax.Array) -> jax.Array:
+    """√square, of sums or means of squares; its derivative is 0 where they are 0.
+
+    There a norm is even, and central differences of it are 0, but that of the root is infinite: a
+    0 before it or behind it, even one of a `where` that chose otherwise, then makes NaN.
+    """
+    zero = square == 0  # And not > 0: the norm of NaN is NaN.
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 
 
 def pool(

@@ -8,15 +8,17 @@ Nothing here is particular to l2l's optimizers: any optax transformation can be 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates
+from l2l.optimizers import coordinates, features, leaves
 
 
 class LossRecord(NamedTuple):
@@ -157,7 +159,9 @@ def guard(
             "int32 counts: lower either."
         )
 
-    def init(params):
+    @partial(jax.jit, inline=True)
+    def start(params):
+        params = _strong(params)
         return GuardState(
             falls=jnp.zeros((), jnp.int32),
             strikes=jnp.zeros((), jnp.int32),
@@ -171,15 +175,34 @@ def guard(
             anchor=jax.tree.map(jnp.array, params),
         )
 
+    def init(params):
+        return jax.eval_shape(start, params) if leaves.abstract(params) else start(params)
+
     def update(updates, state, params=None, *, value=None, **extra_args):
         if params is None:
             raise UserError(
                 "A guarded optimizer goes back to earlier parameters, and `params` is None: call "
                 "update(gradients, state, params)."
             )
-        gradients = updates
-        if base.count(gradients) == 0:
-            return gradients, state
+        given = leaves.matched(updates, params)
+        leaves.matched(state.anchor, params, "remembered parameters")
+        if base.count(params) == 0:
+            return updates, state
+        if "num_steps" in extra_args:
+            extra_args["num_steps"] = leaves.horizon(extra_args["num_steps"])
+        # A program takes numbers alone, and some optimizers ask for functions.
+        run = compiled if _numbers(extra_args) else step
+        out, state = run(given, state, params, value, extra_args)
+        out = [None if g is None else u for g, u in zip(given, jax.tree.leaves(out), strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(params), out), state
+
+    def step(given, state, params, value, extra_args):
+        params = _strong(params)
+        values, treedef = jax.tree.flatten(params)
+        gradients = jax.tree.unflatten(
+            treedef,
+            [jnp.zeros_like(p) if g is None else g for g, p in zip(given, values, strict=True)],
+        )
         fine = jnp.isfinite(_square(gradients))
         if value is None:
             losses, above = state.losses, jnp.zeros((), bool)
@@ -201,28 +224,28 @@ def guard(
         def go_back(_):
             # p + (a − p) rounds. From where it ends a second such step is exact: a − p is then
             # either a itself or, both being within a factor of two, free of rounding.
-            back = _like(jax.tree.map(jnp.subtract, anchor, params), gradients)
+            back = jax.tree.map(jnp.subtract, anchor, params)
             return back, adam.init(anchor), learned.init(anchor), jnp.zeros((), jnp.float32)
 
         def adam_steps(carry):
-            _, of_adam, longest = carry
-            out, of_adam = adam.update(gradients, of_adam, params, **extra_args)
-            out = _like(out, gradients)
-            return out, of_adam, jnp.maximum(longest, jnp.sqrt(_square(out)))
+            _, before, longest = carry
+            out, of_adam = adam.update(gradients, before, params, **extra_args)
+            out = _like(out, params)
+            return out, _like(of_adam, before), jnp.maximum(longest, features.norm(_square(out)))
 
         def learned_steps(carry):
-            safe, of_learned, _ = carry
-            out, of_learned = learned.update(gradients, of_learned, params, **extra_args)
-            out = _like(out, gradients)
+            safe, before, _ = carry
+            out, of_learned = learned.update(gradients, before, params, **extra_args)
+            out, of_learned = _like(out, params), _like(of_learned, before)
             # Of anything that is not finite the norm is not either.
-            failed = ~(jnp.sqrt(_square(out)) <= longest_step * longest)
+            failed = ~(features.norm(_square(out)) <= longest_step * longest)
             after = coordinates.flatten(optax.apply_updates(params, out), jnp.float32)
             failed |= ~jnp.all(jnp.isfinite(after))
             taken = driving & ~failed
             return jax.tree.map(lambda x, y: jnp.where(taken, x, y), out, safe), of_learned, failed
 
         stepping = fine & ~going_back
-        out = jax.tree.map(jnp.zeros_like, gradients)
+        out = jax.tree.map(jnp.zeros_like, params)
         carry = (out, state.adam, state.learned, state.longest)
         out, of_adam, of_learned, longest = _where(going_back, go_back, carry)
         out, of_adam, longest = _where(stepping, adam_steps, (out, of_adam, longest))
@@ -247,6 +270,7 @@ def guard(
             learned=of_learned,
         )
 
+    compiled = jax.jit(step, inline=True)
     return optax.GradientTransformationExtraArgs(init, update)
 
 
@@ -280,7 +304,7 @@ def _heard(state: GuardState, value, window, deviations, share):
     first = jnp.where((old.seen == 0) & (state.falls == 0), value, old.first)
     low = (seen == 1) | (mean < old.best)
     best = jnp.where(low, mean, old.best)
-    limit = best + jnp.maximum(deviations * jnp.sqrt(variance), share * (first - best))
+    limit = best + jnp.maximum(deviations * features.norm(variance), share * (first - best))
     limit = jnp.where(limited, jnp.where(low, jnp.minimum(limit, old.limit), old.limit), limit)
     new = LossRecord(seen, first, mean, variance, best, limit)
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), above, low & finite
@@ -297,8 +321,21 @@ def _square(tree: base.PyTree) -> jax.Array:
     return jnp.sum(jnp.square(coordinates.flatten(tree, jnp.float32)))
 
 
-def _like(updates: base.PyTree, gradients: base.PyTree) -> base.PyTree:
-    return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, gradients)
+def _like(tree: base.PyTree, other: base.PyTree) -> base.PyTree:
+    """In the dtypes of the other: those of the parameters, of the state before. Adam's own state
+    changes its dtype under gradients of another precision."""
+    return jax.tree.map(lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype), tree, other)
+
+
+def _strong(params: base.PyTree) -> base.PyTree:
+    """Arrays, of Python numbers too, whose dtype does not yield to that of others."""
+    return jax.tree.map(lambda p: jnp.asarray(p, jnp.result_type(p)), params)
+
+
+def _numbers(tree: base.PyTree) -> bool:
+    """Whether all leaves are numbers or arrays of them."""
+    kinds = jax.Array | np.ndarray | np.generic | float | int | complex
+    return all(isinstance(x, kinds) for x in jax.tree.leaves(tree))
 
 
 def _transformation(name: str, given, example: str) -> optax.GradientTransformationExtraArgs:

@@ -9,6 +9,7 @@ added to the logarithm of its rate. It costs next to nothing: tensors are few.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import haiku as hk
@@ -87,10 +88,10 @@ def tensor_rule(
         )
 
     def observe(gradient, moments, params, past, step, sizes):
-        count = jnp.maximum(step, 1)
+        weight = partial(features.weight_of, count=jnp.maximum(step, 1), dtype=gradient.dtype)
         # The moments before this step: those after it are made block by block, later.
-        corrected = [m / (1 - d**count) for m, d in zip(moments.mu, decays, strict=True)]
-        over = 1 / features.root(moments.nu / (1 - second_decay**count), eps_root) ** 2
+        corrected = [m / weight(d) for m, d in zip(moments.mu, decays, strict=True)]
+        over = 1 / features.root(moments.nu / weight(second_decay), eps_root) ** 2
         products = [
             *(m * m * over for m in corrected),
             gradient * corrected[0] * over,
@@ -101,7 +102,7 @@ def tensor_rule(
         pooled = features.pool(products, sizes)
         began = step > 0
         steady, (along, ahead, square, weights) = pooled[: len(decays)], pooled[len(decays) :]
-        cosine = along / (jnp.sqrt(ahead * steady[0]) + 1e-8)
+        cosine = along / (features.norm(ahead * steady[0]) + 1e-8)
         log_gradient = 0.5 * jnp.log(square + 1e-20)
 
         def average(past, new):
@@ -118,7 +119,7 @@ def tensor_rule(
         log_weights = _log_rms(weights)
         dynamic = jnp.stack(
             [
-                *jnp.minimum(jnp.sqrt(steady), 3.0),
+                *jnp.minimum(features.norm(steady), 3.0),
                 *present.alignment,
                 jnp.where(began, jnp.tanh(0.5 * jnp.log(ahead + 1e-8)), 0.0),
                 jnp.tanh(present.log_gradient[0] - present.log_gradient[1]),
@@ -147,8 +148,9 @@ def tensor_rule(
         return jnp.concatenate([signals[:1], decay, jnp.tanh(signals[2:])]), state
 
     def init(key, context):
-        zeros = jnp.zeros((hidden_size, 1))
-        return network.init(key, jnp.zeros((inputs, 1)), context, hk.LSTMState(zeros, zeros))
+        zeros = jnp.zeros((hidden_size, 1), jnp.float32)
+        rows = jnp.zeros((inputs, 1), jnp.float32)
+        return network.init(key, rows, context, hk.LSTMState(zeros, zeros))
 
     return base.TensorRule(statistics, observe, hidden, propose), init
 

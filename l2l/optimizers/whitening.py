@@ -20,6 +20,10 @@ from l2l.optimizers import features
 DECAY, SECOND_DECAY = 0.95, 0.999
 # The basis follows by one step of orthogonal iteration in every step at first, then in every tenth.
 OFTEN, EVERY = 10, 10
+# What is added to every eigenvalue in that step, as a part of their mean: while it is often, and
+# later. Gradients of a batch span less than the whole space, and rounding would span the rest, on
+# every machine another; once a basis is near its eigenvectors there is little left to amplify.
+DAMPING_OFTEN, DAMPING = 0.3, 1e-3
 # Second moments below this part of the mean over the matrix are rounding: directions in which the
 # gradients have nothing, which dividing by themselves would make as long as all others.
 NOTHING = 1e-9
@@ -102,7 +106,6 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
         )
         ahead = decay * hat.mu[0] + (1 - decay) * gradient
         adam = ahead / features.root(hat.nu, eps_root)
-        often = (step < OFTEN) | (step % EVERY == 0)
         groups = grouped(shapes)
         sizes = tuple(map(math.prod, shapes))
         # Few large operations in place of many small ones, of which each costs a microsecond: that
@@ -119,10 +122,10 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
             )
             # Constants, for exact meta-gradients too: the derivatives of eigenvectors are infinite
             # where two eigenvalues meet.
-            pair = _follow(*jax.lax.stop_gradient((g, pair)), often)
+            pair = _follow(*jax.lax.stop_gradient((g, pair)), step)
             bases.append(pair)
             second = SECOND_DECAY * second + (1 - SECOND_DECAY) * jnp.square(_into(g, pair))
-            moment = second / (1 - SECOND_DECAY**count)
+            moment = second / features.weight_of(SECOND_DECAY, count, second.dtype)
             nothing = NOTHING * jnp.mean(moment, (1, 2), keepdims=True)
             direction = _back(_into(m, pair) / features.root(moment + nothing, eps_root), pair)
             length, adams, along = (
@@ -142,8 +145,9 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
     return base.Preconditioner(statistics, observe, ("whitened m̃/√ν",))
 
 
-def _follow(gradients, pair, often):
+def _follow(gradients, pair, step):
     """A pair of bases after another gradient of each of their matrices, [k, rows, columns]."""
+    early = step < OFTEN
     # Each gradient counts the same, however large: a first one of 1e6 would else be all there is.
     scale = jnp.mean(jnp.square(gradients), (1, 2), keepdims=True) + 1e-30
     turned = gradients.mT
@@ -154,15 +158,17 @@ def _follow(gradients, pair, often):
     )
 
     def iterate(basis):
-        # The last term decides where the gradients have no direction at all.
-        ahead = basis.average @ basis.vectors
-        ahead += 1e-9 * jnp.eye(ahead.shape[-1], dtype=ahead.dtype)[None]
+        eigenvalue = jnp.trace(basis.average, axis1=-2, axis2=-1) / basis.average.shape[-1]
+        # TINY where there has been no gradient yet: of nothing there is no basis.
+        part = jnp.where(early, DAMPING_OFTEN, DAMPING).astype(eigenvalue.dtype)
+        damping = (part * eigenvalue + TINY)[:, None, None]
+        ahead = basis.average @ basis.vectors + damping * basis.vectors
         return basis._replace(vectors=jnp.linalg.qr(ahead)[0])
 
     def both(pair):
         return tuple(basis and iterate(basis) for basis in pair)
 
-    return jax.lax.cond(often, both, lambda pair: pair, pair)
+    return jax.lax.cond(early | (step % EVERY == 0), both, lambda pair: pair, pair)
 
 
 def _into(matrices, pair):

@@ -21,9 +21,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from l2l.cluster import collectives as cluster
+from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.storage import files
 
 _TIMES = "_CHECKPOINT_METADATA"  # Orbax's name.
 
@@ -62,7 +62,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     directory = Path(directory).absolute()
-    with files.naming(directory):
+    with errors.naming(directory):
         directory.mkdir(exist_ok=True)
     opened = os.stat(directory)
     policies = ocp.checkpoint_managers
@@ -81,7 +81,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
     try:
         manager = ocp.CheckpointManager(directory, options=options)
     except OSError as error:
-        raise files.about(directory, error) from error
+        raise errors.about(directory, error) from error
     except Exception:  # Of the times in any of these files, without which it opens them as well.
         cluster.together(_set_times_aside)
         manager = ocp.CheckpointManager(directory, options=options)
@@ -103,7 +103,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             try:
                 tree = _open(step, like, shardings)
             except Exception as error:  # Orbax and what is below it raise all kinds.
-                failed[step] = " ".join(files.printable(str(error)).split())[:200]
+                failed[step] = " ".join(errors.printable(str(error)).split())[:200]
                 continue
             # Moved only now that another is found to be good: where none is, nothing is touched.
             cluster.together(lambda: [_set_aside(step) for step in failed] and None)
@@ -170,14 +170,14 @@ def _writing(directory):
         if number == errno.ENOENT or not directory.is_dir():
             raise UserError(
                 f"{directory} is gone: it was removed, or its file system unmounted, while the run "
-                f"was at work. Bring it back if you can and {files.AGAIN} there, or from the start."
+                f"was at work. Bring it back if you can and {errors.AGAIN}, or from the start."
             ) from error
         if number:
-            raise files.about(directory, OSError(number, "")) from error
+            raise errors.about(directory, OSError(number, "")) from error
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"No checkpoint could be written under {directory} ({reason}). Those before it are "
-            f"kept: mend the cause, then {files.AGAIN}."
+            f"kept: mend the cause, then {errors.AGAIN}."
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Exports: trained optimizers as safetensors files, to give away.
 
 An export is one file: theta and the specification that rebuilds its optimizer. Nothing in it is
-ever executed: the optimizer is looked up in `build.OPTIMIZERS`, and what the file says is checked
-(`export_header.py`) before memory is taken.
+ever executed: the optimizer is looked up in `optimizers.registry`, and what the file says is
+checked (`export_header.py`) before memory is taken.
 """
 
 import hashlib
@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l2l.console import errors
 from l2l.console import schema as checks
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates
+from l2l.optimizers import coordinates, leaves, registry
 from l2l.storage import export_header as strangers
 from l2l.storage import files
-from l2l.training import experiment as build
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
 FORMAT = 1
@@ -33,7 +32,7 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     """Writes theta [pytree of arrays] and its optimizer's specification as one safetensors file.
 
     Args:
-      specification: a section `optimizer` of a configuration: a name of `build.OPTIMIZERS`, and
+      specification: a section `optimizer` of a configuration: a name of `optimizers.registry`, and
         settings.
       metadata: what else to remember, as JSON allows: configuration, seed, meta-steps, cost. That
         of another export will do, as `read` returns it: what it says of its own theta is replaced.
@@ -71,7 +70,7 @@ def read(path) -> tuple[base.LearnedOptimizer, Any, dict]:
             return _read(local, file)
         except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-            reason = files.printable(reason)[:300].rstrip(". ")
+            reason = errors.printable(reason)[:300].rstrip(". ")
             raise UserError(f"{path} is no whole export of l2l: {reason}.") from error
 
 
@@ -91,8 +90,8 @@ def _read(path, file):
         shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
         types = {name: x.get_dtype() for name, x in slices.items()}
         strangers.plausible(stored["settings"], len(shapes))
-        optimizer = build.optimizer(specification_of(metadata))
-        like = jax.eval_shape(optimizer.init, jax.random.key(0))
+        optimizer = registry.optimizer(specification_of(metadata))
+        like = jax.eval_shape(lambda: optimizer.init(jax.random.key(0)))
         paths, treedef = jax.tree_util.tree_flatten_with_path(like)
         expected = {_name(p): x for p, x in paths}
         check(set(expected) == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
@@ -105,7 +104,8 @@ def _read(path, file):
     check(_digest(found) == metadata["sha256"], "its numbers are not those written")
     fine = all(np.isfinite(x.astype(np.float32)).all() for x in found.values())
     check(fine, "not all of its numbers are finite")
-    theta = jax.tree.unflatten(treedef, [jnp.asarray(found[name]) for name in expected])
+    # In one transfer, which a guard against those that nobody asked for lets pass.
+    theta = jax.tree.unflatten(treedef, jax.device_put([found[name] for name in expected]))
     return optimizer, theta, metadata
 
 
@@ -127,19 +127,26 @@ def load(
       state_dtype: in which the recurrent state is kept between steps (`coordinates.bind`):
         jnp.bfloat16 takes 48 bytes a parameter of the default optimizer, not 80.
 
+    Its updates are in the dtypes of the parameters. It computes in float32, and in float64 where
+    any of the parameters is; with `jax_enable_x64` on or off theta is what the file holds.
+
     Raises:
-      UserError: there is no such optimizer, or the file is damaged; or it has no recurrent state
-        and `state_dtype` is given.
+      UserError: there is no such optimizer, or the file is damaged; `num_steps` is no number of
+        steps; or `state_dtype` is no floating-point type, or given where there is no such state.
     """
+    if num_steps is not None:
+        leaves.horizon(num_steps)
+    state_dtype = leaves.state_type(state_dtype)
     optimizer, theta, _ = read(locate(name_or_path))
-    bound = optimizer.bind(theta)
-    if state_dtype is not None:
-        if optimizer.rule is None:
-            raise UserError(
-                f"{name_or_path} has no recurrent state to keep in {jnp.dtype(state_dtype).name}: "
-                "leave state_dtype out."
-            )
-        bound = coordinates.bind(optimizer.rule, theta, state_dtype=state_dtype)
+    if optimizer.rule is not None:
+        bound = coordinates.bind(optimizer.rule, theta, state_dtype=state_dtype, wide=True)
+    elif state_dtype is None:
+        bound = optimizer.bind(theta)
+    else:
+        raise UserError(
+            f"{name_or_path} has no recurrent state to keep in {state_dtype}: leave state_dtype "
+            "out."
+        )
     if num_steps is None:
         return bound
 

@@ -1,26 +1,14 @@
 """Files are written whole or not at all, and what goes wrong with them is one sentence."""
 
 import contextlib
-import errno
 import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from l2l.console.errors import UserError, printable
+from l2l.console.errors import UserError, about, naming, printable
 
-AGAIN = "give the same command again: it goes on from the last checkpoint"
-REMEDIES = {
-    errno.EACCES: "Make it readable and writable for you, or choose another path.",
-    errno.EDQUOT: f"Make room in your quota, then {AGAIN}.",
-    errno.EFBIG: f"Raise the limit on the size of files (ulimit -f), then {AGAIN}.",
-    errno.EIO: f"The disk may be failing: save what is on it, then {AGAIN}.",
-    errno.ENOSPC: f"Make room, then {AGAIN}.",
-    errno.EPERM: "Make it readable and writable for you, or choose another path.",
-    errno.EROFS: f"Make it writable and {AGAIN}; or choose another path.",
-    errno.ESTALE: f"Mount its file system again, then {AGAIN}.",
-}
 # What etils needs to read each kind of remote path.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 
@@ -41,23 +29,6 @@ def write(path, content: bytes) -> None:
             with contextlib.suppress(OSError):  # Its directory may be what is gone.
                 os.unlink(temporary)
             raise
-
-
-@contextlib.contextmanager
-def naming(path):
-    """Errors of the system inside become a `UserError` about `path`, which a user has named: what
-    is wrong with it, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise about(path, error) from error
-
-
-def about(path, error: OSError) -> UserError:
-    """An error of the system as a sentence about the path, which a user has named."""
-    reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
-    remedy = REMEDIES.get(error.errno or 0, "Choose another path.")
-    return UserError(f"{path}: {printable(reason)}. {remedy}")
 
 
 def folder(path, what: str = "--workdir") -> Path:

@@ -1,69 +1,29 @@
-"""Configuration to objects. What a name in a configuration may be is one visible dict a kind.
+"""A configuration to everything that a run needs: `Experiment`.
 
-A section of a configuration is a dict with a `name`, a key of that kind's dict, and settings: the
-keyword arguments of what the dict holds (see `schema.py`).
+A section of a configuration is a dict with a `name` and settings: the keyword arguments of what the
+name stands for in the kind's registry (`tasks.registry`, `optimizers.registry`,
+`estimators.registry`, and the dicts here).
 """
 
-import importlib
-import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optax
 
-from l2l import tasks
 from l2l.console import schema as checks
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.core.unroll import Inner
-from l2l.estimators import autodiff, first_order, mixture, objective, pes
-from l2l.optimizers import baselines, lstm
-from l2l.optimizers import by_parameter as partition
+from l2l.estimators import first_order, mixture, objective
+from l2l.estimators.registry import ESTIMATORS
+from l2l.optimizers.registry import optimizer
+from l2l.tasks.registry import setting_of, task
 from l2l.training import curriculum
 from l2l.training.meta_step import Meta
 
-TASKS = {
-    "autoencoder": tasks.autoencoder,
-    "cifar": tasks.cifar,
-    "conv": tasks.conv,
-    "gru": tasks.gru,
-    "logistic": tasks.logistic,
-    "mixer": tasks.mixer,
-    "mlp": tasks.mlp,
-    "mnist": tasks.mnist,
-    "quadratic": tasks.quadratic,
-    "regression": tasks.regression,
-    "residual": tasks.residual,
-    "row_lstm": tasks.row_lstm,
-    "simple": tasks.simple,
-    "simple_multi": tasks.simple_multi,
-    "transformer": tasks.transformer,
-}
-AUGMENTATIONS = {"convex": tasks.convex, "noise": tasks.noise, "rescale": tasks.rescale}
-
-
-def by_parameter(parts: Mapping, labels: Sequence) -> base.LearnedOptimizer:
-    """`partition.by_parameter` of the optimizers that `parts`, {label: section}, describe."""
-    return partition.by_parameter({label: optimizer(part) for label, part in parts.items()}, labels)
-
-
-OPTIMIZERS = {
-    "adam": partition.adam,
-    "by_parameter": by_parameter,
-    "dm": lstm.dm,
-    "learned_adam": baselines.learned_adam,
-    "lstm": lstm.lstm,
-    "rnnprop": lstm.rnnprop,
-}
-ESTIMATORS = {
-    "first_order": first_order.first_order,
-    "pes": pes.pes,
-    "truncated": autodiff.truncated,
-}
 HORIZONS = {"log_uniform": curriculum.log_uniform, "stages": curriculum.stages}
 META_OPTIMIZERS = {
     "adam": optax.adam,
@@ -238,7 +198,7 @@ def experiment(config: Mapping) -> Experiment:
             running.num_problems,
             running.clip,
         ),
-        curriculum=make(
+        curriculum=checks.make(
             "horizon", HORIZONS, horizons, {"steps": running.steps, "imitation": imitation}
         ),
         running=running,
@@ -258,7 +218,9 @@ def _mixture(config):
         section = dict(section)
         weights.append(checks.fits("task", "weight", section.pop("weight", 1.0), float))
         own = section.pop("augmentations", ())
-        families.append(task(section, (*_several(own), *_several(config.get("augmentations", ())))))
+        families.append(
+            task(section, (*checks.several(own), *checks.several(config.get("augmentations", ()))))
+        )
         sources.append(section.get("dataset", setting_of(section.get("name"), "dataset")))
     return tuple(families), weights, sources
 
@@ -267,23 +229,17 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
     """The plain families of section `task`, each with each of the changes of settings."""
     sections = config.get("task", {"name": "mlp"})
     out = []
-    for section in _several(sections):
+    for section in checks.several(sections):
         plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
-        for change in _several(changes):
+        for change in checks.several(changes):
             family = task({**plain, **change})
             values = " ".join(
                 "-".join(map(str, v if isinstance(v, tuple | list) else [v]))
                 for k, v in change.items()
-                if sum(change[k] != other.get(k) for other in _several(changes))
+                if sum(change[k] != other.get(k) for other in checks.several(changes))
             )
             out.append((" ".join(filter(None, (family.name, values))), family))
     return tuple(out)
-
-
-def setting_of(name: str, key: str):
-    """The default of a task's setting; of what has none, the task's name."""
-    parameters = inspect.signature(TASKS[name]).parameters if name in TASKS else {}
-    return parameters[key].default if key in parameters else name
 
 
 def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, Inner]:
@@ -294,7 +250,7 @@ def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, I
         **checks.check("objective", objective.objective, config.get("objective", {}))
     )
     section = config.get("estimator", {"name": "first_order"})
-    factory, _ = _factory("estimator", ESTIMATORS, section)
+    factory, _ = checks.factory_of("estimator", ESTIMATORS, section)
     if learned.rule is None and factory is first_order.first_order:
         raise UserError(
             "Estimator 'first_order' works coordinate by coordinate, which this optimizer does "
@@ -308,24 +264,7 @@ def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, I
                 "set imitation.weight and imitation.final to 0."
             )
         given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
-    return make("estimator", ESTIMATORS, section, given), inner
-
-
-def task(settings: Mapping, augmentations: Sequence[Mapping] = ()) -> base.TaskFamily:
-    """A family from its section, wrapped by augmentations from the inside out."""
-    family = make("task", {**TASKS, **_own(settings.get("name", ""))}, settings)
-    for augmentation in _several(augmentations):
-        family = make("augmentation", AUGMENTATIONS, augmentation, {"family": family})
-    return family
-
-
-def _several(sections) -> tuple:
-    return (sections,) if isinstance(sections, Mapping) else tuple(sections)
-
-
-def optimizer(settings: Mapping) -> base.LearnedOptimizer:
-    """An optimizer from its section. Only names in `OPTIMIZERS`: exports go through here."""
-    return make("optimizer", OPTIMIZERS, settings)
+    return checks.make("estimator", ESTIMATORS, section, given), inner
 
 
 def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
@@ -338,53 +277,10 @@ def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
         if not isinstance(value, Mapping):
             return value
         length = next((k for k in ("decay_steps", "transition_steps") if _has(value, k)), None)
-        return make("schedule", SCHEDULES, {**({length: steps} if length else {}), **value})
+        return checks.make("schedule", SCHEDULES, {**({length: steps} if length else {}), **value})
 
     settings = {key: resolve(value) for key, value in settings.items()}
-    return make("meta-optimizer", META_OPTIMIZERS, settings)
-
-
-def make(kind: str, table: Mapping[str, Callable], settings: Mapping, given: Mapping = {}):
-    """table[settings["name"]] called with the other settings and with those of what is `given` by
-    the program that it takes."""
-    factory, rest = _factory(kind, table, settings)
-    name, known = settings["name"], inspect.signature(factory).parameters
-    own = {key: value for key, value in given.items() if key in known}
-    return factory(**own, **checks.check(f"{kind} {name!r}", factory, rest, given))
-
-
-def _factory(kind: str, table: Mapping[str, Callable], settings: Mapping):
-    """(table[settings["name"]], the other settings)."""
-    if not isinstance(settings, Mapping) or "name" not in settings:
-        raise UserError(
-            f"The {kind} {settings!r} has no name: write dict(name=…, …) with one of "
-            f"{', '.join(sorted(table))}."
-        )
-    settings = dict(settings)
-    name = settings.pop("name")
-    if name not in table:
-        raise UserError(checks.unknown(kind, name, table))
-    return table[name], settings
-
-
-def _own(name: str) -> dict[str, Callable]:
-    """The user's own factory: name="path/to/file.py:factory" or "package.module:factory"."""
-    if not isinstance(name, str) or ":" not in name:
-        return {}
-    place, _, attribute = name.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return {name: getattr(module, attribute)}
-    except (ImportError, AttributeError, OSError) as error:
-        raise UserError(
-            f"The task {name!r} could not be imported ({error}): write "
-            "path/to/file.py:function or package.module:function."
-        ) from error
+    return checks.make("meta-optimizer", META_OPTIMIZERS, settings)
 
 
 def _has(settings: Mapping, key: str) -> bool:

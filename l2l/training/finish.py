@@ -7,14 +7,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l2l import evaluate
+from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.evaluation import comparison as scorecard
+from l2l.evaluation import curves as evaluate
 from l2l.evaluation import tuning
 from l2l.storage import exports, files
 from l2l.training import experiment as build
 from l2l.training.run_directory import differences
+from l2l.version import __version__
 
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
 
@@ -96,7 +98,7 @@ def earlier(experiment) -> tuple[base.PyTree, dict]:
 def finished(directory) -> str | None:
     """The summary of a run that has ended in a directory, or None."""
     path = Path(directory) / SUMMARY
-    with files.naming(path):
+    with errors.naming(path):
         return path.read_text(encoding="utf-8") if path.exists() else None
 
 
@@ -121,7 +123,7 @@ def about(experiment: build.Experiment, snapshot) -> dict:
         "training_before": [*before.get("training_before", ()), before["training"]]
         if before
         else [],
-        "versions": {"l2l": "0.1.0", "jax": jax.__version__},
+        "versions": {"l2l": __version__, "jax": jax.__version__},
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from l2l.cluster import collectives as cluster
+from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.storage import files
 
@@ -23,7 +24,7 @@ def claim(directory: Path, config: dict) -> None:
         files.write(path, json.dumps(mine, indent=2).encode() + b"\n")
         return
     try:
-        with files.naming(path):
+        with errors.naming(path):
             theirs = json.loads(path.read_text())
         if not isinstance(theirs, dict):
             raise UserError("it is no table")
@@ -77,7 +78,7 @@ def lock(directory):
     Raises:
       UserError: another run holds it.
     """
-    with files.naming(directory):
+    with errors.naming(directory):
         file = open(Path(directory) / "lock", "a+")  # noqa: SIM115
     with file:
         try:
@@ -87,7 +88,7 @@ def lock(directory):
                 f"Another run is at work in {directory}: wait for it, or choose another --workdir."
             ) from error
         except OSError as error:  # Of a file system without locks.
-            raise files.about(directory, error) from error
+            raise errors.about(directory, error) from error
         yield
 
 

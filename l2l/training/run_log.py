@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from l2l.console import errors
 from l2l.storage import files
 
 FLUSH = 10  # Seconds between writes of TensorBoard's file, which waits for the disk.
@@ -40,7 +41,7 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
     stream = sys.stderr if stream is None else stream
     directory = Path(directory)
     path = directory / "metrics.jsonl"
-    with files.naming(path):
+    with errors.naming(path):
         _rewind(path, start)
         rows = open(path, "a", encoding="utf-8")  # noqa: SIM115
     board = _board(directory, start)
@@ -63,7 +64,7 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
             bar.unpause()
 
     def log(step, numbers):
-        with files.naming(path):
+        with errors.naming(path):
             rows.write(json.dumps({"step": step, **numbers}) + "\n")
             rows.flush()
         board.add(step, numbers)
@@ -86,7 +87,7 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
             return
         if bar is not None:
             bar.close()
-        with files.naming(path):
+        with errors.naming(path):
             try:
                 rows.flush()
                 os.fsync(rows.fileno())
@@ -114,7 +115,7 @@ def _board(directory: Path, start: int) -> _Board:
     # The name has the second of the clock, which may have been that of an earlier run too.
     before = len(list(directory.glob("events.out.tfevents.*")))
     flushed = [time.monotonic()]
-    with files.naming(directory):
+    with errors.naming(directory):
         writer = EventsWriter(str(directory / "events"), f".{before}")
         if start:  # What earlier runs said of later steps is hidden.
             log = SessionLog(status=SessionLog.START)
@@ -122,7 +123,7 @@ def _board(directory: Path, start: int) -> _Board:
         writer.flush()
 
     def add(step, numbers):
-        with files.naming(directory):
+        with errors.naming(directory):
             for name, value in numbers.items():
                 if isinstance(value, int | float):
                     summary = scalar(name, value)
@@ -132,7 +133,7 @@ def _board(directory: Path, start: int) -> _Board:
                 writer.flush()
 
     def close():
-        with files.naming(directory):
+        with errors.naming(directory):
             writer.close()
 
     return _Board(add, close)

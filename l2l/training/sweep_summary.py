@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.evaluation import report
 from l2l.storage import files
@@ -60,13 +61,13 @@ def _results(directory: Path) -> list[dict]:
     """The rows of the learned optimizer, one a horizon; of a run with several tasks, over all."""
     path = directory / "results.json"
     try:
-        with files.naming(path):
+        with errors.naming(path):
             content = json.loads(path.read_text())
         name = content["rows"][0]["optimizer"]  # Tuned Adam's come after it.
         return [row for row in content["summary"] if row["optimizer"] == name]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({files.printable(str(error))[:100]}): remove summary.txt beside "
+            f"{path} is damaged ({errors.printable(str(error))[:100]}): remove summary.txt beside "
             "it and run that member again, which writes it anew from the last checkpoint."
         ) from error
 

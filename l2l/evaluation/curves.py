@@ -1,9 +1,7 @@
 """Any optax transformation to loss curves: learned and hand-made optimizers pass through this code.
 
-    python -m l2l.evaluate --optimizer=runs/mlp/export,adam --task=mlp --horizons=500,1000
-
-`cli.py` is the body of that command. Paired by design: problem i draws its initial
-parameters and every batch from `fold_in(key, i)`, whatever the optimizer and the devices.
+Paired by design: problem i draws its initial parameters and every batch from `fold_in(key, i)`,
+whatever the optimizer and the devices.
 """
 
 import functools
@@ -234,9 +232,3 @@ def forget() -> None:
         kept.cache_clear()
     jax.clear_caches()
     gc.collect()
-
-
-if __name__ == "__main__":
-    from l2l.evaluation import cli as command
-
-    command.run()

@@ -1,16 +1,14 @@
-"""Hand-designed optimizers to compare with: grids, meta-learned Adam, any by expression.
+"""Hand-designed optimizers to compare with: grids of them, and any by expression.
 
 The optimizers of a grid are `LearnedOptimizer`s whose theta is a `Setting`: its numbers are traced,
-so that one compiled program serves a whole grid (`l2l.evaluation.tuning` searches it).
+so that one compiled program serves a whole grid (`tuning.py` searches it).
 """
 
 import ast
 import difflib
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -113,48 +111,6 @@ def expression(name: str, point: Setting, **settings) -> str:
         settings["eps_root"] = float(f"{root:.6g}")
     rest = "".join(f", {k}={v!r}" for k, v in settings.items())
     return f"{name}(learning_rate={rate}{rest})"
-
-
-def learned_adam(
-    *, learning_rate: float = 1e-3, b1: float = 0.9, b2: float = 0.999, eps_root: float = 1e-8
-) -> base.LearnedOptimizer:
-    """`optax.adam(eps_root=…)` whose learning rate and decays are meta-learned.
-
-    theta: "log_learning_rate", and "log_odds_1" and "log_odds_2" of 1 − b1 and 1 − b2, which are
-    their logarithms where they are small and keep the decays within (0, 1). `eps_root` is not
-    learned: with 0 the exact meta-gradient is NaN at every coordinate whose gradient is zero.
-
-    Raises:
-      UserError: a learning rate that is not positive, or a decay outside (0, 1).
-    """
-    if not (learning_rate > 0 and 0 < b1 < 1 and 0 < b2 < 1):
-        raise UserError(
-            f"learning_rate={learning_rate}, b1={b1}, b2={b2} cannot be learned in log space: "
-            "use a positive rate and decays strictly between 0 and 1."
-        )
-
-    def init(key):
-        del key
-
-        def log_odds(decay):
-            return math.log1p(-decay) - math.log(decay)
-
-        theta = {
-            "log_learning_rate": math.log(learning_rate),
-            "log_odds_1": log_odds(b1),
-            "log_odds_2": log_odds(b2),
-        }
-        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), theta)
-
-    def make(theta):
-        return optax.adam(
-            jnp.exp(theta["log_learning_rate"]),
-            b1=jax.nn.sigmoid(-theta["log_odds_1"]),
-            b2=jax.nn.sigmoid(-theta["log_odds_2"]),
-            eps_root=eps_root,
-        )
-
-    return base.lift(init, make)
 
 
 # What an expression may name. A learning rate that is not given is `DEFAULT_RATE`.

@@ -1,0 +1,9 @@
+"""The estimators of the meta-gradient by name."""
+
+from l2l.estimators import autodiff, first_order, pes
+
+ESTIMATORS = {
+    "first_order": first_order.first_order,
+    "pes": pes.pes,
+    "truncated": autodiff.truncated,
+}

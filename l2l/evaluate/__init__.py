@@ -1,0 +1,1 @@
+"""The command `python -m l2l.evaluate`: see `l2l.evaluation.cli`."""

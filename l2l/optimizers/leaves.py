@@ -1,0 +1,195 @@
+"""The trees that a loop hands to an optimizer: what fits, and a sentence for what does not.
+
+Trees come as optax, flax and equinox pass them: with None where there is nothing to train, Python
+numbers, shapes in place of arrays. All of it is decided by structure, shapes and types, while a
+step is traced or before it runs: no number is looked at.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2l.console.errors import UserError
+from l2l.core import base
+
+
+def check(params: base.PyTree) -> None:
+    """Raises UserError for a leaf that has no real gradient."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        kind = _kind(leaf)
+        if kind is None or not jnp.issubdtype(kind, jnp.floating):
+            raise UserError(
+                f"Parameter {_name(path)} is {kind or f'a {type(leaf).__name__}'}: learned "
+                "optimizers update real floating-point numbers. Leave it out with optax.masked."
+            )
+
+
+def abstract(tree: base.PyTree) -> bool:
+    """Whether any leaf is a shape in place of an array."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
+def matched(given: base.PyTree, params: base.PyTree, what: str = "gradients") -> list:
+    """The leaves of `given`, a tree like params, in the order of those of params. One that is None,
+    as equinox leaves it where nothing is trained, stays None.
+
+    Raises:
+      UserError: the two differ in structure, or in the shape of a leaf; the sentence calls the
+        first tree `what` and names the first leaf in which they differ.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    try:
+        found = treedef.flatten_up_to(given)
+    except (ValueError, TypeError, KeyError):
+        raise UserError(_difference(what, given, params)) from None
+    for i, (one, leaf) in enumerate(zip(found, leaves, strict=True)):
+        # What stands where params has a leaf may be a whole subtree.
+        if one is not None and (_kind(one) is None or np.shape(one) != np.shape(leaf)):
+            name = _name(jax.tree_util.tree_leaves_with_path(params)[i][0])
+            have = f"shape {np.shape(one)}" if _kind(one) else f"a {type(one).__name__}"
+            raise UserError(
+                f"The {what} have {have} at {name} where params has shape {np.shape(leaf)}: "
+                f"{_REMEDY[what]}."
+            )
+    return found
+
+
+def described(params: base.PyTree) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the leaves."""
+    return {
+        _name(path): tuple(np.shape(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+class Unfit(Exception):
+    """A state that was not made for the parameters; `check_state` raises it.
+
+    had, need: how many numbers the state holds, and would for these parameters.
+    """
+
+    def __init__(self, had: int, need: int):
+        super().__init__(had, need)
+        self.had, self.need = had, need
+
+    def sentence(self, begun: dict, now: dict) -> str:
+        """What is wrong, from `described` of the parameters that `init` was last given (empty if it
+        never was) and of those of the update."""
+        fault = f"it holds {self.had} numbers, and `init` of params would make {self.need}"
+        changed = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
+        if begun and changed:
+            fault = _change(changed[0], begun, now)
+        return (
+            f"The state was made for other parameters than `update` is given: {fault}. Call `init` "
+            "again whenever the parameters change in structure or shape."
+        )
+
+
+def check_state(state: base.PyTree, expected: base.PyTree) -> None:
+    """Raises `Unfit` unless the state has the structure and the shapes of `expected`."""
+    shapes = [[np.shape(x) for x in jax.tree.leaves(tree)] for tree in (state, expected)]
+    if shapes[0] != shapes[1] or jax.tree.structure(state) != jax.tree.structure(expected):
+        raise Unfit(*(sum(map(math.prod, x)) for x in shapes))
+
+
+def horizon(num_steps: Any) -> jax.Array:
+    """`num_steps` as an int32 scalar; None becomes 0, which says that the horizon is unknown.
+
+    Raises:
+      UserError: it is no whole number from 0 to 2³¹ − 1. The value of an array is not looked at.
+    """
+    if isinstance(num_steps, jax.Array):
+        fine = num_steps.shape == () and jnp.issubdtype(num_steps.dtype, jnp.integer)
+        if fine:
+            return num_steps.astype(jnp.int32)
+    elif num_steps is None:
+        num_steps = 0
+    whole = isinstance(num_steps, int | np.integer) or (
+        isinstance(num_steps, np.ndarray)
+        and num_steps.shape == ()
+        and np.issubdtype(num_steps.dtype, np.integer)
+    )
+    if not whole or isinstance(num_steps, bool) or not 0 <= num_steps < 1 << 31:
+        shown = (
+            f"an array {num_steps.dtype}{list(num_steps.shape)}"
+            if isinstance(num_steps, jax.Array)
+            else repr(num_steps)
+        )
+        raise UserError(
+            f"num_steps={shown} is no number of steps: give a whole number of 0 or more, the "
+            "length of the run, or leave it out where that is not known."
+        )
+    # By name, so that a transfer guard lets it pass.
+    return jax.device_put(np.int32(num_steps))
+
+
+def state_type(state_dtype: Any) -> np.dtype | None:
+    """The dtype to keep a recurrent state in, from what a user wrote; None for None.
+
+    Raises:
+      UserError: it is no floating-point type that JAX computes in.
+    """
+    if state_dtype is None:
+        return None
+    kept = {jnp.dtype(x) for x in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)}
+    try:
+        dtype = jnp.dtype(state_dtype)
+    except TypeError:
+        dtype = state_dtype
+    if not isinstance(dtype, np.dtype) or dtype not in kept:
+        raise UserError(
+            f"state_dtype={dtype} cannot hold a recurrent state: choose bfloat16, float16, float32 "
+            "or float64."
+        )
+    return dtype
+
+
+_REMEDY = {
+    "gradients": "give `update` the gradients of the parameters that it is given",
+    "remembered parameters": "call `init` again when the parameters change in structure or shape",
+}
+
+
+def _name(path: Sequence) -> str:
+    return jax.tree_util.keystr(path) or "the root"
+
+
+def _kind(leaf) -> np.dtype | None:
+    """The dtype of a number or array; None for what is neither."""
+    number = hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+    return jnp.result_type(leaf) if number else None
+
+
+def _change(name, begun, now) -> str:
+    if name not in begun:
+        return f"params has {name} of shape {now[name]}, which `init` was not given"
+    if name not in now:
+        return f"`init` was given {name} of shape {begun[name]}, which params has not"
+    return f"params has {name} of shape {now[name]}, and `init` was given {name} {begun[name]}"
+
+
+def _difference(what, given, params) -> str:
+    """The sentence about two trees of different structure."""
+    theirs, ours = described(given), described(params)
+    less = next(
+        (f"{name} of shape {shape}" for name, shape in ours.items() if name not in theirs), ""
+    )
+    more = next(
+        (f"{name} of shape {shape}" for name, shape in theirs.items() if name not in ours), ""
+    )
+    if less and more:
+        fault = f"params has {less} where the {what} have {more}"
+    elif less or more:
+        fault = (
+            f"params has {less}, and the {what} do not"
+            if less
+            else f"the {what} have {more}, and params does not"
+        )
+    else:
+        ours, theirs = (str(jax.tree.structure(tree))[:150] for tree in (params, given))
+        fault = f"params is {ours}, and the {what} are {theirs}"
+    return f"The {what} do not fit the parameters: {fault}; {_REMEDY[what]}."
