@@ -107,19 +107,46 @@ class Rule(NamedTuple):
     tensors: TensorRule | None = None
 
 
+class PerTensorRule(NamedTuple):
+    """An update rule that acts tensor by tensor: uₜ = Σⱼ cₜⱼ dₜⱼ, with directions dⱼ that are free of
+    theta and J coefficients for each of the optimizee's G tensors, which a network sets.
+
+    An update meets theta in its coefficients alone, so that the first-order meta-gradient
+    needs nothing of the coordinates but the inner products ⟨λₜ, dₜⱼ⟩ of each tensor.
+
+    accumulators: (params) -> Accumulators before the first step.
+    observe:      (gradient, params, accumulators) -> (directions, features [S, G], accumulators).
+                  No theta. Directions are any pytree that `combine` knows.
+    hidden:       (theta, G) -> Hidden.
+    propose:      (theta, features [S, G], step, num_steps, hidden) -> (coefficients [J, G], hidden).
+                  `num_steps` 0 means that the horizon is unknown.
+    combine:      (directions, coefficients [J, G], params) -> updates, like params; linear in the
+                  coefficients.
+    features:     the S names, in order, for diagnostics.
+    """
+
+    accumulators: Callable[[PyTree], PyTree]
+    observe: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, jax.Array, PyTree]]
+    hidden: Callable[[PyTree, int], PyTree]
+    propose: Callable[..., tuple[jax.Array, PyTree]]
+    combine: Callable[[PyTree, jax.Array, PyTree], PyTree]
+    features: tuple[str, ...]
+
+
 class LearnedOptimizer(NamedTuple):
     """An optimizer as a function of theta.
 
     init: (key) -> Theta.
     bind: (theta) -> an optax transformation. Its `update` accepts `num_steps=` (the horizon, an
           int or scalar array; optional) and ignores every other extra argument.
-    rule: the two halves behind `bind` for optimizers that act coordinate by coordinate; None for
-          others (see `lift`), whose meta-gradients are taken by plain automatic differentiation.
+    rule: the two halves behind `bind` for optimizers that act coordinate by coordinate or tensor by
+          tensor; None for others (see `lift`), whose meta-gradients are taken by plain automatic
+          differentiation.
     """
 
     init: Callable[[jax.Array], PyTree]
     bind: Callable[[PyTree], optax.GradientTransformationExtraArgs]
-    rule: Rule | None = None
+    rule: Rule | PerTensorRule | None = None
 
 
 class InnerState(NamedTuple):

@@ -61,6 +61,14 @@ class Batch(NamedTuple):
             start += member.blocks
         return out
 
+    def per_leaf(self, sums: jax.Array) -> dict[int, jax.Array]:
+        """Sums over blocks [..., k], added up for each member: {number of the leaf: [...]}."""
+        out, start = {}, 0
+        for member in self.members:
+            out[member.leaf] = jnp.sum(sums[..., start : start + member.blocks], -1)
+            start += member.blocks
+        return out
+
     def _cut(self, array, member):
         (m, n), (rows, columns), (r, c) = member.matrix, member.grid, self.block
         array = array.reshape(m, n)

@@ -25,6 +25,8 @@ from l2l.optimizers.orthogonal import orthonormal
 
 # Added to mean squares before their roots, so that those of zeros have derivatives.
 TINY = 1e-12
+# Added to mean squares that are divided by; the square of its inverse is still a float32.
+SMALLEST = 1e-18
 
 
 class Settings(NamedTuple):
@@ -45,7 +47,6 @@ class Settings(NamedTuple):
     damping: of an update of a basis, relative to the mean eigenvalue. A null space that nothing
       spans stays where it is; without it, rounding would turn it, on every machine another way.
     nesterov: the nominal direction is b1·m̂ + (1 − b1)·g, as in NAdam, in place of m̂.
-    lookahead: a gradient enters the averages before its own step is made, in place of after it.
     gradient: the gradient itself, over the same root, is one more direction.
     graft: a block's direction has the length of its |m̃|/√E|g|² in place of its own: 1 where the
       gradients are steady, √((1−b1)/(1+b1)) where they are noise, the same in every basis.
@@ -65,7 +66,6 @@ class Settings(NamedTuple):
     often: int = 10
     damping: float = 1e-2
     nesterov: bool = True
-    lookahead: bool = True
     gradient: bool = False
     graft: bool = True
 
@@ -83,7 +83,6 @@ PUBLISHED = Settings(
     often=1,
     damping=1e-6,
     nesterov=False,
-    lookahead=False,
     graft=False,
 )
 
@@ -111,16 +110,24 @@ class SoapState(NamedTuple):
     bases: Any
 
 
+# Means over a tensor, the same in every basis: of g·m (m the nominal first moment before this
+# gradient), of m², g², of the square of the nominal numerator, and of the second moment.
+POOLED = ("g·m", "m²", "g²", "m̃²", "ν̂")
+
+
 class Seen(NamedTuple):
     """The directions of one step, before they leave the bases.
 
     blocks: for each batch, [J, k, r, c]. vectors: {leaf: [J, *shape]}. bases: those to leave.
     Row 0 is the nominal direction; then one for each further decay, and the gradient's if chosen.
+    pooled: [len(POOLED) + J, G], means over each tensor: `POOLED`, then the squares of the J
+    directions.
     """
 
     blocks: tuple[jax.Array, ...]
     vectors: dict[int, jax.Array]
     bases: Bases
+    pooled: jax.Array
 
 
 def accumulator_dtype(x) -> jnp.dtype:
@@ -135,6 +142,11 @@ def start(settings: Settings, params) -> SoapState:
         return jax.tree.map(lambda x: jnp.zeros_like(x, accumulator_dtype(x)), params)
 
     leaves = jax.tree.leaves(params)
+    if not leaves:
+        # One leaf, since the bases depend on which tensors there are: so the state of no tensors is
+        # a prefix of any other, which `optax.tree.map_params` asks for.
+        bases = jnp.zeros((0,))
+        return SoapState(jnp.zeros((), jnp.int32), (params,) * len(settings.decays), params, bases)
 
     def side(d, batch, whitened):
         if not whitened:
@@ -163,20 +175,25 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
     mu = [jax.tree.leaves(tree) for tree in state.mu]
     after_mu, after_nu = [[None] * plan.count for _ in mu], [None] * plan.count
     count = state.count + 1
-    vectors = {}
+    vectors, pooled = {}, [jnp.zeros(())] * plan.count
     for i in plan.vectors:
         first = jnp.stack([tree[i] for tree in mu])
-        vectors[i], first, after_nu[i] = _directions(settings, leaves[i], first, nu[i], count)
+        vectors[i], first, after_nu[i], sums = _directions(
+            settings, leaves[i], first, nu[i], count
+        )
+        pooled[i] = sums / max(leaves[i].size, 1)
         for tree, x in zip(after_mu, first, strict=True):
             tree[i] = x
     blocks, bases = [], []
     for batch, pair in zip(plan.batches, state.bases, strict=True):
         g = batch.gather(leaves)
         first = jnp.stack([batch.gather(tree) for tree in mu])
-        pair, first = _follow(settings, jax.lax.stop_gradient(g), pair, first, state.count)
-        rows, first, second = _directions(
+        pair, first = _follow(settings, g, pair, first, state.count)
+        rows, first, second, sums = _directions(
             settings, into(g, pair), first, batch.gather(nu), count, in_basis=True
         )
+        for leaf, value in batch.per_leaf(sums).items():
+            pooled[leaf] = value / leaves[leaf].size
         blocks.append(rows)
         bases.append(pair)
         for tree, x in zip(after_mu, first, strict=True):
@@ -186,19 +203,21 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
             after_nu[leaf] = value
     unflatten = treedef.unflatten
     state = SoapState(count, tuple(map(unflatten, after_mu)), unflatten(after_nu), tuple(bases))
-    return Seen(tuple(blocks), vectors, tuple(bases)), state
+    return Seen(tuple(blocks), vectors, tuple(bases), jnp.stack(pooled, 1)), state
 
 
 def _directions(settings, g, mu, nu, count, in_basis=False):
-    """(directions [J, …], mu [D, …], nu) of a gradient in the basis and moments before it."""
+    """(directions [J, …], mu [D, …], nu, the sums that `Seen.pooled` are means of) of a gradient in
+    the basis and moments before it; sums over a block or, of a vector, over all of it."""
     b2 = settings.second_decay
     decays = jnp.asarray(settings.decays, g.dtype).reshape(-1, *[1] * g.ndim)
+    before = mu[0]
     mu = decays * mu + (1 - decays) * g
     nu = b2 * nu + (1 - b2) * jnp.square(g)
     steps = count.astype(g.dtype)
     hat = mu / (1 - decays**steps)
     second = nu / (1 - b2**steps)
-    over = (-2, -1) if in_basis else ()
+    over = (-2, -1) if in_basis else tuple(range(-g.ndim, 0))
     floor = settings.nothing * jnp.mean(second, over, keepdims=True) if in_basis else 0.0
     root = jnp.sqrt(second + floor + settings.eps_root) + settings.eps
     ahead = hat[0]
@@ -208,11 +227,13 @@ def _directions(settings, g, mu, nu, count, in_basis=False):
     directions = rows / root
     if in_basis and settings.graft:
         length = jnp.mean(jnp.square(rows), over, keepdims=True) / (
-            jnp.mean(second, over, keepdims=True) + 1e-30
+            jnp.mean(second, over, keepdims=True) + SMALLEST
         )
         own = jnp.mean(jnp.square(directions), over, keepdims=True)
         directions = directions * jnp.sqrt((length + TINY) / (own + TINY))
-    return directions, mu, nu
+    products = (g * before, before * before, g * g, rows[0] * rows[0], second)
+    sums = [jnp.sum(x, over) for x in products]
+    return directions, mu, nu, jnp.stack([*sums, *jnp.sum(jnp.square(directions), over)])
 
 
 def _follow(settings, g, pair, mu, step):
@@ -220,12 +241,11 @@ def _follow(settings, g, pair, mu, step):
     early = step < settings.often
     now = early | (step % settings.average_every == 0)
     moves = early | (step % settings.basis_every == 0)
+    g, pair = jax.lax.stop_gradient((g, pair))
     averages, vectors = (tuple(side and side[i] for side in pair) for i in range(2))
-    if settings.lookahead:
-        averages = _average(settings, g, averages, now, early)
+    # As in the paper, a gradient meets bases that it has had no part in.
     vectors, mu = _turn(settings.damping, moves, averages, vectors, mu)
-    if not settings.lookahead:
-        averages = _average(settings, g, averages, now, early)
+    averages = _average(settings, g, averages, now, early)
     return tuple(
         () if isinstance(a, tuple) else Side(a, v) for a, v in zip(averages, vectors, strict=True)
     ), mu
@@ -339,13 +359,22 @@ def back(settings: Settings, seen: Seen, coefficients, like) -> Any:
 def scale_by_soap(settings: Settings = PUBLISHED) -> optax.GradientTransformation:
     """The direction of SOAP, before the rate; its sign is that of the gradient."""
 
-    def update(updates, state, params=None):
-        del params
+    # One program each, where they are called outside of `jax.jit`: there are loops in them.
+    @partial(jax.jit, inline=True)
+    def init(params):
+        return start(settings, params)
+
+    @partial(jax.jit, inline=True)
+    def direction(updates, state):
         seen, state = observe(settings, updates, state)
         ones = jnp.ones((1, len(jax.tree.leaves(updates))))
         return back(settings, seen, ones, updates), state
 
-    return optax.GradientTransformation(lambda params: start(settings, params), update)
+    def update(updates, state, params=None):
+        del params
+        return direction(updates, state) if jax.tree.leaves(updates) else (updates, state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def soap(
