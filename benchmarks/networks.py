@@ -217,7 +217,8 @@ def main() -> None:
         new = judged(name, optimizer, theta, places, adam, flags.seeds)
         rows += [row | cost for row in new]
         print(report.table(rows[-len(new) :]), flush=True)
-        evaluate.forget()  # Programs of five networks are more than a process may map.
+        evaluate.forget()
+        jax.clear_caches()  # Programs of five networks are more than a process may map.
     print(report.table(rows))
 
 

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
 
-from l2l.console import errors
+from l2l.console import configuration
+from l2l.console.commands import command
+from l2l.console.errors import UserError
 from l2l.storage import files
 from l2l.training import sweep_summary as fleet_summary
 
@@ -46,20 +47,17 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Member]]:
     built, so that a mistake in any of them shows before the first is trained.
 
     Raises:
-      UserError, OSError, flags.Error: a flag, key or value is wrong.
+      UserError: a flag, key or value is wrong.
     """
-    values = _flags(argv)
+    typed = configuration.parse(argv, _flags(), _known, __doc__)
+    values = typed.values
+    if typed.config is None:
+        raise UserError("there is nothing to train: add --config=configs/mlp.py")
     # What is not the fleet's own goes on to every member as it was typed.
-    own = re.compile(r"--?(workdir|seeds|sweep|index|gather)(=|$)")
+    own = re.compile(r"--?(no)?(workdir|seeds|sweep|index|gather)(=|$)")
     passed = [text for text in argv[1:] if not own.match(text)]
-    rest = values(argv)[1:]
-    if rest:
-        raise flags.Error(f"unexpected arguments: {' '.join(rest)}; write flags as --name=value")
-    if values.config is None:
-        raise flags.Error("there is nothing to train: add --config=configs/mlp.py")
-    name = Path(config_flags.get_config_filename(values["config"])).stem
-    root = files.local(values.workdir or f"checkpoints/{name}-fleet")
-    first = values.config.get("seed", 0)
+    root = files.local(values.workdir or f"checkpoints/{typed.name}-fleet")
+    first = typed.config.get("seed", 0)
     choices = [_choices(text) for text in values.sweep]
     members = []
     for chosen in itertools.product(*choices):
@@ -69,38 +67,43 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Member]]:
             overrides = [*(f"--config.{one}" for one in chosen), f"--config.seed={seed}"]
             members.append(Member(setting, seed, folder, (*passed, *overrides)))
     if len({member.directory for member in members}) < len(members):
-        raise flags.Error("two members of the sweep would share a directory: give each value once")
+        raise UserError("two members of the sweep would share a directory: give each value once")
     if values.index is not None and values.index >= len(members):
-        raise flags.Error(f"--index={values.index}: the members are 0 to {len(members) - 1}")
+        raise UserError(f"--index={values.index}: the members are 0 to {len(members) - 1}")
     for member in members if values.index is None else members[values.index : values.index + 1]:
         _check(member)
     return values, root, members
 
 
-def _flags(argv):
+def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    own = dict(flag_values=values)
-    about = dict(lock_config=True, sys_argv=list(argv), **own)
-    config_flags.DEFINE_config_file("config", None, "A file of configs/.", **about)
-    flags.DEFINE_string(
-        "workdir", None, "Of all members; by default checkpoints/<config>-fleet.", **own
-    )
-    flags.DEFINE_integer("seeds", 1, "From that of the configuration on.", lower_bound=1, **own)
-    flags.DEFINE_multi_string("sweep", [], "field=value,value; several are multiplied.", **own)
-    flags.DEFINE_integer("index", None, "Runs this member alone.", lower_bound=0, **own)
-    flags.DEFINE_bool("gather", False, "Writes the summary alone.", **own)
+    about = "Of all members; by default checkpoints/<config>-fleet."
+    flags.DEFINE_string("workdir", None, about, flag_values=values)
+    about = "How many, from that of the configuration on."
+    flags.DEFINE_integer("seeds", 1, about, lower_bound=1, flag_values=values)
+    about = "field=value,value; several are multiplied."
+    flags.DEFINE_multi_string("sweep", [], about, flag_values=values)
+    about = "Runs this member alone."
+    flags.DEFINE_integer("index", None, about, lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("gather", False, "Writes the summary alone.", flag_values=values)
     return values
+
+
+def _known():
+    from l2l.training import experiment  # It imports JAX: after `main` kept it off accelerators.
+
+    return experiment.settings_of
 
 
 def _choices(text: str) -> list[str]:
     """["a.b=1", "a.b=2"] of "a.b=1,2"; commas in brackets part nothing."""
     field, equals, values = text.partition("=")
-    found = re.findall(r"(?:[^,(\[]|\([^)]*\)|\[[^\]]*\])+", values)
+    found = configuration.split(values)
     if not equals or not found or not re.fullmatch(r"[\w.]+", field):
-        raise flags.Error(f"--sweep={text} sweeps nothing: write field=value,value")
+        raise UserError(f"--sweep={text} sweeps nothing: write field=value,value")
     if field == "seed":
-        raise flags.Error("--sweep=seed: use --seeds=5")
-    return [f"{field}={value.strip()}" for value in found]
+        raise UserError("--sweep=seed: use --seeds=5")
+    return [f"{field}={value}" for value in found]
 
 
 def _plain(text: str) -> str:
@@ -109,14 +112,10 @@ def _plain(text: str) -> str:
 
 
 def _check(member: Member) -> None:
-    from l2l.training import (
-        experiment as build,  # It imports JAX: after `main` has kept it off the accelerator.
-    )
+    from l2l.training import experiment
 
-    argv = ["fleet", *member.arguments]
-    values = _flags(argv)
-    values(argv)
-    build.experiment(values.config)
+    typed = configuration.parse(["fleet", *member.arguments], flags.FlagValues(), _known, None)
+    experiment.experiment(typed.config)
 
 
 def run(members: Sequence[Member], root: Path, environment, say=print) -> int:
@@ -163,30 +162,26 @@ def _wait(command, environment) -> int:
         code = process.wait()
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
     return code if code >= 0 else 128 - code
 
 
+@command
 def main(argv) -> int:
     environment = dict(os.environ)  # Of the members.
     # This process only looks at configurations: it must not hold the memory of an accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    try:
-        values, root, members = plan(argv)
-        if values.index is not None:
-            member = members[values.index]
-            arguments = (*COMMAND, *member.arguments, f"--workdir={member.directory}")
-            member.directory.parent.mkdir(parents=True, exist_ok=True)
-            os.execve(COMMAND[0], arguments, environment)
-        root.mkdir(parents=True, exist_ok=True)
-        if values.gather:
-            print(fleet_summary.write(root, members, {}))
-            return 0
-        return run(members, root, environment)
-    except KeyboardInterrupt:
-        return 130
-    except (AttributeError, OSError, TypeError, ValueError, flags.Error) as error:
-        return errors.fail(error)
+    values, root, members = plan(argv)
+    if values.index is not None:
+        member = members[values.index]
+        arguments = (*COMMAND, *member.arguments, f"--workdir={member.directory}")
+        files.folder(member.directory.parent)
+        os.execve(COMMAND[0], arguments, environment)
+    files.folder(root)
+    if values.gather:
+        print(fleet_summary.write(root, members, {}))
+        return 0
+    return run(members, root, environment)
 
 
 if __name__ == "__main__":

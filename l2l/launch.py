@@ -6,59 +6,67 @@ The same command in the same directory goes on where it left off. launch/README.
 processes share a run, and what every exit code means.
 """
 
+import signal
 import sys
-from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from l2l.cluster import collectives as cluster
 from l2l.cluster import environment as host
 from l2l.cluster import initialize as joining
-from l2l.console import errors
-from l2l.console.errors import UserError
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run; by default checkpoints/<config>.")
-for name, variable in joining.VARIABLES.items():
-    flags.DEFINE_string(name, None, f"Of a run of several processes; by default ${variable}.")
+from l2l.console import configuration
+from l2l.console.commands import command
+from l2l.console.errors import UserError, fail
 
 
-def parse(argv) -> list[str]:
-    """Reads the flags; what is wrong with them is one sentence and exit code 2."""
-    try:
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise flags.Error(f"unexpected arguments: {' '.join(rest[1:])}")
-        if _CONFIG.value is None:
-            raise flags.Error("there is nothing to train: add --config=configs/mlp.py")
-        member = joining.find({name: flags.FLAGS[name].value for name in joining.VARIABLES})
-        host.prepare(_CONFIG.value.get("meta", {}).get("num_problems", 1), member)
-        joining.join(member)  # After `prepare`: it starts JAX.
-        return rest
-    except (AttributeError, OSError, TypeError, ValueError, flags.Error) as error:
-        sys.exit(_fail(error))
+def _flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    about = "Of the run; by default checkpoints/<config>."
+    flags.DEFINE_string("workdir", None, about, flag_values=values)
+    for name, variable in joining.VARIABLES.items():
+        about = f"Of a run of several processes; by default ${variable}."
+        flags.DEFINE_string(name, None, about, flag_values=values)
+    return values
 
 
+def _known():
+    from l2l.training import experiment  # It imports JAX.
+
+    return experiment.settings_of
+
+
+@command
 def main(argv) -> int:
-    del argv
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    typed = configuration.parse(argv, _flags(), _known, __doc__)
+    if typed.config is None:
+        raise UserError("there is nothing to train: add --config=configs/mlp.py")
     try:
-        from l2l.training import experiment as build  # After `host.prepare`: they import JAX.
+        member = joining.find({name: typed.values[name].value for name in joining.VARIABLES})
+        host.prepare(_num_problems(typed.config), member)
+        joining.join(member)  # After `prepare`: it starts JAX.
+        from l2l.training import experiment as build
         from l2l.training import loop as train
 
-        workdir = _WORKDIR.value or f"checkpoints/{name}"
-        return cluster.guard(lambda: train.run(build.experiment(_CONFIG.value), workdir))
+        # So that a second Ctrl-C ends the process at once, also while something is compiled.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        workdir = typed.values.workdir or f"checkpoints/{typed.name}"
+        return cluster.guard(lambda: train.run(build.experiment(typed.config), workdir))
     except UserError as error:
-        return _fail(error)
+        if not isinstance(error, cluster.Elsewhere):
+            fail(error)
+        cluster.leave(2)
+        return 2
 
 
-def _fail(error) -> int:
-    if not isinstance(error, cluster.Elsewhere):
-        errors.fail(error)
-    cluster.leave(2)
-    return 2
+def _num_problems(config) -> int:
+    """Of a configuration that is not checked yet."""
+    from l2l.training import experiment
+
+    meta = config.get("meta")
+    number = meta.get("num_problems") if hasattr(meta, "get") else None
+    fine = isinstance(number, int) and number > 0
+    return number if fine else experiment.Running().num_problems
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    sys.exit(main(sys.argv))

@@ -1,5 +1,6 @@
 """Exports: they come back whole, or say in one sentence that they do not."""
 
+import inspect
 import json
 import struct
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from l2l.console.errors import UserError
-from l2l.optimizers import registry
+from l2l.optimizers import lstm, registry, versions
 from l2l.storage import exports, files
 
 SPECIFICATION = {"name": "lstm", "hidden_size": 3, "decays": (0.9, 0.99)}
@@ -98,6 +99,103 @@ def test_an_unknown_name_lists_what_there_is():
         exports.load("nothing")
 
 
+def second_step(optimizer):
+    """The updates of it, since at the first outputs that start at zero hide much."""
+    params, gradient = {"w": jnp.ones((3, 2))}, {"w": jnp.linspace(-1.0, 1.0, 6).reshape(3, 2)}
+    state = optimizer.update(gradient, optimizer.init(params), params)[1]
+    return optimizer.update(gradient, state, params)[0]["w"]
+
+
+def to_format_1(path):
+    """As it was written then: the settings that the configuration named, and no versions."""
+
+    def change(about):
+        about["format"] = 1
+        stored = about["optimizer"]
+        stored.pop("rules")
+        stored["settings"] = {k: v for k, v in stored["settings"].items() if k in SPECIFICATION}
+
+    rewrite(path, lambda header: None, change)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["today's", "format 1"])
+def test_other_defaults_of_a_later_l2l_change_nothing(path, monkeypatch, old):
+    if old:
+        to_format_1(path)
+    before = second_step(exports.load(path))
+    for name, value in {"eps_root": 0.1, "weight_decay": 0.3, "second_decay": 0.9}.items():
+        monkeypatch.setitem(lstm.lstm.__kwdefaults__, name, value)
+        today = registry.optimizer(SPECIFICATION)
+        assert not np.array_equal(second_step(today.bind(exports.read(path)[1])), before)
+        np.testing.assert_array_equal(second_step(exports.load(path)), before)
+
+
+def test_every_setting_is_written_and_known_of_older_files():
+    assert set(versions.EARLIER) == set(versions.VERSIONS) == set(registry.OPTIMIZERS)
+    for kind, factory in registry.OPTIMIZERS.items():
+        optional = {
+            name
+            for name, parameter in inspect.signature(factory).parameters.items()
+            if parameter.default is not parameter.empty
+        }
+        assert optional == set(versions.EARLIER[kind]), kind
+
+
+def test_parts_are_written_whole(tmp_path):
+    section = {
+        "name": "by_parameter",
+        "parts": {"a": {"name": "lstm", "hidden_size": 2}, "b": {"name": "adam"}},
+        "labels": (("w", "a"), ("*", "b")),
+    }
+    theta = registry.optimizer(section).init(jax.random.key(0))
+    stored = exports.read(exports.export(tmp_path / "x.safetensors", section, theta))[2]
+    kinds = ("by_parameter", "lstm", "adam")
+    assert stored["optimizer"]["rules"] == {kind: versions.VERSIONS[kind] for kind in kinds}
+    parts = stored["optimizer"]["settings"]["parts"]
+    assert parts["a"]["second_decay"] == 0.999 and parts["b"]["eps_root"] == 1e-8
+
+
+def test_a_rule_that_changed_since_is_refused_unless_the_change_is_elsewhere(path, monkeypatch):
+    now = versions.VERSIONS["lstm"]
+    monkeypatch.setitem(versions.VERSIONS, "lstm", now + 1)
+
+    def change(concerns):
+        one = versions.Change("lstm", now + 1, "the sign is turned", concerns)
+        monkeypatch.setattr(versions, "CHANGES", (one,))
+
+    change(lambda settings: settings["hidden_size"] == 3)
+    sentence = (
+        rf"mine.safetensors is not .* version {now} of 'lstm', .*{now + 1} the sign is turned"
+    )
+    with pytest.raises(UserError, match=sentence):
+        exports.load(path)
+    assert exports.read(path, other_rules=True)[2]["optimizer"]["rules"] == {"lstm": now}
+    change(lambda settings: settings["matrix_size"] > 0)
+    exports.load(path)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda x: np.asarray(x, np.float64), r"float64 \(.*has float32 \("),
+        (lambda x: x[None], r"float32 \(1.*has float32 \("),
+    ],
+)
+def test_a_theta_that_could_not_be_read_back_is_not_written(tmp_path, theta, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        exports.export(tmp_path / "x.safetensors", SPECIFICATION, jax.tree.map(change, theta))
+    with pytest.raises(UserError, match="log_learning_rate: none, where 'lstm'"):
+        exports.export(tmp_path / "x.safetensors", SPECIFICATION, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_of_a_later_l2l_is_refused(path):
+    rewrite(path, lambda h: None, lambda a: a["optimizer"].update(rules={"lstm": 99}))
+    now = versions.VERSIONS["lstm"]
+    with pytest.raises(UserError, match=rf"version 99 of 'lstm', and this l2l has {now}: install"):
+        exports.load(path)
+
+
 def drop(key):
     return lambda about: about.pop(key)
 
@@ -118,6 +216,10 @@ HOSTILE = {
     "nested": (lambda h: h["__metadata__"].update(l2l="[" * 100_000), None),
     "another format": (lambda h: None, lambda a: a.update(format=99)),
     "no format": (lambda h: None, drop("format")),
+    "no rules": (lambda h: None, lambda a: a["optimizer"].pop("rules")),
+    "rules are a list": (lambda h: None, lambda a: a["optimizer"].update(rules=[1])),
+    "rules are text": (lambda h: None, lambda a: a["optimizer"].update(rules={"lstm": "1"})),
+    "no settings": (lambda h: None, lambda a: a["optimizer"].pop("settings")),
     "no optimizer": (lambda h: None, drop("optimizer")),
     "unknown optimizer": (lambda h: None, lambda a: a["optimizer"].update(name="os:system")),
     "a file as optimizer": (lambda h: None, lambda a: a["optimizer"].update(name="x.py:f")),

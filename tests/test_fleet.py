@@ -148,10 +148,10 @@ def test_one_member_of_an_array_and_the_summary_afterwards(place, monkeypatch, c
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--sweep=optimizer.learning_rat=1"], "learning_rate"),
+        (["--sweep=optimizer.learning_rat=1"], "Did you mean --config.optimizer.learning_rate?"),
         (["--sweep=optimizer.hidden_size=a"], "invalid literal"),
         (["--sweep=task.name=quadratic,quadratc"], "Did you mean 'quadratic'"),
-        (["--sweep=optimizer.output=mixture"], "no such key in this configuration: output"),
+        (["--sweep=optimizer.ouput=mixture"], "Did you mean --config.optimizer.output?"),
         (["--sweep=nothing"], "field=value,value"),
         (["--sweep=seed=1,2"], "--seeds"),
         (["--sweep=optimizer.hidden_size=2,2"], "once"),

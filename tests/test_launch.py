@@ -73,11 +73,11 @@ def test_a_whole_run_prints_its_table_and_paths(command, tmp_path):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["--config=tiny.py", "--config.meta.stps=3"], 'Did you mean "steps"'),
+        (["--config=tiny.py", "--config.meta.stps=3"], "Did you mean --config.meta.steps?"),
         (["--config=tiny.py", "--config.meta.steps=a"], "invalid literal"),
-        (["--config=nothing.py"], "No such file"),
+        (["--config=nothing.py"], "no such file. Did you mean tiny.py?"),
         ([], "add --config"),
-        (["--config=tiny.py", "--workdr=x"], "Did you mean: workdir"),
+        (["--config=tiny.py", "--workdr=x"], "Did you mean --workdir?"),
         (["--config=tiny.py", "more"], "more"),
     ],
 )
@@ -92,6 +92,7 @@ def test_one_device_a_core_unless_told_otherwise(monkeypatch, tmp_path):
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         monkeypatch.setenv(name, "")  # Restored afterwards, whatever `prepare` does.
         monkeypatch.delenv(name)
+    monkeypatch.setattr(host, "prepared", False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")

@@ -5,10 +5,16 @@ import os
 import sys
 from pathlib import Path
 
+# Whether this process is one of l2l's commands, in which nobody else has programs.
+prepared = False
+
 
 def prepare(num_problems: int | None = None, member: dict | None = None) -> None:
     """One CPU device a core (or as many as divide one process's part of `num_problems`), and a
-    place where compiled programs are kept between runs. What the user has set stays."""
+    place where compiled programs are kept between runs. What the user has set stays. For commands
+    alone: it is the whole process that is set up."""
+    global prepared
+    prepared = True
     processes = (member or {}).get("num_processes", 1)  # As `joining.find` found them.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
@@ -27,5 +33,9 @@ def prepare(num_problems: int | None = None, member: dict | None = None) -> None
     if "jax" in sys.modules:  # It read the environment when it was imported.
         config = sys.modules["jax"].config
         config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    # That a backend is not installed is news to nobody, and looks like an error to a newcomer.
+        least = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+        config.update("jax_persistent_cache_min_compile_time_secs", least)
+    # News to nobody, that look like errors to a newcomer: a backend is not installed; matplotlib
+    # lists the fonts there are, once.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)

@@ -111,7 +111,9 @@ def join(arguments: Mapping | None) -> None:
     # Gloo writes to standard output, which is the result's: to the log with that.
     output = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(output, "w", buffering=1)
+    sys.stdout = os.fdopen(
+        output, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
+    )
     import jax
 
     who = f"Process {arguments.get('process_id', '?')} of {arguments.get('num_processes', '?')}"

@@ -30,10 +30,7 @@ class UserError(ValueError):
 
 def fail(error: Exception) -> int:
     """Says, in one line, what a user can mend, and nothing else: the exit code for that."""
-    text = " ".join(printable(str(error)).split())
-    if isinstance(error, AttributeError):  # ml_collections' word for a key that is not there.
-        text = "no such key in this configuration: " + text.strip("'\"\\")
-    print("l2l:", text, file=sys.stderr, flush=True)
+    print("l2l:", " ".join(printable(str(error)).split()), file=sys.stderr, flush=True)
     return 2
 
 

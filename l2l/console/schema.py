@@ -48,7 +48,38 @@ def make(kind: str, table: Mapping[str, Callable], settings: Mapping, given: Map
     factory, rest = factory_of(kind, table, settings)
     name, known = settings["name"], inspect.signature(factory).parameters
     own = {key: value for key, value in given.items() if key in known}
-    return factory(**own, **check(f"{kind} {name!r}", factory, rest, given))
+    arguments = {**own, **check(f"{kind} {name!r}", factory, rest, given)}
+    lacking = [
+        key
+        for key, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and key not in arguments
+    ]
+    if lacking:
+        raise UserError(f"The {kind} {name!r} needs {', '.join(lacking)}: add it to its section.")
+    return factory(**arguments)
+
+
+def settings_of(factory: Callable, hidden: Sequence[str] = ()) -> dict[str, Any]:
+    """{parameter: its default, or None where it has none}, but for those that are hidden."""
+    return {
+        key: None if parameter.default is parameter.empty else parameter.default
+        for key, parameter in inspect.signature(factory).parameters.items()
+        if key not in hidden and parameter.kind is not parameter.VAR_KEYWORD
+    }
+
+
+def complete(kind: str, table: Mapping[str, Callable], section: Mapping) -> dict:
+    """A section, checked as `make` checks it, and with the defaults of what it leaves out."""
+    factory, rest = factory_of(kind, table, section)
+    parameters = inspect.signature(factory).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {
+        "name": section["name"],
+        **defaults,
+        **check(f"{kind} {section['name']!r}", factory, rest),
+    }
 
 
 def factory_of(kind: str, table: Mapping[str, Callable], settings: Mapping):

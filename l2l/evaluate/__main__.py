@@ -1,5 +1,8 @@
 """Scores optimizers beside tuned baselines: see `l2l.evaluation.cli`."""
 
-from l2l.evaluation import cli
+import sys
 
-cli.run()
+from l2l.evaluation import cli
+from l2l.training import experiment
+
+sys.exit(cli.main(sys.argv, experiment.settings_of))

@@ -9,19 +9,22 @@ same command goes on from there.
 """
 
 import ast
+import difflib
+import functools
 import inspect
 import os
+import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from l2l.cluster import environment as host
-from l2l.console import errors
+from l2l.console import configuration, modules, schema
+from l2l.console.commands import command
+from l2l.console.configuration import split
 from l2l.console.errors import UserError
 from l2l.evaluation import baselines, scoring
 from l2l.evaluation import comparison as scorecard
@@ -32,12 +35,36 @@ from l2l.tasks import registry
 
 
 def read_optimizer(text: str) -> Entry:
-    """An entry from a released name, the path of an export or run, or an optax expression."""
-    if os.sep in text or Path(text).exists() or text in exports.released():
-        optimizer, theta, _ = exports.read(exports.locate(text))
-        path = Path(text)
-        return Entry(path.name if path.is_dir() else path.stem, optimizer, theta)
-    return Entry(text, baselines.parse(text))
+    """An entry from a released name, an optax expression, or the path of an export or run: what is
+    meant by a name is not moved by what lies in the working directory.
+
+    Raises:
+      UserError: it is none of these; the sentence names the nearest, released ones first.
+    """
+    released = text in exports.released()
+    expression = re.fullmatch(r"[A-Za-z_][\w.]*\s*(\(.*\))?", text, re.DOTALL) is not None
+    name = re.split(r"[\s(]", text)[0].removeprefix("optax.")
+    if not released and expression and (name in baselines.OPTIMIZERS or "(" in text):
+        return Entry(text, baselines.parse(text))
+    path = files.readable(text)
+    if not released and os.sep not in text and not path.exists():
+        raise UserError(_unknown(text, name))
+    optimizer, theta, _ = exports.read(exports.locate(text))
+    return Entry(text if released else _stem(path), optimizer, theta)
+
+
+def _stem(path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+def _unknown(text: str, name: str) -> str:
+    released, optax = list(exports.released()), list(baselines.OPTIMIZERS)
+    near = [m for kind in (released, optax) for m in difflib.get_close_matches(name, kind, 1)]
+    hint = f"Did you mean {' or '.join(near)}?" if near else modules.nearest_path(text).strip()
+    return (
+        f"There is no optimizer {text!r}. {hint} Released are {', '.join(released)}; of optax "
+        f"{', '.join(optax)}; and any path to an export or to a run directory will do."
+    )
 
 
 def read_cells(section: dict, vary: str | None) -> list[Cell]:
@@ -63,18 +90,6 @@ def _wrapped(section: dict, tasks: dict) -> dict:
     return {key: wrap(key, value) for key, value in section.items()}
 
 
-def split(text: str) -> list[str]:
-    """The parts between commas that are in no brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
-
-
 def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
@@ -90,8 +105,15 @@ def _literal(text: str):
         return text
 
 
-def _define_flags():
-    text, several = flags.DEFINE_string, flags.DEFINE_multi_string
+def _flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    text, several, whole, listed = (
+        functools.partial(define, flag_values=values)
+        for define in (
+            *(flags.DEFINE_string, flags.DEFINE_multi_string),
+            *(flags.DEFINE_integer, flags.DEFINE_list),
+        )
+    )
     several(
         "optimizer",
         ["adam"],
@@ -99,27 +121,26 @@ def _define_flags():
         "'sgd(0.1, momentum=0.9)'; comma-separated or repeated.",
     )
     text("suite", None, f"Score on the cells of a suite: {', '.join(suite.SUITES)}.")
-    text("task", "mlp", "A name of tasks.registry.TASKS.")
+    text("task", "mlp", f"One of {', '.join(registry.TASKS)}, or path/to/file.py:function.")
     several("set", [], "A setting of the task, like hidden=64,64.")
     text("vary", None, "One task for each value, like activations=relu,tanh,sigmoid.")
-    config_flags.DEFINE_config_file("config", None, "Take the task of this file of configs/.")
-    flags.DEFINE_list("horizons", None, "Training steps; by default 500,1000 or the suite's.")
-    flags.DEFINE_integer(
-        "seeds", None, "Problems of each task; by default 10 or the suite's.", lower_bound=1
-    )
-    flags.DEFINE_integer("seed", 1_000_003, "Decides the problems.")
-    flags.DEFINE_list("baseline", ["adam"], "Grids to tune, of baselines.KINDS; or none.")
-    flags.DEFINE_float("eps_root", 1e-8, "Grids are tried with this eps_root, and with 0.")
+    listed("horizons", None, "Training steps; by default 500,1000 or the suite's.")
+    whole("seeds", None, "Problems of each task; by default 10 or the suite's.", lower_bound=1)
+    whole("seed", 1_000_003, "Decides the problems.")
+    listed("baseline", ["adam"], f"Grids to tune: {', '.join(baselines.KINDS)}; or none.")
+    about = "Grids are tried with this eps_root, and with 0."
+    flags.DEFINE_float("eps_root", 1e-8, about, flag_values=values)
     text("output", "scores", "The directory to write to; its `cache` keeps what was measured.")
+    return values
 
 
 # What a suite decides for itself.
-_OWN = ("task", "set", "vary", "config", "baseline", "eps_root")
+_OWN = ("task", "set", "vary", "baseline", "eps_root")
 
 
-def _sections(values) -> list[dict]:
-    if values.config is not None and not values["task"].present:
-        found = values.config.to_dict().get("task", {"name": "mlp"})
+def _sections(values, config, known) -> list[dict]:
+    if config is not None and not values["task"].present:
+        found = {**(known((), {}) or {}), **schema.plain(config)}["task"]
         sections = [found] if isinstance(found, dict) else list(found)
         # What belongs to the mixture is not the task's.
         sections = [{k: v for k, v in s.items() if k not in _MIXTURE} for s in sections]
@@ -132,21 +153,24 @@ def _sections(values) -> list[dict]:
 _MIXTURE = ("weight", "augmentations")
 
 
-def main(argv) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
-    values = flags.FLAGS
-    try:
-        entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
-        output = files.local(values.output, "--output")
-        return (_tasks if values.suite is None else _suite)(values, entries, output)
-    except UserError as error:
-        return errors.fail(error)
+@command
+def main(argv, known: configuration.Known) -> int:
+    """known: what may stand in which section of a configuration."""
+    typed = configuration.parse(argv, _flags(), lambda: known, __doc__)
+    values = typed.values
+    host.prepare()  # JAX is imported already, but reads this at its first use.
+    entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
+    output = files.local(values.output, "--output")
+    if values.suite is not None:
+        return _suite(values, entries, output, typed.config)
+    sections = _sections(values, typed.config, known)
+    cells = [cell for section in sections for cell in read_cells(section, values.vary)]
+    return _tasks(values, entries, output, cells)
 
 
-def _tasks(values, entries, output) -> int:
-    cells = [c for section in _sections(values) for c in read_cells(section, values.vary)]
+def _tasks(values, entries, output, cells) -> int:
     kinds = [kind for kind in values.baseline if kind not in ("", "none")]
+    files.folder(output, "--output")  # Before hours of work that it could not keep.
     began, seeds = time.monotonic(), values.seeds or 10
     result = scorecard.score(
         *(jax.random.key(values.seed), entries, cells, _horizons(values, (500, 1000)), seeds),
@@ -159,14 +183,16 @@ def _tasks(values, entries, output) -> int:
     return 0
 
 
-def _suite(values, entries, output) -> int:
-    if given := [f"--{name}" for name in _OWN if values[name].present]:
+def _suite(values, entries, output, config) -> int:
+    given = [f"--{name}" for name in _OWN if values[name].present]
+    if given := [*given, *(["--config"] if config is not None else [])]:
         raise UserError(
             f"--suite={values.suite} decides its own tasks and baselines: "
             f"leave out {', '.join(given)}."
         )
     chosen = suite.find(values.suite)
     horizons = _horizons(values, chosen.horizons)
+    files.folder(output, "--output")
     began, seeds = time.monotonic(), values.seeds or chosen.seeds
     cells, notes = suite.available(chosen.cells)
     parts = suite.plan(cells, horizons)
@@ -219,10 +245,3 @@ def _about(values, seeds: int, began: float) -> dict:
         seconds=round(time.monotonic() - began, 1),
         versions={"jax": jax.__version__},
     )
-
-
-def run() -> None:
-    """The command: one device a core on a CPU, then `main`."""
-    host.prepare()  # JAX is imported already, but reads this at its first use.
-    _define_flags()
-    app.run(main)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l2l.cluster import environment
 from l2l.console.errors import UserError
 from l2l.core import base, unroll
 
@@ -223,12 +224,14 @@ _compiled = functools.lru_cache(maxsize=64)(compile_evaluation)
 
 
 def forget() -> None:
-    """Lets go of every compiled program of this process.
+    """Lets go of the compiled programs of this module; in a process of l2l's own, as its commands
+    are, of all there are. A notebook's programs are not ours to drop.
 
     On a CPU each takes dozens of the 65,530 memory mappings that Linux allows a process by default
     (vm.max_map_count); after some hundreds of programs the compiler finds no memory.
     """
     for kept in (_compiled, _begin, _fixed):
         kept.cache_clear()
-    jax.clear_caches()
+    if environment.prepared:
+        jax.clear_caches()
     gc.collect()

@@ -17,7 +17,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import leaves
+from l2l.optimizers import leaves, meshes
 
 # Columns in a block on a CPU; an accelerator takes all of them at once, which is what fills the
 # chip. A step forward has the best of it at 512 (M coordinate-steps a second: 2xLSTM-20 4.8 at 128,
@@ -333,9 +333,9 @@ def bind(
         begun.clear()
         begun.update(leaves.described(params))
         make = partial(_start, rule, state_dtype, wide)
-        return (
-            jax.eval_shape(make, theta, params) if leaves.abstract(params) else make(theta, params)
-        )
+        if leaves.abstract(params):
+            return jax.eval_shape(make, theta, params)
+        return meshes.together(make(theta, params), params)
 
     def update(updates, state, params=None, *, num_steps=None, **extra_args):
         del extra_args
@@ -369,11 +369,12 @@ def _step(rule, block, wide, theta, gradients, state, params, num_steps):
     theta = widened(theta, params) if wide else theta
     values, treedef = jax.tree.flatten(params)
     given = [jnp.zeros_like(p) if g is None else g for g, p in zip(gradients, values, strict=True)]
-    gradient, position = (flatten(tree, dtype_of(theta)) for tree in (given, values))
+    given, whole, state, num_steps = meshes.together((given, values, state, num_steps))
+    gradient, position = (flatten(tree, dtype_of(theta)) for tree in (given, whole))
     out, state, _ = advance(
         rule, theta, gradient, position, state, num_steps, shapes_of(values), block
     )
-    out = unflatten(out, values)
+    out = meshes.alike(unflatten(out, whole), values)
     out = [None if g is None else u for g, u in zip(gradients, out, strict=True)]
     return jax.tree.unflatten(treedef, out), state
 

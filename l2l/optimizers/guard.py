@@ -18,7 +18,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, features, leaves
+from l2l.optimizers import coordinates, features, leaves, meshes
 
 
 class LossRecord(NamedTuple):
@@ -61,6 +61,10 @@ class GuardState(NamedTuple):
     anchor: base.PyTree
     adam: base.PyTree
     learned: base.PyTree
+
+
+# Parts of the state that lie on devices as the parameters do.
+LIKE_PARAMS = ("anchor", "adam", "learned")
 
 
 def guard(
@@ -176,7 +180,11 @@ def guard(
         )
 
     def init(params):
-        return jax.eval_shape(start, params) if leaves.abstract(params) else start(params)
+        if leaves.abstract(params):
+            return jax.eval_shape(start, params)
+        state = start(params)
+        own = {name: getattr(state, name) for name in GuardState._fields if name not in LIKE_PARAMS}
+        return state._replace(**meshes.together(own, params))
 
     def update(updates, state, params=None, *, value=None, **extra_args):
         if params is None:
@@ -221,11 +229,11 @@ def guard(
         keeping = good & fine & ~going_back
         anchor = jax.tree.map(lambda p, a: jnp.where(keeping, p, a), params, state.anchor)
 
-        def go_back(_):
+        def go_back(carry):
             # p + (a − p) rounds. From where it ends a second such step is exact: a − p is then
             # either a itself or, both being within a factor of two, free of rounding.
             back = jax.tree.map(jnp.subtract, anchor, params)
-            return back, adam.init(anchor), learned.init(anchor), jnp.zeros((), jnp.float32)
+            return back, adam.init(anchor), learned.init(anchor), jnp.zeros_like(carry[-1])
 
         def adam_steps(carry):
             _, before, longest = carry
@@ -239,8 +247,8 @@ def guard(
             out, of_learned = _like(out, params), _like(of_learned, before)
             # Of anything that is not finite the norm is not either.
             failed = ~(features.norm(_square(out)) <= longest_step * longest)
-            after = coordinates.flatten(optax.apply_updates(params, out), jnp.float32)
-            failed |= ~jnp.all(jnp.isfinite(after))
+            after = meshes.together(optax.apply_updates(params, out))
+            failed |= ~jnp.all(jnp.isfinite(coordinates.flatten(after, jnp.float32)))
             taken = driving & ~failed
             return jax.tree.map(lambda x, y: jnp.where(taken, x, y), out, safe), of_learned, failed
 
@@ -249,12 +257,12 @@ def guard(
         carry = (out, state.adam, state.learned, state.longest)
         out, of_adam, of_learned, longest = _where(going_back, go_back, carry)
         out, of_adam, longest = _where(stepping, adam_steps, (out, of_adam, longest))
-        carry = (out, of_learned, jnp.zeros((), bool))
+        carry = (out, of_learned, jnp.zeros_like(fine))
         out, of_learned, failed = _where(stepping & open_ended, learned_steps, carry)
 
         striking = jnp.where(bad | failed, state.strikes + 1, state.strikes - informed)
         fresh = _no_losses()._replace(first=losses.first)
-        return out, GuardState(
+        return meshes.alike(out, params), GuardState(
             falls=state.falls + falling,
             strikes=jnp.where(driving & ~falling, jnp.maximum(striking, 0), 0),
             rest=jnp.where(
@@ -277,9 +285,7 @@ def guard(
 def _where(condition, change: Callable, carry: base.PyTree) -> base.PyTree:
     """change(carry) if the condition holds, else carry, at no cost: `lax.cond` copies what it hands
     on, 1.5 times the time of a step for the states here; a loop of one round or none does not."""
-    once = jax.lax.while_loop(
-        lambda x: x[0], lambda x: (jnp.zeros((), bool), change(x[1])), (condition, carry)
-    )
+    once = jax.lax.while_loop(lambda x: x[0], lambda x: (~x[0], change(x[1])), (condition, carry))
     return once[1]
 
 
@@ -318,7 +324,7 @@ def _no_losses() -> LossRecord:
 def _square(tree: base.PyTree) -> jax.Array:
     """The sum of squares in float32: not finite where any number is not."""
     # End to end: a sum a tensor would be a program to compile each.
-    return jnp.sum(jnp.square(coordinates.flatten(tree, jnp.float32)))
+    return jnp.sum(jnp.square(coordinates.flatten(meshes.together(tree), jnp.float32)))
 
 
 def _like(tree: base.PyTree, other: base.PyTree) -> base.PyTree:

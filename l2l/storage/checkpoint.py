@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import re
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,9 +59,9 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
     """
     import orbax.checkpoint as ocp  # A second and a half, which `load` does not need.
 
-    # Orbax tells every file it writes, and its threads every error that `writing` tells as well.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Orbax tells every file it writes, and its threads every error that `_writing` tells as well.
+    silence = contextlib.ExitStack()
+    silence.enter_context(_silenced(str(Path(ocp.__file__).parent.parent)))
     directory = Path(directory).absolute()
     with errors.naming(directory):
         directory.mkdir(exist_ok=True)
@@ -78,13 +79,15 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
         for file in directory.glob(f"*/{_TIMES}"):
             file.rename(file.with_name("damaged" + _TIMES))
 
-    try:
-        manager = ocp.CheckpointManager(directory, options=options)
-    except OSError as error:
-        raise errors.about(directory, error) from error
-    except Exception:  # Of the times in any of these files, without which it opens them as well.
-        cluster.together(_set_times_aside)
-        manager = ocp.CheckpointManager(directory, options=options)
+    with silence:
+        try:
+            manager = ocp.CheckpointManager(directory, options=options)
+        except OSError as error:
+            raise errors.about(directory, error) from error
+        except Exception:  # Of the times in any of these files; without it opens them as well.
+            cluster.together(_set_times_aside)
+            manager = ocp.CheckpointManager(directory, options=options)
+        silence = silence.pop_all()  # Until it is closed.
 
     def save(step, tree):
         tree = jax.tree.map(jnp.asarray, base.raw(tree))
@@ -150,11 +153,33 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
 
     @functools.cache
     def close():
-        with _writing(directory):
-            manager.wait_until_finished()
-            manager.close()
+        try:
+            with _writing(directory):
+                manager.wait_until_finished()
+                manager.close()
+        finally:
+            silence.close()
 
     return Saver(save, restore, close)
+
+
+@contextlib.contextmanager
+def _silenced(home: str):
+    """Drops what is logged from code in the folder `home`, and nothing else, while it lasts."""
+
+    def others(record: logging.LogRecord) -> bool:
+        frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
+        places = [record.pathname, record.getMessage(), *(frame.filename for frame in frames)]
+        return not any(home in place for place in places)
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(others)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(others)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ checked (`export_header.py`) before memory is taken.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,17 @@ import jax
 import numpy as np
 import optax
 
-from l2l.console import errors
+from l2l.console import errors, modules
 from l2l.console import schema as checks
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, leaves, registry
+from l2l.optimizers import coordinates, leaves, registry, versions
 from l2l.storage import export_header as strangers
 from l2l.storage import files
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
-FORMAT = 1
+# 2 holds every setting and the versions of its rules; 1 held the settings its configuration named.
+FORMAT = 2
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -33,21 +35,35 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
 
     Args:
       specification: a section `optimizer` of a configuration: a name of `optimizers.registry`, and
-        settings.
+        settings. What it leaves out is written too, so that other defaults of a later l2l change
+        nothing (`optimizers/versions.py`).
       metadata: what else to remember, as JSON allows: configuration, seed, meta-steps, cost. That
         of another export will do, as `read` returns it: what it says of its own theta is replaced.
 
     Returns:
       The path.
+
+    Raises:
+      UserError: the specification names no optimizer, or settings that it has not; theta is not
+        of that optimizer; or the metadata are too long.
     """
     from safetensors.numpy import save
 
     tensors = {_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(theta)}
-    specification = dict(specification)
+    expected, _ = _like(registry.optimizer(specification))
+    kinds = [{n: f"{x.dtype} {x.shape}" for n, x in tree.items()} for tree in (tensors, expected)]
+    if odd := next((n for n in {**kinds[0], **kinds[1]} if kinds[0].get(n) != kinds[1].get(n)), ""):
+        raise UserError(
+            f"This theta has {odd}: {kinds[0].get(odd, 'none')}, where {specification['name']!r} "
+            f"with these settings has {kinds[1].get(odd, 'none')}: export it with those that made "
+            "it."
+        )
+    settings = versions.complete(specification)
+    rules = versions.rules_of(settings)
     header = {
         **(metadata or {}),
         "format": FORMAT,
-        "optimizer": {"name": specification.pop("name"), "settings": specification},
+        "optimizer": {"name": settings.pop("name"), "rules": rules, "settings": settings},
         "sha256": _digest(tensors),
     }
     content = save(tensors, {"l2l": json.dumps(header)})
@@ -58,42 +74,66 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     return Path(path)
 
 
-def read(path) -> tuple[base.LearnedOptimizer, Any, dict]:
+def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any, dict]:
     """An export, local or remote, as (optimizer, theta, metadata). Executes nothing that it brings.
 
+    Args:
+      other_rules: read it even if it was made for another version of its rule, so that its theta is
+        not to be had with the updates that it was trained for. `export` then declares it to be one
+        of today's.
+
     Raises:
-      UserError: the file is no export, or not a whole one, or cannot be opened.
+      UserError: the file is no export, or not a whole one, or cannot be opened; or it was made for
+        a rule that acted otherwise.
     """
     path = files.readable(path)
     with files.reached(path), files.copied(path) as local, open(local, "rb") as file:
         try:
-            return _read(local, file)
+            metadata = _metadata(file)
+            if not other_rules:
+                versions.check_rules(specification_of(metadata), metadata["optimizer"]["rules"])
+            return *_read(local, metadata), metadata
+        except versions.OtherRule as error:
+            raise UserError(f"{path} is not for this l2l: {error}.") from None
         except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
             reason = errors.printable(reason)[:300].rstrip(". ")
             raise UserError(f"{path} is no whole export of l2l: {reason}.") from error
 
 
-def _read(path, file):
-    from safetensors import safe_open
-
+def _metadata(file) -> dict:
+    """The metadata of an open export, with every setting of its optimizer and `FORMAT`'s keys,
+    whatever its format."""
     check = strangers.check
     about = strangers.header(file).get("__metadata__")
     check(isinstance(about, dict), "it has no metadata")
     metadata = strangers.table(about["l2l"])
-    check(metadata["format"] == FORMAT, f"format {metadata['format']} is not {FORMAT}")
+    known = metadata["format"] in (1, FORMAT)
+    check(known, f"its format is {metadata['format']}, and this l2l reads those up to {FORMAT}")
     stored = metadata["optimizer"]
     check(isinstance(stored, dict), "its optimizer is no table")
     check(isinstance(stored["name"], str), "the optimizer's name is no text")
+    own = stored["settings"]
+    check(isinstance(own, dict) and "name" not in own, "its settings are no table")
+    section = versions.earlier(specification_of(metadata))
+    rules = stored["rules"] if metadata["format"] == FORMAT else dict.fromkeys(versions.VERSIONS, 1)
+    check(isinstance(rules, dict), "the versions of its rules are no table")
+    settings = {key: value for key, value in section.items() if key != "name"}
+    metadata["optimizer"] = {"name": stored["name"], "rules": rules, "settings": settings}
+    return metadata
+
+
+def _read(path, metadata):
+    from safetensors import safe_open
+
+    check = strangers.check
     with safe_open(path, framework="numpy") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
         shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
         types = {name: x.get_dtype() for name, x in slices.items()}
-        strangers.plausible(stored["settings"], len(shapes))
+        strangers.plausible(metadata["optimizer"]["settings"], len(shapes))
         optimizer = registry.optimizer(specification_of(metadata))
-        like = jax.eval_shape(lambda: optimizer.init(jax.random.key(0)))
-        paths, treedef = jax.tree_util.tree_flatten_with_path(like)
-        expected = {_name(p): x for p, x in paths}
+        expected, treedef = _like(optimizer)
         check(set(expected) == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
         for name, x in expected.items():
             check(
@@ -106,7 +146,7 @@ def _read(path, file):
     check(fine, "not all of its numbers are finite")
     # In one transfer, which a guard against those that nobody asked for lets pass.
     theta = jax.tree.unflatten(treedef, jax.device_put([found[name] for name in expected]))
-    return optimizer, theta, metadata
+    return optimizer, theta
 
 
 def specification_of(metadata: dict) -> dict:
@@ -122,7 +162,9 @@ def load(
 
     Args:
       name_or_path: a released optimizer (`released()` lists them), an export, or the directory of a
-        run that has ended; also at gs:// or s3://, where etils can read those.
+        run that has ended; also at gs:// or s3://, where etils can read those. The name of a
+        released one means that, whatever the working directory holds: a file or folder of the
+        same name is written with a slash (./lstm) or given as a `Path`.
       num_steps: the horizon to tell the optimizer where `update` is not given one.
       state_dtype: in which the recurrent state is kept between steps (`coordinates.bind`):
         jnp.bfloat16 takes 48 bytes a parameter of the default optimizer, not 80.
@@ -159,6 +201,9 @@ def load(
 def locate(name_or_path):
     """The path of an export, for `read`: from a released name, a file or a run directory (remote
     ones too); or a UserError."""
+    names = released()
+    if isinstance(name_or_path, str) and name_or_path in names:
+        return names[name_or_path]
     path = files.readable(name_or_path)
     with files.reached(path):
         if path.is_dir() and (path / EXPORT).is_file():
@@ -167,11 +212,14 @@ def locate(name_or_path):
             return path
         if path.is_dir():
             raise UserError(f"{path} has no {EXPORT} yet: it is written when its training ends.")
-    names = released()
-    if str(name_or_path) in names:
-        return names[str(name_or_path)]
+    if isinstance(name_or_path, os.PathLike) or os.sep in name_or_path:
+        near = "" if files.scheme(path) else modules.nearest_path(str(name_or_path))
+        raise UserError(
+            f"There is no optimizer at {name_or_path}: no such file or directory.{near} Released "
+            f"are {', '.join(names)}."
+        )
     raise UserError(
-        checks.unknown("optimizer", str(name_or_path), names)
+        checks.unknown("optimizer", name_or_path, names)
         + " A path to an export or to a run directory will do as well."
     )
 
@@ -185,6 +233,13 @@ def released() -> dict[str, Path]:
         if (folder / "__init__.py").is_file():
             found |= {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
     return found
+
+
+def _like(optimizer: base.LearnedOptimizer):
+    """({name: shape and dtype} of its theta, in order, the structure of theta)."""
+    like = jax.eval_shape(lambda: optimizer.init(jax.random.key(0)))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    return {_name(path): x for path, x in paths}, treedef
 
 
 def _name(path: Sequence) -> str:

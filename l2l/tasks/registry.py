@@ -1,15 +1,14 @@
 """The families of problems by name, and a family from a section `task` of a configuration."""
 
-import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 from l2l import tasks
-from l2l.console import schema
+from l2l.console import modules, schema
 from l2l.console.errors import UserError
 from l2l.core import base
+from l2l.tasks import called
 
 TASKS = {
     "autoencoder": tasks.autoencoder,
@@ -32,8 +31,15 @@ AUGMENTATIONS = {"convex": tasks.convex, "noise": tasks.noise, "rescale": tasks.
 
 
 def task(settings: Mapping, augmentations: Sequence[Mapping] = ()) -> base.TaskFamily:
-    """A family from its section, wrapped by augmentations from the inside out."""
-    family = schema.make("task", {**TASKS, **_own(settings.get("name", ""))}, settings)
+    """A family from its section, wrapped by augmentations from the inside out. Errors in it say
+    which of its functions was called with what (`called.py`)."""
+    family = schema.make("task", {**TASKS, **_own(settings)}, settings)
+    if not isinstance(family, base.TaskFamily):
+        raise UserError(
+            f"The task {settings['name']!r} returned {str(family)[:100]}: let it return an "
+            "l2l.TaskFamily of its functions sample, init, batch and loss."
+        )
+    family = called.named(family, settings["name"])
     for augmentation in schema.several(augmentations):
         family = schema.make("augmentation", AUGMENTATIONS, augmentation, {"family": family})
     return family
@@ -45,21 +51,20 @@ def setting_of(name: str, key: str):
     return parameters[key].default if key in parameters else name
 
 
-def _own(name: str) -> dict[str, Callable]:
+def settings_of(section: Mapping) -> dict[str, Any] | None:
+    """{key: its default, or None} of what may stand in a section `task`, those of a mixture too;
+    None where its name is not known."""
+    factory = {**TASKS, **_own(section)}.get(section.get("name", ""))
+    if factory is None:
+        return None
+    mixture = {"weight": 1.0, "augmentations": ()}
+    return {"name": section["name"], **schema.settings_of(factory), **mixture}
+
+
+def _own(section: Mapping) -> dict[str, Callable]:
     """The user's own factory: name="path/to/file.py:factory" or "package.module:factory"."""
+    name = section.get("name") if hasattr(section, "get") else None
     if not isinstance(name, str) or ":" not in name:
         return {}
     place, _, attribute = name.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return {name: getattr(module, attribute)}
-    except (ImportError, AttributeError, OSError) as error:
-        raise UserError(
-            f"The task {name!r} could not be imported ({error}): write "
-            "path/to/file.py:function or package.module:function."
-        ) from error
+    return {name: modules.attribute(place, attribute, "task")}

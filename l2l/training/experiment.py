@@ -7,7 +7,7 @@ name stands for in the kind's registry (`tasks.registry`, `optimizers.registry`,
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from l2l.core import base
 from l2l.core.unroll import Inner
 from l2l.estimators import first_order, mixture, objective
 from l2l.estimators.registry import ESTIMATORS
-from l2l.optimizers.registry import optimizer
+from l2l.optimizers.registry import OPTIMIZERS, optimizer
+from l2l.tasks import registry as tasks
 from l2l.tasks.registry import setting_of, task
 from l2l.training import curriculum
 from l2l.training.meta_step import Meta
@@ -134,20 +135,23 @@ class Experiment(NamedTuple):
         return data if len(self.families) == 1 else data[self.reads[index]]
 
 
-SECTIONS = (
-    "seed",
-    "start",
-    "task",
-    "augmentations",
-    "optimizer",
-    "objective",
-    "inner",
-    "estimator",
-    "horizon",
-    "imitation",
-    "meta",
-    "evaluation",
-    "checkpoint",
+# With what stands for a section that is left out.
+SECTIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        "seed": 0,
+        "start": "",
+        "task": {"name": "mlp"},
+        "augmentations": (),
+        "optimizer": {"name": "lstm"},
+        "objective": {},
+        "inner": {},
+        "estimator": {"name": "first_order"},
+        "horizon": {"name": "log_uniform"},
+        "imitation": {},
+        "meta": {},
+        "evaluation": {},
+        "checkpoint": {},
+    }
 )
 
 
@@ -162,7 +166,8 @@ def experiment(config: Mapping) -> Experiment:
     for key in config:
         if key not in SECTIONS:
             raise UserError(checks.unknown("section", key, SECTIONS, "config"))
-    running = checks.fill("meta", Running, config.get("meta", {}))
+    whole = {**SECTIONS, **config}
+    running = checks.fill("meta", Running, whole["meta"])
     # Every call of the compiled program takes the same number of meta-steps.
     running = running._replace(group=math.gcd(running.steps, running.group))
     if not 0.0 < running.blend <= 1.0:
@@ -170,25 +175,25 @@ def experiment(config: Mapping) -> Experiment:
             f"meta.blend={running.blend} is no part of the way from the first theta to the trained "
             "one: use a number above 0 and at most 1."
         )
-    specification = config.get("optimizer", {"name": "lstm"})
+    specification = whole["optimizer"]
     learned = optimizer(specification)
-    imitation = checks.fill("imitation", curriculum.Imitation, config.get("imitation", {}))
-    evaluation = checks.fill("evaluation", Evaluation, config.get("evaluation", {}))
-    families, weights, sources = _mixture(config)
+    imitation = checks.fill("imitation", curriculum.Imitation, whole["imitation"])
+    evaluation = checks.fill("evaluation", Evaluation, whole["evaluation"])
+    families, weights, sources = _mixture(whole)
     estimators, inners = zip(
-        *(_estimator(config, family, learned, imitation) for family in families), strict=True
+        *(_estimator(whole, family, learned, imitation) for family in families), strict=True
     )
     reads = tuple(list(dict.fromkeys(sources)).index(source) for source in sources)
     single = len(families) == 1
-    horizons = config.get("horizon", {"name": "log_uniform"})
+    horizons = whole["horizon"]
     return Experiment(
         config=config,
         specification=specification,
-        seed=checks.fits("config", "seed", config.get("seed", 0), int),
+        seed=checks.fits("config", "seed", whole["seed"], int),
         families=families,
         reads=reads,
-        start=checks.fits("config", "start", config.get("start", ""), str),
-        judged=_judged(config, evaluation.tasks),
+        start=checks.fits("config", "start", whole["start"], str),
+        judged=_judged(whole, evaluation.tasks),
         optimizer=learned,
         inners=inners,
         meta=Meta(
@@ -203,13 +208,13 @@ def experiment(config: Mapping) -> Experiment:
         ),
         running=running,
         evaluation=evaluation,
-        saving=checks.fill("checkpoint", Saving, config.get("checkpoint", {})),
+        saving=checks.fill("checkpoint", Saving, whole["checkpoint"]),
     )
 
 
 def _mixture(config):
     """(families, weights, what each reads) of section `task`: one family, or a tuple of them."""
-    sections = config.get("task", {"name": "mlp"})
+    sections = config["task"]
     sections = (sections,) if isinstance(sections, Mapping) else sections
     if not sections:
         raise UserError("task=() leaves nothing to train on: name at least one family.")
@@ -219,7 +224,7 @@ def _mixture(config):
         weights.append(checks.fits("task", "weight", section.pop("weight", 1.0), float))
         own = section.pop("augmentations", ())
         families.append(
-            task(section, (*checks.several(own), *checks.several(config.get("augmentations", ()))))
+            task(section, (*checks.several(own), *checks.several(config["augmentations"])))
         )
         sources.append(section.get("dataset", setting_of(section.get("name"), "dataset")))
     return tuple(families), weights, sources
@@ -227,7 +232,7 @@ def _mixture(config):
 
 def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
     """The plain families of section `task`, each with each of the changes of settings."""
-    sections = config.get("task", {"name": "mlp"})
+    sections = config["task"]
     out = []
     for section in checks.several(sections):
         plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
@@ -243,13 +248,13 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
 
 
 def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, Inner]:
-    settings = {"length": LENGTH, **config.get("inner", {})}
+    settings = {"length": LENGTH, **config["inner"]}
     hidden = ("family", "optimizer")  # The program's, not the user's.
     inner = Inner(family, learned, **checks.check("inner", Inner, settings, hidden))
     losses = objective.objective(
-        **checks.check("objective", objective.objective, config.get("objective", {}))
+        **checks.check("objective", objective.objective, config["objective"])
     )
-    section = config.get("estimator", {"name": "first_order"})
+    section = config["estimator"]
     factory, _ = checks.factory_of("estimator", ESTIMATORS, section)
     if learned.rule is None and factory is first_order.first_order:
         raise UserError(
@@ -286,3 +291,51 @@ def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
 def _has(settings: Mapping, key: str) -> bool:
     factory = SCHEDULES.get(settings.get("name"))
     return factory is not None and key in inspect.signature(factory).parameters
+
+
+def settings_of(path: tuple[str, ...], config: Mapping) -> Mapping[str, Any] | None:
+    """{key: its default, or None} of what may stand in a section of a configuration: ("meta",) or
+    ("optimizer", "parts", "net"), () for the configuration itself. None where that depends on what
+    is not known here."""
+    if not path:
+        return SECTIONS
+    if path == ("inner",):
+        return {**checks.settings_of(Inner, ("family", "optimizer")), "length": LENGTH}
+    if len(path) == 1 and path[0] in _RECORDS:
+        return checks.settings_of(_RECORDS[path[0]])
+    section: Any = config
+    for key in path:
+        section = section.get(key) if hasattr(section, "get") else None
+    if not hasattr(section, "get"):
+        return None
+    if path == ("task",):
+        return tasks.settings_of(section)
+    factory = (_table(path) or {}).get(section.get("name"))
+    if factory is None:
+        return None
+    given = ("steps", "imitation", "inner", "objective", "teacher", "family")  # By the program.
+    return {"name": section["name"], **checks.settings_of(factory, given)}
+
+
+_RECORDS = {
+    "checkpoint": Saving,
+    "evaluation": Evaluation,
+    "imitation": curriculum.Imitation,
+    "meta": Running,
+    "objective": objective.objective,
+}
+_NAMED = {
+    "augmentations": tasks.AUGMENTATIONS,
+    "estimator": ESTIMATORS,
+    "horizon": HORIZONS,
+    "optimizer": OPTIMIZERS,
+}
+
+
+def _table(path: tuple[str, ...]) -> Mapping[str, Callable] | None:
+    """What the names of a section are the keys of."""
+    if path[:2] == ("meta", "optimizer"):
+        return META_OPTIMIZERS if len(path) == 2 else SCHEDULES
+    if path[:2] == ("optimizer", "parts"):
+        return OPTIMIZERS
+    return _NAMED.get(path[0]) if len(path) == 1 else None

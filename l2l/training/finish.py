@@ -13,6 +13,7 @@ from l2l.core import base
 from l2l.evaluation import comparison as scorecard
 from l2l.evaluation import curves as evaluate
 from l2l.evaluation import tuning
+from l2l.optimizers import versions
 from l2l.storage import exports, files
 from l2l.training import experiment as build
 from l2l.training.run_directory import differences
@@ -86,7 +87,7 @@ def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> s
 def earlier(experiment) -> tuple[base.PyTree, dict]:
     """(theta, metadata) of the export that training begins with; UserError if it does not fit."""
     _, theta, metadata = exports.read(exports.locate(experiment.start))
-    mine = json.loads(json.dumps(experiment.specification))
+    mine = json.loads(json.dumps(versions.complete(experiment.specification)))
     if different := differences(exports.specification_of(metadata), mine, "optimizer"):
         raise UserError(
             f"start={experiment.start!r} is another optimizer ({'; '.join(different)}): set "

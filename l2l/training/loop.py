@@ -23,7 +23,7 @@ from l2l.training import curriculum, diagnose
 from l2l.training import experiment as build
 from l2l.training import finish as outcome
 from l2l.training import meta_step as meta
-from l2l.training.run_directory import Signals, claim, lock, shared
+from l2l.training.run_directory import Signals, entered, shared
 from l2l.training.run_log import clock, progress, silence
 
 # What `run` returns and the command exits with. Any other code is an error that a user can mend
@@ -72,9 +72,7 @@ def run(
     with contextlib.ExitStack() as held:
 
         def enter():
-            files.folder(directory)
-            held.enter_context(lock(directory))
-            claim(directory, experiment.config)
+            held.enter_context(entered(directory, experiment.config))
             return outcome.finished(directory)
 
         summary = cluster.together(enter)

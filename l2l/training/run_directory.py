@@ -3,6 +3,8 @@
 import contextlib
 import fcntl
 import json
+import os
+import shutil
 import signal
 import threading
 import time
@@ -13,13 +15,54 @@ import numpy as np
 from l2l.cluster import collectives as cluster
 from l2l.console import errors
 from l2l.console.errors import UserError
+from l2l.evaluation import report
 from l2l.storage import files
+
+# What a run has made by the time it begins to train.
+_BEGUN = ("config.json", "lock", "metrics.jsonl", "checkpoints", "events.out.tfevents.*")
+
+
+@contextlib.contextmanager
+def entered(directory: Path, config: dict):
+    """Holds a directory, made if need be, for a run of this configuration. A start that fails
+    before its first checkpoint leaves nothing behind, so that the next may be of another one.
+
+    Raises:
+      UserError: it cannot be made, another run holds it, or it is another configuration's.
+    """
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    files.folder(directory)
+    with errors.naming(directory):
+        before = set(os.listdir(directory))
+    with lock(directory):
+        try:
+            claim(directory, config)
+            yield
+        except BaseException:
+            saved = any(path.name.isdigit() for path in directory.glob("checkpoints/*"))
+            if "config.json" not in before and not saved:
+                _leave(directory, before, made)
+            raise
+
+
+def _leave(directory: Path, before: set[str], made: list[Path]) -> None:
+    """Removes what a start has made: of what a run begins with, what was not there before."""
+    with contextlib.suppress(OSError):  # What is wrong with the directory is being told already.
+        for path in [path for name in _BEGUN for path in directory.glob(name)]:
+            if path.name in before:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for place in made:
+            place.rmdir()
 
 
 def claim(directory: Path, config: dict) -> None:
     """Makes the directory this configuration's, or refuses to."""
     path = directory / "config.json"
-    mine = json.loads(json.dumps(config))
+    mine = json.loads(json.dumps(report.plain(config), allow_nan=False))
     if not path.exists():
         files.write(path, json.dumps(mine, indent=2).encode() + b"\n")
         return
@@ -93,7 +136,10 @@ def lock(directory):
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM in `got`; a second one has its usual effect."""
+    """Notes SIGINT and SIGTERM in `got`; a second one has the effect that it had before.
+
+    Outside the main thread, where Python allows no handlers, nothing is noted.
+    """
 
     def __init__(self):
         self.got = 0
@@ -101,11 +147,12 @@ class Signals:
 
     def _note(self, number, frame):
         self.got = number
-        self._restore(signal.SIG_DFL)
+        self._restore()
 
-    def _restore(self, handler=None):
+    def _restore(self):
         for number, before in self.before.items():
-            signal.signal(number, before if handler is None else handler)
+            # None is a handler that was not installed from Python.
+            signal.signal(number, signal.SIG_DFL if before is None else before)
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows it only there.

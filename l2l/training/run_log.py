@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from l2l.console import errors
+from l2l.evaluation import report
 from l2l.storage import files
 
 FLUSH = 10  # Seconds between writes of TensorBoard's file, which waits for the disk.
@@ -18,7 +19,8 @@ FLUSH = 10  # Seconds between writes of TensorBoard's file, which waits for the 
 class Progress(NamedTuple):
     """say:   (sentence) -> None, at once.
     start: (step) -> None. The first meta-step begins: the pace is told from here.
-    log:   (step, numbers) -> None, to metrics.jsonl and TensorBoard.
+    log:   (step, numbers) -> None, to metrics.jsonl (NaN as null, infinities as text) and
+           TensorBoard.
     show:  (step, meta-loss, stage, comparison) -> None: moves the bar, or prints a line.
     close: () -> None; more than once if you like.
     """
@@ -65,7 +67,8 @@ def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
 
     def log(step, numbers):
         with errors.naming(path):
-            rows.write(json.dumps({"step": step, **numbers}) + "\n")
+            row = report.plain({"step": step, **numbers})  # JSON has no NaN.
+            rows.write(json.dumps(row, allow_nan=False) + "\n")
             rows.flush()
         board.add(step, numbers)
 

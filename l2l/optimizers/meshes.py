@@ -1,0 +1,70 @@
+"""Parameters that are split over devices, where they meet the flat vectors of a rule.
+
+A rule's vectors run over all parameters, however each lies on a mesh. What that asks for depends
+on the axes of the mesh, of which JAX has three kinds:
+
+- automatic: the compiler decides what lies where, and is asked for updates that lie as their
+  parameters do.
+- explicit: a type says how its value is split, and splits that differ cannot be laid end to end.
+  All are gathered first, and the updates split again.
+- manual, inside `jax.shard_map`: a type says over which axes its value varies. A vector varies
+  where any part of it does; the update of a tensor that does not is the mean of what its devices
+  found, so that it stays one tensor (coordinatewise rules found the same on all of them).
+"""
+
+import jax
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from l2l.core import base
+
+
+def together(tree: base.PyTree, beside: base.PyTree = ()) -> base.PyTree:
+    """The arrays of a pytree, so that one may be laid beside another, and beside those of a
+    second tree once they are treated likewise."""
+    leaves, treedef = jax.tree.flatten(tree)
+    around = [*leaves, *jax.tree.leaves(beside)]
+    axes = set().union(*map(_varying, around))
+    mesh = next((m for m in map(_explicit, around) if m is not None), None)
+    if not axes and mesh is None:
+        return tree
+
+    def one(leaf):
+        if missing := tuple(sorted(axes - _varying(leaf))):
+            leaf = jax.lax.pcast(leaf, missing, to="varying")
+        if mesh is not None:
+            leaf = jax.sharding.reshard(leaf, NamedSharding(mesh, PartitionSpec()))
+        return leaf
+
+    return jax.tree.unflatten(treedef, [one(leaf) for leaf in leaves])
+
+
+def alike(updates: base.PyTree, params: base.PyTree) -> base.PyTree:
+    """The updates, lying on the devices as their parameters do."""
+    return jax.tree.map(_alike, updates, params)
+
+
+def _alike(update, param):
+    if extra := tuple(sorted(_varying(update) - _varying(param))):
+        update = jax.lax.pmean(update, extra)
+    if _explicit(param) is not None:
+        return jax.sharding.reshard(update, jax.typeof(param).sharding)
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return update
+    return shard_alike(update, param)[0]
+
+
+def _varying(x) -> frozenset:
+    """The manual axes over which a value differs, as far as its type says."""
+    kind = jax.typeof(x)
+    # JAX 0.10 calls it so, and 0.8 vma.
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
+def _explicit(x):
+    """The mesh of a value whose type says how it is split, else None."""
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return None
+    # Outside of a compiled function a type does not know the devices, and the array does.
+    return mesh if isinstance(x, jax.core.Tracer) else x.sharding.mesh

@@ -1,0 +1,194 @@
+"""Parameters split over a mesh of eight devices: every layout gives the numbers of one device."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from l2l.optimizers.guard import guard
+from l2l.storage import exports
+
+STEPS = 3
+# Compiling is what these tests spend their time on, and the answers need no fast code.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = partial(jax.jit, compiler_options=QUICK)
+LAYOUTS = {
+    "replicated": {"w": P(), "v": P(), "b": P(), "scale": P()},
+    "fsdp": {"w": P("data"), "v": P("data"), "b": P(), "scale": P()},
+    "tensor parallel": {"w": P("data", "model"), "v": P("model"), "b": P("model"), "scale": P()},
+}
+KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def parameters():
+    keys = jax.random.split(jax.random.key(0), 2)
+    return {
+        "w": jax.random.normal(keys[0], (16, 8)) / 4,
+        "v": jax.random.normal(keys[1], (8, 16)) / 3,
+        "b": jnp.zeros(8),
+        "scale": jnp.ones(()),
+    }
+
+
+def gradients(params):
+    """Smooth, of every tensor at every step, and no sum over what may be split."""
+    return jax.tree.map(lambda x: jnp.sin(3 * x + 1), params)
+
+
+def optimizers():
+    found = {name: (lambda name=name: exports.load(name, num_steps=9)) for name in LEARNED}
+    return found | {"guarded mlp": lambda: guard(exports.load("mlp"))}
+
+
+LEARNED = sorted(exports.released())
+
+
+@pytest.fixture(scope="module", params=optimizers(), ids=str)
+def optimizer(request):
+    return optimizers()[request.param]()
+
+
+def run(optimizer, params):
+    """(the last updates, parameters, state) after `STEPS` steps, wherever the parameters lie."""
+
+    def step(params, state):
+        updates, state = optimizer.update(gradients(params), state, params)
+        return updates, jax.tree.map(jnp.add, params, updates), state
+
+    state, step = jit(optimizer.init)(params), jit(step)
+    for _ in range(STEPS):
+        updates, params, state = step(params, state)
+        jax.block_until_ready(params)  # Or the devices wait for one another, on few cores for good.
+    return updates, params, state
+
+
+@pytest.fixture(scope="module")
+def alone(optimizer):
+    return run(optimizer, parameters())
+
+
+def close(tree, other):
+    """A preconditioner divides rounding by a small root: see tests/test_reproducible.py."""
+    for key, x in other.items():
+        length = np.linalg.norm(x)
+        assert length > 0
+        assert np.linalg.norm(np.asarray(tree[key]) - np.asarray(x)) < 1e-3 * length, key
+
+
+def mesh_of(kind):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(KINDS[kind],) * 2)
+
+
+def lie(tree, mesh, specs):
+    return {key: jax.device_put(x, NamedSharding(mesh, specs[key])) for key, x in tree.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_split_changes_no_number_and_updates_lie_as_their_parameters(
+    optimizer, alone, kind, layout
+):
+    mesh, specs = mesh_of(kind), LAYOUTS[layout]
+    params = lie(parameters(), mesh, specs)
+    with jax.set_mesh(mesh):  # Without it JAX compiles no zeros on explicit axes: Adam's neither.
+        updates, after, _ = run(optimizer, params)
+    close(updates, alone[0])
+    close(after, alone[1])
+    for key, x in updates.items():
+        wanted = NamedSharding(mesh, specs[key])
+        assert x.sharding.is_equivalent_to(wanted, x.ndim), (key, x.sharding)
+
+
+@pytest.mark.parametrize("setting", [False, True])
+def test_types_of_the_state_on_an_explicit_mesh_are_those_of_init(optimizer, setting):
+    mesh = mesh_of("explicit")
+    params = lie(parameters(), mesh, LAYOUTS["tensor parallel"])
+
+    def types(tree):
+        return jax.tree.map(jax.typeof, tree)
+
+    def check():
+        state = optimizer.init(params)
+        updates, after = optimizer.update(gradients(params), state, params)
+        assert types(after) == types(state)
+        assert types(updates) == types(params)
+        both = jit(optimizer.update)(gradients(params), state, params)
+        assert types(both) == types((updates, after))
+
+    if setting:
+        with jax.set_mesh(mesh):
+            check()
+            assert types(jit(optimizer.init)(params)) == types(optimizer.init(params))
+    else:
+        check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inside_shard_map_what_is_the_same_on_all_devices_stays_so(optimizer, alone, kind):
+    """Gradients are averaged, parameters replicated: data parallelism by hand."""
+    mesh = mesh_of(kind)
+
+    def body(params):
+        # Each device sees a gradient of its own, and their mean is that of one device.
+        own = 1 + jax.lax.axis_index("data") - 1.5
+
+        def step(carry, _):
+            params, state, _ = carry
+            seen = jax.tree.map(lambda g: jax.lax.pmean(own * g, "data"), gradients(params))
+            updates, state = optimizer.update(seen, state, params)
+            return (jax.tree.map(jnp.add, params, updates), state, updates), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        carry = (params, optimizer.init(params), zeros)
+        (params, _, updates), _ = jax.lax.scan(step, carry, None, STEPS)
+        return updates, params
+
+    split = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P())
+    updates, after = jit(split)(lie(parameters(), mesh, LAYOUTS["replicated"]))
+    close(updates, alone[0])
+    close(after, alone[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inside_shard_map_each_device_may_have_its_own(optimizer, kind):
+    """An ensemble, a member a device: each is trained as it would be alone."""
+    mesh = jax.make_mesh((8,), ("member",), axis_types=(KINDS[kind],))
+    members = jax.tree.map(
+        lambda x: x[None] + jnp.linspace(0, 1, 8).reshape(8, *(1,) * x.ndim), parameters()
+    )
+
+    def body(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(gradients(params), state, params)
+            return (jax.tree.map(jnp.add, params, updates), state), None
+
+        carry = (params, optimizer.init(params))
+        return jax.lax.scan(step, carry, None, STEPS)[0][0]
+
+    def member(params):
+        return jax.tree.map(lambda x: x[None], body(jax.tree.map(lambda x: x[0], params)))
+
+    split = jax.shard_map(member, mesh=mesh, in_specs=P("member"), out_specs=P("member"))
+    together = jit(split)(lie(members, mesh, dict.fromkeys(members, P("member"))))
+    single = jit(body)(jax.tree.map(lambda x: x[5], members))
+    close(jax.tree.map(lambda x: np.asarray(x)[5], together), single)
+
+
+@pytest.mark.parametrize("name", sorted(set(LEARNED) - {"lstm"}))
+def test_inside_shard_map_a_shared_tensor_stays_shared_beside_split_ones(name):
+    """Rows of w a device, one bias: coordinatewise rules give the numbers of one device."""
+    optimizer = exports.load(name, num_steps=9)
+    mesh = jax.make_mesh((8,), ("data",))
+    specs = {"w": P("data"), "v": P("data"), "b": P(), "scale": P()}
+
+    def body(params):
+        updates, _ = optimizer.update(gradients(params), optimizer.init(params), params)
+        return updates
+
+    split = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=specs)
+    close(jit(split)(lie(parameters(), mesh, specs)), jit(body)(parameters()))

@@ -1,0 +1,217 @@
+"""The process is the user's: what a call from a notebook or a script finds, it leaves."""
+
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from together import config_of
+
+import l2l
+from l2l.cluster import environment
+from l2l.evaluation import curves as evaluate
+from l2l.storage import checkpoint
+from l2l.training import experiment as build
+from l2l.training import loop as train
+from l2l.training.run_directory import Signals
+from l2l.training.run_log import progress
+
+
+def strict(text):
+    """JSON as the standard has it, without NaN and Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def state_of_the_process():
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    names = [None, *logging.root.manager.loggerDict, "absl", "asyncio", "matplotlib"]
+    loggers = [logging.getLogger(name) for name in dict.fromkeys(names)]
+    logs = {x.name: (x.level, x.disabled, [*x.filters], [*x.handlers]) for x in loggers}
+    return handlers, logs, list(sys.path)
+
+
+def test_a_run_leaves_handlers_loggers_and_programs_as_they_were(tiny, tmp_path, monkeypatch):
+    """A whole run with its comparison, in this process: no logger is silenced, no signal handler
+    stays, and the programs of the caller are not dropped."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: pytest.fail("the caches are not ours"))
+    experiment = build.experiment(tiny)
+    handlers, logs, path = state_of_the_process()
+    assert train.run(experiment, tmp_path) == train.DONE
+    handlers_now, logs_now, path_now = state_of_the_process()
+    assert handlers_now == handlers and path_now == path
+    assert {name: logs_now[name] for name in logs} == logs
+
+
+def test_commands_drop_programs_where_notebooks_keep_them(monkeypatch):
+    dropped = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: dropped.append(True))
+    evaluate.forget()
+    assert not dropped
+    monkeypatch.setattr(environment, "prepared", True)
+    evaluate.forget()
+    assert dropped
+
+
+def test_a_second_interrupt_is_a_keyboard_interrupt_and_ends_no_kernel():
+    before = signal.getsignal(signal.SIGINT)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.got == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_handler_that_python_did_not_install_is_no_error():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with Signals() as signals:
+            signals.before[signal.SIGTERM] = None  # As `signal.signal` returns it then.
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_others_log_is_heard_while_checkpoints_are_written(tmp_path, caplog):
+    saver = checkpoint.saver(tmp_path)
+    with caplog.at_level(logging.INFO, "absl"):
+        logging.getLogger("absl").warning("of the user's own")
+        logging.getLogger("asyncio").warning("of another library")
+        saver.save(1, {"w": np.ones(3)})
+        saver.close()
+    assert caplog.messages == ["of the user's own", "of another library"]
+
+
+def test_a_command_does_not_hear_of_fonts_and_a_library_call_does():
+    """In processes of their own, where matplotlib lists its fonts as it does on a first run."""
+    program = (
+        "import logging, sys; from l2l.cluster import environment;"
+        "sys.argv[1] == 'command' and environment.prepare();"
+        "logging.getLogger('matplotlib.font_manager').warning('building the font cache')"
+    )
+    heard = {}
+    for who in ("command", "library"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, who], capture_output=True, text=True, check=True
+        )
+        heard[who] = done.stderr
+    assert heard == {"command": "", "library": "building the font cache\n"}
+
+
+# --- metrics and configurations are JSON -------------------------------------------------------
+
+
+def test_rows_of_the_log_are_json(tmp_path):
+    out = progress(tmp_path, 9, stream=io.StringIO())
+    numbers = {"loss": float("nan"), "best": float("inf"), "worst": -np.float32("inf"), "n": 3}
+    out.log(1, numbers)
+    out.close()
+    row = strict((tmp_path / "metrics.jsonl").read_text())
+    assert row == {"step": 1, "loss": None, "best": "inf", "worst": "-inf", "n": 3}
+
+
+def test_a_configuration_is_json_and_its_own_again(tiny, tmp_path, monkeypatch):
+    tiny["objective"]["cap"] = float("inf")
+    monkeypatch.setattr(train, "_run", lambda *_: train.DONE)
+    for _ in range(2):  # The second time it is compared with what was written.
+        assert train.run(build.experiment(tiny), tmp_path) == train.DONE
+    assert strict((tmp_path / "config.json").read_text())["objective"]["cap"] == "inf"
+
+
+# --- a failed start ----------------------------------------------------------------------------
+
+
+def test_a_start_that_fails_leaves_no_claim(tiny, tmp_path, monkeypatch):
+    """Data that is not there, a bug, an interrupt: the next start may be of another configuration,
+    and what was in the directory is still there."""
+    experiment = build.experiment(tiny)
+
+    def fails():
+        raise RuntimeError("no data")
+
+    broken = experiment._replace(families=(experiment.families[0]._replace(data=fails),))
+    with pytest.raises(RuntimeError, match="no data"):
+        train.run(broken, tmp_path / "a" / "run")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(RuntimeError, match="no data"):
+        train.run(broken, tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"notes.txt", "checkpoints"}
+    other = build.experiment(tiny | {"seed": 4})
+    monkeypatch.setattr(train, "_run", lambda *_: train.DONE)
+    assert train.run(other, tmp_path / "run") == train.DONE
+
+
+def test_a_claim_stays_where_something_was_saved_or_was_claimed_before(tiny, tmp_path, monkeypatch):
+    experiment = build.experiment(tiny)
+
+    def saves(experiment, directory, *_):
+        (directory / "checkpoints" / "3").mkdir(parents=True)
+        raise RuntimeError("later")
+
+    def fails(*_):
+        raise RuntimeError("at once")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_run", saves)
+        with pytest.raises(RuntimeError, match="later"):
+            train.run(experiment, tmp_path / "saved")
+    assert (tmp_path / "saved" / "config.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_run", lambda *_: train.TERMINATED)
+        train.run(experiment, tmp_path / "claimed")
+        patch.setattr(train, "_run", fails)
+        with pytest.raises(RuntimeError, match="at once"):
+            train.run(experiment, tmp_path / "claimed")
+    assert (tmp_path / "claimed" / "config.json").exists()
+
+
+# --- terminals ---------------------------------------------------------------------------------
+
+FLEET = """
+import sys
+from l2l import fleet
+from l2l.training import sweep_summary
+fleet.run = lambda members, root, environment: print(
+    sweep_summary.write(root, members, {})) or 0
+sys.exit(fleet.main(sys.argv))
+"""
+
+
+@pytest.mark.parametrize("name", ["launch", "evaluate", "fleet"])
+def test_a_terminal_that_is_not_utf_8_is_shown_question_marks(request, tmp_path, name):
+    config_of(tmp_path)
+    arguments = {
+        "launch": "--config=tiny.py --config.meta.steps=3 --workdir=run×",
+        "evaluate": "--optimizer=adam --task=quadratic --set=dimension=2 --horizons=2 --seeds=1 "
+        "--baseline=none --output=scores×",
+        "fleet": "--config=tiny.py --seeds=2 --workdir=all×",
+    }[name].split()
+    program = ["-c", FLEET] if name == "fleet" else ["-m", f"l2l.{name}"]
+    done = subprocess.run(
+        [sys.executable, *program, *arguments],
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
+            "PYTHONIOENCODING": "ascii",
+            "XLA_FLAGS": "",
+            "JAX_COMPILATION_CACHE_DIR": str(request.config.cache.mkdir("xla")),
+        },
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"?" in done.stdout and done.stdout.isascii() and done.stderr.isascii()
