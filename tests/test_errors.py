@@ -19,6 +19,7 @@ from l2l.storage import exports, files
 from l2l.tasks import called, registry
 from l2l.training import experiment as build
 from l2l.training import loop as train
+from l2l.training import run_directory, sweep_summary
 
 TASK = """
 import jax
@@ -190,7 +191,12 @@ def test_a_file_where_a_directory_should_be(tiny, tmp_path, inside):
 
 
 def test_errors_of_the_system_name_the_path_and_a_remedy(tmp_path):
+    """None of them passes for damage, which would be another remedy."""
+    for name in ("config.json", "results.json"):
+        (tmp_path / "run" / name).mkdir(parents=True)
     for action in (
+        lambda: run_directory.claim(tmp_path / "run", {}),
+        lambda: sweep_summary._results(tmp_path / "run"),
         lambda: files.write(tmp_path / "no" / "file", b""),
         lambda: exports.read(tmp_path / "nothing"),
         lambda: exports.read(tmp_path),

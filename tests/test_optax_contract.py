@@ -202,6 +202,25 @@ def test_inject_hyperparams(transform, plain):
     )
 
 
+def test_map_params(transform):
+    state = transform.init(PARAMS)
+    same = optax.tree.map_params(transform, lambda x: x, state)
+    jax.tree.map(np.testing.assert_array_equal, same, state)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_every_precision_keeps_its_dtypes(transform, dtype):
+    """Of gradients in others too; by shapes alone, under x64, where a number is easily widened."""
+    with jax.enable_x64(True):
+        for given in (dtype, jnp.bfloat16, jnp.float64):
+            params = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), PARAMS)
+            gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, given), PARAMS)
+            state = jax.eval_shape(transform.init, params)
+            updates, after = jax.eval_shape(transform.update, gradients, state, params)
+            assert jax.tree.map(str, updates) == jax.tree.map(str, jax.eval_shape(lambda: params))
+            assert jax.tree.map(str, after) == jax.tree.map(str, state)
+
+
 def test_state_survives_orbax(transform, plain, tmp_path):
     params, state = PARAMS, plain[1]
     if isinstance(state, GuardState):

@@ -66,9 +66,10 @@ def claim(directory: Path, config: dict) -> None:
     if not path.exists():
         files.write(path, json.dumps(mine, indent=2).encode() + b"\n")
         return
+    with errors.naming(path):
+        content = path.read_bytes()
     try:
-        with errors.naming(path):
-            theirs = json.loads(path.read_text())
+        theirs = json.loads(content)
         if not isinstance(theirs, dict):
             raise UserError("it is no table")
     except (RecursionError, ValueError) as error:

@@ -60,9 +60,10 @@ def write(root: Path, members: Sequence, codes: Mapping[Path, int]) -> str:
 def _results(directory: Path) -> list[dict]:
     """The rows of the learned optimizer, one a horizon; of a run with several tasks, over all."""
     path = directory / "results.json"
+    with errors.naming(path):
+        text = path.read_bytes() if path.exists() else b""
     try:
-        with errors.naming(path):
-            content = json.loads(path.read_text())
+        content = json.loads(text)
         name = content["rows"][0]["optimizer"]  # Tuned Adam's come after it.
         return [row for row in content["summary"] if row["optimizer"] == name]
     except (ValueError, KeyError, IndexError, TypeError) as error:
