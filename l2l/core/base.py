@@ -77,6 +77,12 @@ class Preconditioner(NamedTuple):
     names: tuple[str, ...]
 
 
+def usual_rate(theta, step, num_steps) -> float:
+    """The nominal rate of a rule that has none of its own."""
+    del theta, step, num_steps
+    return 0.01
+
+
 class Rule(NamedTuple):
     """An update rule that acts coordinate by coordinate, in two halves.
 
@@ -95,6 +101,8 @@ class Rule(NamedTuple):
                 a coordinate and below them its part of the directions.
     tensors:    what is seen of whole tensors, or None. With it the O signals of a coordinate's
                 tensor come below those.
+    rate:       (theta, step, num_steps) -> the nominal learning rate, which a decoupled weight decay
+                is multiplied by.
     """
 
     statistics: Callable[[PyTree, Any], PyTree]
@@ -105,6 +113,7 @@ class Rule(NamedTuple):
     features: tuple[str, ...]
     matrices: Preconditioner | None = None
     tensors: TensorRule | None = None
+    rate: Callable[..., Any] = usual_rate
 
 
 class PerTensorRule(NamedTuple):
@@ -122,6 +131,7 @@ class PerTensorRule(NamedTuple):
                   `num_steps` 0 means that the horizon is unknown.
     combine:      (directions, coefficients [J, G], params) -> updates, like params; linear in the
                   coefficients.
+    rate:         as a `Rule`'s.
     features:     the S names, in order, for diagnostics.
     """
 
@@ -130,6 +140,7 @@ class PerTensorRule(NamedTuple):
     hidden: Callable[[PyTree, int], PyTree]
     propose: Callable[..., tuple[jax.Array, PyTree]]
     combine: Callable[[PyTree, jax.Array, PyTree], PyTree]
+    rate: Callable[..., Any]
     features: tuple[str, ...]
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2l.console.errors import UserError
@@ -78,3 +80,65 @@ def transformation(
             raise UserError(unfit.sentence(begun, leaves.described(params))) from None
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class DecayState(NamedTuple):
+    """count: steps taken, int32."""
+
+    count: jax.Array
+
+
+def with_knobs(
+    transform: optax.GradientTransformationExtraArgs,
+    rate: Callable,
+    *,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A learned optimizer with what people expect to turn, outside of its rule.
+
+    Args:
+      rate: (step, num_steps) -> its nominal rate.
+      learning_rate: a factor on every update, or an optax schedule of factors.
+      weight_decay: decoupled, as in `optax.adamw`: weight_decay · rate · θ is taken off as well.
+      mask: where weight decay applies, as in `optax.adamw`.
+
+    Raises:
+      UserError: a knob is out of range.
+    """
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if number and not 0 <= value < float("inf"):
+            raise UserError(f"{name}={value} is out of range: use 0 or a positive number.")
+        if not number and (name == "weight_decay" or not callable(value)):
+            if not isinstance(value, jax.Array):
+                raise UserError(f"{name}={value!r} is no number{_OR_SCHEDULE[name]}.")
+    links = [transform]
+    if not isinstance(weight_decay, int | float) or weight_decay:
+        decay = _decay(rate, weight_decay)
+        links.append(decay if mask is None else optax.masked(decay, mask))
+    if callable(learning_rate):
+        links.append(optax.scale_by_schedule(learning_rate))
+    elif not isinstance(learning_rate, int | float) or learning_rate != 1:
+        links.append(optax.scale(learning_rate))
+    return transform if len(links) == 1 else optax.chain(*links)
+
+
+_OR_SCHEDULE = {"learning_rate": " and no optax schedule", "weight_decay": ""}
+
+
+def _decay(rate, weight_decay) -> optax.GradientTransformationExtraArgs:
+    def update(updates, state, params=None, *, num_steps=None, **extra_args):
+        del extra_args
+        factor = weight_decay * rate(state.count, leaves.horizon(num_steps))
+
+        def decayed(u, p):
+            return None if u is None else u - (factor * p).astype(u.dtype)
+
+        updates = jax.tree.map(decayed, updates, params, is_leaf=lambda x: x is None)
+        return updates, DecayState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: DecayState(jnp.zeros((), jnp.int32)), update
+    )

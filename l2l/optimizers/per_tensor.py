@@ -177,6 +177,7 @@ def per_tensor(
         hidden=hidden,
         propose=propose,
         combine=combine,
+        rate=lambda theta, *clock: jnp.exp(theta["log_rate"]) * _schedule(theta, *clock),
         features=FEATURES,
     )
     return base.LearnedOptimizer(init, lambda theta: bind(rule, theta), rule)

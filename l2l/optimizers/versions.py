@@ -19,7 +19,15 @@ from l2l.console import schema
 from l2l.console.errors import UserError
 from l2l.optimizers.registry import OPTIMIZERS
 
-VERSIONS = {"adam": 1, "by_parameter": 1, "dm": 1, "learned_adam": 1, "lstm": 2, "rnnprop": 1}
+VERSIONS = {
+    "adam": 1,
+    "by_parameter": 1,
+    "dm": 1,
+    "learned_adam": 1,
+    "lstm": 2,
+    "per_tensor": 1,
+    "rnnprop": 1,
+}
 
 # What a setting is where a file does not hold it: exports of format 1 held only those that their
 # configuration named. These are the defaults of that time, whatever today's are, as JSON has them.
