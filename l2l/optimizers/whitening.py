@@ -65,6 +65,10 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
     was tried on tasks like those of the release, this lost least with one rate for all. It is
     bounded by the length of Adam's step, and does not change when the loss is multiplied.
 
+    To a derivative the bases are constants: it is that of the direction with every basis held where
+    it is, all else followed, the second moments in the bases and the lengths among it. Those of
+    eigenvectors themselves are infinite where two eigenvalues meet, as in a null space they do.
+
     Of each tensor: tanh of the logarithm of its root mean square before that (small where the
     gradients have few directions), and its cosine to m̃/√v̂.
 
@@ -121,8 +125,6 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
             g, m, flat, second = jnp.stack([tensors[i] for i in members], 1).reshape(
                 4, len(members), *matrix
             )
-            # Constants, for exact meta-gradients too: the derivatives of eigenvectors are infinite
-            # where two eigenvalues meet.
             pair = _follow(*jax.lax.stop_gradient((g, pair)), step)
             bases.append(pair)
             second = SECOND_DECAY * second + (1 - SECOND_DECAY) * jnp.square(_into(g, pair))

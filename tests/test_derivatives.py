@@ -1,0 +1,236 @@
+"""Derivatives through updates and through whole runs, of every optimizer there is, in float64.
+
+They are held to central differences: of one update in its gradient, and of the loss after an inner
+run in the parameters it started from, as MAML takes it. Inputs are dead, gradients and parameters
+zero, from the first step on. Where an optimizer whitens matrices, its bases are constants to a
+derivative (`whitening.py`), so they are held where they are while a difference is taken.
+"""
+
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2l.optimizers import features, registry, whitening
+from l2l.optimizers.guard import guard
+from l2l.storage import exports
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = partial(jax.jit, compiler_options=QUICK)
+STEPS = 3
+# Settings beside the defaults of what `registry.OPTIMIZERS` names; one without any needs no entry.
+SECTIONS = {
+    # With nothing to learn its arithmetic is the same, but float32: theta says in which dtype.
+    "adam": [{"learned": True}],
+    "by_parameter": [
+        {
+            "parts": {"one": {"name": "lstm", "hidden_size": 2}, "rest": {"name": "adam"}},
+            "labels": [("w", "one"), ("*", "rest")],
+        }
+    ],
+    "lstm": [
+        {},
+        {"hidden_size": 2, "tensor_size": 3},
+        {"hidden_size": 2, "tensor_size": 3, "matrix_size": 9, "anneal": 1.0},
+        {"hidden_size": 2, "matrix_size": 3, "weight_decay": 0.1},
+        {
+            "hidden_size": 2,
+            "layers": 2,
+            "output": "residual",
+            "inputs": ("momentum", "gradient", "parameter", "scale"),
+        },
+        {"hidden_size": 2, "output": "scale"},
+    ],
+}
+MADE = {
+    f"{name} {i}": {"name": name, **settings}
+    for name in registry.OPTIMIZERS
+    for i, settings in enumerate(SECTIONS.get(name, [{}]))
+}
+GUARDED = "guarded lstm"
+
+
+def transformation(case):
+    """A fresh one, in float64; of what is not released theta has no zeros."""
+    if case in exports.released():
+        with jax.enable_x64(False):
+            optimizer, theta, _ = exports.read(exports.locate(case))
+    else:
+        optimizer = registry.optimizer(MADE["lstm 1" if case == GUARDED else case])
+        theta = jax.tree.map(
+            lambda x: x + 0.1 * np.cos(np.arange(1.0, x.size + 1)).reshape(x.shape),
+            optimizer.init(jax.random.key(0)),
+        )
+    bound = optimizer.bind(jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), theta))
+    return guard(bound) if case == GUARDED else bound
+
+
+def parameters():
+    rng = np.random.default_rng(0)
+    return {
+        "w": jnp.asarray(rng.normal(size=(4, 3))),
+        "b": jnp.zeros(3),
+        "out": jnp.asarray(rng.normal(size=(3, 2))),
+        "unused": jnp.zeros((3, 2)),
+        "unused vector": jnp.ones(2),
+    }
+
+
+def loss(params):
+    """Of a network whose second input is always 0 and that ignores two of its tensors."""
+    rng = np.random.default_rng(1)
+    inputs = jnp.asarray(rng.normal(size=(5, 4)) * [1.0, 0.0, 1.0, 1.0])
+    hidden = jnp.tanh(inputs @ params["w"] + params["b"][None])
+    return jnp.mean((hidden @ params["out"] - jnp.asarray(rng.normal(size=(5, 2)))) ** 2)
+
+
+def trained(transform, params):
+    """The loss after `STEPS` steps of `scan`, and the states after each."""
+
+    def step(carry, _):
+        params, state = carry
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = transform.update(gradient, state, params, value=value, num_steps=9)
+        return (optax.apply_updates(params, updates), state), state
+
+    start = (params, transform.init(params))
+    (params, _), states = jax.lax.scan(step, start, None, STEPS)
+    return loss(params), states
+
+
+def hold_bases(monkeypatch, states):
+    """From here on the bases after each step are those of `states`, leaves [steps, ...]."""
+    known = getattr(getattr(states, "matrices", None), "bases", ())
+
+    def sizes(pair, lead):
+        return [x.shape[lead:] for x in jax.tree.leaves(pair)]
+
+    def held(gradients, pair, step):
+        del gradients
+        pair = next(kept for kept in known if sizes(kept, 1) == sizes(pair, 0))
+        return jax.tree.map(lambda x: x[step], pair)
+
+    monkeypatch.setattr(whitening, "_follow", held)
+
+
+def direction(like):
+    rng = np.random.default_rng(2)
+    return {key: jnp.asarray(rng.normal(size=x.shape)) for key, x in like.items()}
+
+
+def along(function, at, towards, size):
+    """The central difference of a function of a pytree along a direction."""
+
+    def moved(by):
+        return function(jax.tree.map(lambda x, d: x + by * d, at, towards))
+
+    return jax.tree.map(lambda a, b: (a - b) / (2 * size), moved(size), moved(-size))
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("case", [*exports.released(), *MADE, GUARDED])
+def test_the_loss_after_an_inner_run_by_its_first_parameters(case, monkeypatch):
+    params = parameters()
+    towards = direction(params)
+    transform = transformation(case)
+    states = jit(partial(trained, transform))(params)[1]
+    slope = jit(lambda p, d: jax.jvp(lambda p: trained(transform, p)[0], (p,), (d,))[1])
+    forward = slope(params, towards)
+    hold_bases(monkeypatch, states)
+    # Made anew, since what was compiled follows the bases.
+    fresh = transformation(case)
+    value = jit(lambda p: trained(fresh, p)[0])
+    expected = along(value, params, towards, 1e-6)
+    assert abs(expected) > 1e-3
+    np.testing.assert_allclose(forward, expected, rtol=1e-5)
+    if case == GUARDED:
+        return  # Its loops of one round have no reverse mode, as it says.
+    monkeypatch.undo()
+    gradient = jit(jax.grad(lambda p: trained(transform, p)[0]))(params)
+    assert all(np.all(np.isfinite(x)) for x in gradient.values())
+    np.testing.assert_allclose(optax.tree.vdot(gradient, towards), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dead", ["some tensors", "all"])
+@pytest.mark.parametrize("case", [*exports.released(), *MADE])
+def test_the_first_update_by_its_gradient(case, dead, monkeypatch):
+    params = parameters()
+    gradients = jax.grad(loss)(params)
+    if dead == "all":
+        gradients = jax.tree.map(jnp.zeros_like, params)
+    transform = transformation(case)
+    state = transform.init(params)
+
+    def update(transform, gradients):
+        return transform.update(gradients, state, params, num_steps=9)
+
+    # A very short way where a whole tensor has no gradient: there logarithms see 1e-10 of it.
+    towards = {
+        key: d * (1.0 if np.any(gradients[key]) else 1e-6) for key, d in direction(params).items()
+    }
+    own = partial(update, transform)
+    after = jit(own)(gradients)[1]
+    found = jit(lambda g, d: jax.jvp(lambda g: own(g)[0], (g,), (d,))[1])(gradients, towards)
+    back = jit(lambda g, d: jax.vjp(lambda g: own(g)[0], g)[1](d)[0])(gradients, params)
+    assert all(np.all(np.isfinite(x)) for x in back.values())
+    hold_bases(monkeypatch, jax.tree.map(lambda x: x[None], after))
+    fresh = transformation(case)
+    expected = along(jit(lambda g: update(fresh, g)[0]), gradients, towards, 1e-9)
+    for key, x in expected.items():
+        size = np.max(np.abs(x))
+        np.testing.assert_allclose(found[key], x, atol=1e-4 * size + 1e-8, err_msg=key)
+    np.testing.assert_allclose(
+        optax.tree.vdot(back, towards), optax.tree.vdot(params, found), rtol=1e-9, atol=1e-12
+    )
+
+
+# Of every function of `features.py` a function of three numbers, or None.
+FEATURES = {
+    "log_and_sign": lambda x: features.log_and_sign(x, 5.0),
+    "norm": lambda x: features.norm(jnp.sum(x * x)),
+    "pool": lambda x: features.pool([x * x, x], (1, 0, 2)),
+    "root": lambda x: features.root(x * x, 1e-8),
+    "time_context": None,  # Of numbers of steps, like all with None.
+    "update_moments": lambda x: features.update_moments(
+        x, features.zero_moments(2, 3, x.dtype), jnp.int32(0), decays=(0.9, 0.99), second_decay=0.9
+    ),
+    "weight_of": None,
+    "zero_moments": None,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, function in inspect.getmembers(features, inspect.isfunction)
+        if function.__module__ == features.__name__
+    ],
+)
+@pytest.mark.parametrize("at", [(0.0, 0.0, 0.0), (0.0, 2.0, -1e-3)])
+def test_every_feature(name, at):
+    """A feature that is new has to be added to `FEATURES`."""
+    function = FEATURES[name]
+    if function is None:
+        return
+    at, towards = jnp.asarray(at), jnp.asarray([1.0, -0.5, 0.3])
+    found = jax.jvp(function, (at,), (towards,))[1]
+    expected = along(function, at, towards, 1e-7)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected
+    )
+    back = jax.jacrev(function)(at)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(back))
+
+
+def test_the_norm_of_what_is_not_finite_is_not():
+    assert np.isnan(features.norm(jnp.asarray(jnp.nan))) and np.isinf(features.norm(jnp.inf))
