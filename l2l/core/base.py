@@ -101,8 +101,8 @@ class Rule(NamedTuple):
                 a coordinate and below them its part of the directions.
     tensors:    what is seen of whole tensors, or None. With it the O signals of a coordinate's
                 tensor come below those.
-    rate:       (theta, step, num_steps) -> the nominal learning rate, which a decoupled weight decay
-                is multiplied by.
+    rate:       (theta, step, num_steps) -> the nominal learning rate, by which a decoupled weight
+                decay is multiplied.
     """
 
     statistics: Callable[[PyTree, Any], PyTree]
@@ -117,8 +117,8 @@ class Rule(NamedTuple):
 
 
 class PerTensorRule(NamedTuple):
-    """An update rule that acts tensor by tensor: uₜ = Σⱼ cₜⱼ dₜⱼ, with directions dⱼ that are free of
-    theta and J coefficients for each of the optimizee's G tensors, which a network sets.
+    """An update rule that acts tensor by tensor: uₜ = Σⱼ cₜⱼ dₜⱼ, with directions dⱼ that are free
+    of theta and J coefficients for each of the optimizee's G tensors, which a network sets.
 
     An update meets theta in its coefficients alone, so that the first-order meta-gradient
     needs nothing of the coordinates but the inner products ⟨λₜ, dₜⱼ⟩ of each tensor.
@@ -127,8 +127,8 @@ class PerTensorRule(NamedTuple):
     observe:      (gradient, params, accumulators) -> (directions, features [S, G], accumulators).
                   No theta. Directions are any pytree that `combine` knows.
     hidden:       (theta, G) -> Hidden.
-    propose:      (theta, features [S, G], step, num_steps, hidden) -> (coefficients [J, G], hidden).
-                  `num_steps` 0 means that the horizon is unknown.
+    propose:      (theta, features [S, G], step, num_steps, hidden) -> (coefficients [J, G],
+                  hidden). `num_steps` 0 means that the horizon is unknown.
     combine:      (directions, coefficients [J, G], params) -> updates, like params; linear in the
                   coefficients.
     rate:         as a `Rule`'s.

@@ -64,7 +64,9 @@ def first_order_per_tensor(
     def one_problem(theta, state, data, stage):
         run = renew(inner, state.inner, theta, stage)
         taught = jax.tree.map(lambda x: jnp.where(run.step == 0, 0, x), state.teacher)
-        after, taught, window, metrics = _forward(inner, objective, teacher, theta, run, taught, data)
+        after, taught, window, metrics = _forward(
+            inner, objective, teacher, theta, run, taught, data
+        )
         pulled = _backward(inner, teacher, run, window, stage.imitation)
         gradient = _through_network(inner, theta, run, window.features, pulled)
         return gradient, PerTensorGradientState(after, taught), metrics
@@ -153,7 +155,9 @@ def _sum(coefficients, directions):
 
 def _weighed(weights, tree):
     """Leaves [K, ...] times weights [K]."""
-    return jax.tree.map(lambda x: x * weights.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype), tree)
+    return jax.tree.map(
+        lambda x: x * weights.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype), tree
+    )
 
 
 def _backward(inner, teacher, run, window, imitation) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A rule with its theta as an optax transformation: the contract that all learned optimizers keep."""
+"""A rule with its theta as an optax transformation: the contract all learned optimizers keep."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import leaves
+from l2l.optimizers import leaves, meshes
 
 
 def transformation(
@@ -23,9 +23,11 @@ def transformation(
     horizon of the run. Other extra arguments are left to other links of the chain. Updates are in
     the dtypes of params, whatever those of the gradients. Both halves are compiled, as one program
     each, where they are called outside of `jax.jit`; inside it they are traced as if they were not.
+    Derivatives of any mode pass through both, with the bases of matrices held constant.
 
     Args:
-      begin: (theta, params) -> state.
+      begin: (theta, params) -> state. Like `step` a key of compiled programs: equal functions (of
+        two loads of one export, say) share them.
       step: (theta, gradient, state, params, num_steps) -> (updates, state), for pytrees without
         None; updates like params.
 
@@ -37,31 +39,14 @@ def transformation(
     # Only for the sentence about a state that does not fit.
     begun: dict[str, tuple[int, ...]] = {}
 
-    @partial(jax.jit, inline=True)
-    def start(theta, params):
-        return begin(theta, jax.tree.map(jnp.asarray, params))
-
-    @partial(jax.jit, inline=True)
-    def advance(theta, gradients, state, params, num_steps):
-        # While it is traced: once, not in every step.
-        leaves.check_state(state, jax.eval_shape(start, theta, params))
-        values, treedef = jax.tree.flatten(params)
-        values = [jnp.asarray(p) for p in values]
-        given = [
-            jnp.zeros_like(p) if g is None else jnp.asarray(g)
-            for g, p in zip(gradients, values, strict=True)
-        ]
-        out, state = step(
-            theta, treedef.unflatten(given), state, treedef.unflatten(values), num_steps
-        )
-        out = [None if g is None else u for g, u in zip(gradients, treedef.flatten_up_to(out), strict=True)]
-        return jax.tree.unflatten(treedef, out), state
-
     def init(params):
         leaves.check(params)
         begun.clear()
         begun.update(leaves.described(params))
-        return jax.eval_shape(start, theta, params) if leaves.abstract(params) else start(theta, params)
+        make = partial(_begin, begin)
+        if leaves.abstract(params):
+            return jax.eval_shape(make, theta, params)
+        return meshes.together(make(theta, params), params)
 
     def update(updates, state, params=None, *, num_steps=None, **extra_args):
         del extra_args
@@ -75,11 +60,31 @@ def transformation(
             return updates, state
         steps = leaves.horizon(num_steps)
         try:
-            return advance(theta, gradients, state, params, steps)
+            return _advance(begin, step, theta, gradients, state, params, steps)
         except leaves.Unfit as unfit:
             raise UserError(unfit.sentence(begun, leaves.described(params))) from None
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _begin(begin, theta, params):
+    return begin(theta, params)
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _advance(begin, step, theta, gradients, state, params, num_steps):
+    """(updates like params, state). `gradients` is a list, None where a leaf has none."""
+    # While it is traced: once, not in every step.
+    leaves.check_state(state, jax.eval_shape(partial(_begin, begin), theta, params))
+    values, treedef = jax.tree.flatten(params)
+    given = [jnp.zeros_like(p) if g is None else g for g, p in zip(gradients, values, strict=True)]
+    given, whole = (list(map(jnp.asarray, x)) for x in (given, values))
+    given, whole, state, num_steps = meshes.together((given, whole, state, num_steps))
+    out, state = step(theta, treedef.unflatten(given), state, treedef.unflatten(whole), num_steps)
+    out = meshes.alike(treedef.flatten_up_to(out), values)
+    out = [None if g is None else u for g, u in zip(gradients, out, strict=True)]
+    return jax.tree.unflatten(treedef, out), state
 
 
 class DecayState(NamedTuple):
@@ -111,9 +116,9 @@ def with_knobs(
         number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
         if number and not 0 <= value < float("inf"):
             raise UserError(f"{name}={value} is out of range: use 0 or a positive number.")
-        if not number and (name == "weight_decay" or not callable(value)):
-            if not isinstance(value, jax.Array):
-                raise UserError(f"{name}={value!r} is no number{_OR_SCHEDULE[name]}.")
+        schedule = name == "learning_rate" and callable(value)
+        if not (number or schedule or isinstance(value, jax.Array)):
+            raise UserError(f"{name}={value!r} is no number{_OR_SCHEDULE[name]}.")
     links = [transform]
     if not isinstance(weight_decay, int | float) or weight_decay:
         decay = _decay(rate, weight_decay)

@@ -35,7 +35,7 @@ def _panel(rows: jax.Array) -> jax.Array:
 
     def one(j, rows):
         row = jax.lax.dynamic_index_in_dim(rows, j, 1, keepdims=False)
-        before = (places < j).astype(rows.dtype)
+        before = (places < j).astype(rows.dtype)[None]
         for _ in range(2):
             along = jnp.einsum("kbd,kd->kb", rows, row) * before
             row = row - jnp.einsum("kbd,kb->kd", rows, along)

@@ -43,7 +43,7 @@ class Trail(NamedTuple):
 
 
 class Accumulators(NamedTuple):
-    """soap: the moments, in the shapes and shardings of the parameters, and bases. trail: [·, G]."""
+    """soap: the moments, in the shapes and shardings of the parameters, and the bases."""
 
     soap: soap.SoapState
     trail: Trail
@@ -197,7 +197,7 @@ def _numbers(nominal) -> dict[str, float]:
 
 
 def _schedule(theta, step, num_steps) -> jax.Array:
-    """The factor on every rate at a step; 1 throughout, after the warm-up, for an unknown horizon."""
+    """The factor on every rate at a step; 1, after the warm-up, for an unknown horizon."""
     dtype = theta["log_rate"].dtype
     t, horizon = step.astype(dtype), num_steps.astype(dtype)
     done = jnp.where(num_steps > 0, jnp.minimum(t / jnp.maximum(horizon, 1), 1), 0)
@@ -242,9 +242,7 @@ def _observe(settings, gradient, params, past: Accumulators):
 
     trail = Trail(
         alignment=average(past.trail.alignment, cosine),
-        log_gradient=average(
-            jnp.where(began, past.trail.log_gradient, log_gradient), log_gradient
-        ),
+        log_gradient=average(jnp.where(began, past.trail.log_gradient, log_gradient), log_gradient),
         log_start=past.trail.log_start,
     )
     log_weights = jnp.stack([_log_rms(x, dtype) for x in leaves])
@@ -283,7 +281,22 @@ def bind(rule: base.PerTensorRule, theta) -> optax.GradientTransformationExtraAr
     """The rule with its theta, as an optax transformation; `binding.transformation` has the
     contract. It computes in float32, and in float64 for float64 parameters."""
 
-    def step(theta, gradient, state, params, num_steps):
-        return advance(rule, theta, gradient, params, state, num_steps)[:2]
+    return binding.transformation(_Begin(rule), _Step(rule), theta)
 
-    return binding.transformation(partial(begin, rule), step, theta)
+
+class _Begin(NamedTuple):
+    """(theta, params) -> the state before the first step."""
+
+    rule: base.PerTensorRule
+
+    def __call__(self, theta, params):
+        return begin(self.rule, theta, params)
+
+
+class _Step(NamedTuple):
+    """(theta, gradient, state, params, num_steps) -> (updates, state)."""
+
+    rule: base.PerTensorRule
+
+    def __call__(self, theta, gradient, state, params, num_steps):
+        return advance(self.rule, theta, gradient, params, state, num_steps)[:2]

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from l2l.console.errors import UserError
-from l2l.optimizers.matrices import Batch, Plan, plan_of
+from l2l.optimizers.matrices import Plan, plan_of
 from l2l.optimizers.orthogonal import orthonormal
 
 # Added to mean squares before their roots, so that those of zeros have derivatives.
@@ -178,9 +178,7 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
     vectors, pooled = {}, [jnp.zeros(())] * plan.count
     for i in plan.vectors:
         first = jnp.stack([tree[i] for tree in mu])
-        vectors[i], first, after_nu[i], sums = _directions(
-            settings, leaves[i], first, nu[i], count
-        )
+        vectors[i], first, after_nu[i], sums = _directions(settings, leaves[i], first, nu[i], count)
         pooled[i] = sums / max(leaves[i].size, 1)
         for tree, x in zip(after_mu, first, strict=True):
             tree[i] = x
@@ -212,7 +210,7 @@ def _directions(settings, g, mu, nu, count, in_basis=False):
     b2 = settings.second_decay
     decays = jnp.asarray(settings.decays, g.dtype).reshape(-1, *[1] * g.ndim)
     before = mu[0]
-    mu = decays * mu + (1 - decays) * g
+    mu = decays * mu + (1 - decays) * g[None]
     nu = b2 * nu + (1 - b2) * jnp.square(g)
     steps = count.astype(g.dtype)
     hat = mu / (1 - decays**steps)
@@ -224,11 +222,10 @@ def _directions(settings, g, mu, nu, count, in_basis=False):
     if settings.nesterov:
         ahead = settings.decays[0] * ahead + (1 - settings.decays[0]) * g
     rows = jnp.stack([ahead, *hat[1:], *([g] if settings.gradient else [])])
-    directions = rows / root
+    directions = rows / root[None]
     if in_basis and settings.graft:
-        length = jnp.mean(jnp.square(rows), over, keepdims=True) / (
-            jnp.mean(second, over, keepdims=True) + SMALLEST
-        )
+        size = jnp.mean(second, over, keepdims=True) + SMALLEST
+        length = jnp.mean(jnp.square(rows), over, keepdims=True) / size[None]
         own = jnp.mean(jnp.square(directions), over, keepdims=True)
         directions = directions * jnp.sqrt((length + TINY) / (own + TINY))
     products = (g * before, before * before, g * g, rows[0] * rows[0], second)
@@ -302,9 +299,7 @@ def _turn_jvp(damping, primals, tangents):
     # The bases are constants to every derivative; the moments go along with them.
     moves, averages, vectors, mu = primals
     new, after = _turn(damping, moves, averages, vectors, mu)
-    tangent = jax.lax.cond(
-        moves, lambda t: _rotated(t, vectors, new), lambda t: t, tangents[-1]
-    )
+    tangent = jax.lax.cond(moves, lambda t: _rotated(t, vectors, new), lambda t: t, tangents[-1])
     return (new, after), (jax.tree.map(jnp.zeros_like, new), tangent)
 
 
@@ -319,7 +314,8 @@ def _rotated(mu, old, new):
 def _iterate(average, vectors, damping):
     """One step of orthogonal iteration towards the eigenvectors."""
     mean = jnp.trace(average, axis1=1, axis2=2)[:, None, None] / average.shape[-1]
-    return orthonormal(vectors @ average + (damping * mean + 1e-30) * vectors)
+    # Before the first gradient there is nothing to follow.
+    return orthonormal(vectors @ average + jnp.where(mean > 0, damping * mean, 1) * vectors)
 
 
 def into(blocks: jax.Array, pair) -> jax.Array:
@@ -416,7 +412,10 @@ def soap(
     for name, decay in (("b1", b1), ("b2", b2)):
         if not 0.0 <= decay < 1.0:
             raise UserError(f"{name}={decay} is no decay: use a number from 0 to below 1.")
-    for name, size in (("block_size", block_size), ("precondition_frequency", precondition_frequency)):
+    for name, size in (
+        ("block_size", block_size),
+        ("precondition_frequency", precondition_frequency),
+    ):
         if not (isinstance(size, int) and size > 0):
             raise UserError(f"{name}={size!r} is no positive whole number.")
     settings = PUBLISHED._replace(
