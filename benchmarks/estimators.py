@@ -117,7 +117,7 @@ def main(argv):
     losses = objective.objective(**made.config.get("objective", {}))
     horizon = jnp.float32(_WINDOWS.value * inner.length)
     stage = base.Stage(horizon, horizon, jnp.float32(0))
-    data = inner.family.data()
+    data = jax.device_put(inner.family.data())
     theta = made.optimizer.init(jax.random.key(made.seed))
     moves = pes.gaussian(jax.random.key(made.seed + 1), theta)
     theta = jax.tree.map(lambda x, e: x + 0.05 * e, theta, moves)

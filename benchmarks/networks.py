@@ -122,7 +122,7 @@ def run(network: dict, steps: int, going):
         return jax.tree.map(jnp.float32, plan.stage((), step)[0])
 
     state = meta.spread(meta.meta_init(jax.random.key(0), experiment.meta, stage(0)), 1)
-    data = experiment.data()
+    data = jax.device_put(experiment.data())
     program = meta.compile_steps(experiment.meta, GROUP, devices).lower(state, data).compile()
     times = []
     while going(len(times), sum(times)):

@@ -78,7 +78,7 @@ def batches(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
     for hidden in ((32,), (128,), (64, 64)):
         task = dict(suite.CELLS["mlp"].task, hidden=hidden, batch_size=1024)
         family = registry.task(task)
-        data = family.data()
+        data = jax.device_put(family.data())
         tuned = tuning.tune(
             *(key, "adam", family, data, seeds, (1_000,)), eps_roots=(0.0,), cache_dir=directory
         )

@@ -10,8 +10,6 @@ changelog has what came out, and what was tried before.
 
 from ml_collections import ConfigDict
 
-from l2l.data import datasets
-
 RANGES = dict(initial_scale=(0.5, 2.0), subset=(0.25, 1.0))
 
 
@@ -20,11 +18,10 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.start = ""
     digits = dict(name="mlp", dataset="digits", **RANGES)
-    images = "mnist14" if datasets.present("mnist14") else "digits"
     config.task = (
         dict(digits, hidden=(32,), batch_size=128),
         dict(digits, hidden=(16, 16, 16), batch_size=32),
-        dict(digits, dataset=images, hidden=(20,), batch_size=64),
+        dict(digits, dataset="mnist14", hidden=(20,), batch_size=64),
         dict(name="logistic", dataset="digits", batch_size=64, init=0.0, **RANGES),
         dict(name="regression", inputs=10, hidden=(32,), batch_size=64, initial_scale=(0.5, 2.0)),
         dict(name="regression", inputs=30, hidden=(16, 16), batch_size=32, noise=(0.1, 1.0)),

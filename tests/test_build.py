@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from l2l.data import datasets
 from l2l.optimizers import registry
 from l2l.storage import exports
 from l2l.training import experiment as build
@@ -123,6 +124,53 @@ def test_a_users_own_task_is_a_file(tmp_path):
     assert float(experiment.families[0].loss(jnp.ones(3), (), ())) == 6.0
     with pytest.raises(ValueError, match="Did you mean 'scale'"):
         build.experiment({"task": {"name": name, "scael": 2.0}})
+
+
+DATA = """
+import numpy as np
+from l2l import TaskFamily
+
+def family(fill: float = 1.0) -> TaskFamily:
+    return TaskFamily(
+        sample=lambda key: (),
+        init=lambda key, problem: np.zeros(3, np.float32),
+        batch=lambda key, problem, data, split: data[0],
+        loss=lambda params, problem, batch: ((params - batch) ** 2).sum(),
+        data=lambda: (np.full(3, fill, np.float32),),
+    )
+"""
+
+
+def test_two_tasks_of_one_factory_read_their_own_data(tmp_path):
+    """And share what is equal."""
+    (tmp_path / "mine.py").write_text(DATA)
+    name = f"{tmp_path}/mine.py:family"
+    tasks = [{"name": name, "fill": fill} for fill in (1.0, 2.0, 1.0)]
+    experiment = build.experiment({"task": (*tasks, {"name": "mlp"}, {"name": "autoencoder"})})
+    data = experiment.data()
+    for j, fill in enumerate((1.0, 2.0, 1.0)):
+        np.testing.assert_array_equal(experiment.data_of(data, j)[0], np.full(3, fill))
+    assert experiment.data_of(data, 0) is experiment.data_of(data, 2)
+    assert experiment.data_of(data, 3) is experiment.data_of(data, 4)  # Both read the digits.
+
+
+def test_the_release_is_the_same_mixture_with_and_without_mnist(monkeypatch, tmp_path):
+    """Where MNIST is not there and cannot be fetched, the run says so."""
+    path = next(path for path in CONFIGS if path.stem == "release")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    here = module.get_config().to_dict()
+    monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path))
+    assert module.get_config().to_dict() == here
+    datasets._load.cache_clear()
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", unreachable)
+    with pytest.raises(ValueError, match="mnist"):
+        build.experiment(here).data()
+
+
+def unreachable(*arguments, **settings):
+    raise OSError("no network here")
 
 
 def test_two_optimizers_by_parameter_survive_their_export(tmp_path):

@@ -1,5 +1,8 @@
 """Checkpoints: they come back whole, or say in one sentence that they do not."""
 
+import errno
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from l2l.console.errors import UserError
 from l2l.storage import checkpoint
 
 
@@ -78,8 +82,77 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(saved, damage)
     damage(saved / "3")
     (tree, step), said = reopen(saved)
     assert step == 2 and int(tree["n"]) == 2
-    assert len(said) == 1 and "Checkpoint 3 cannot be read" in said[0]
+    assert len(said) == 1 and "Checkpoint 3 is damaged" in said[0]
     assert (saved / "damaged-3").exists()
+
+
+def test_a_step_that_is_damaged_again_is_set_aside_again(saved):
+    """As when a run went on from 2, wrote 3 anew, and that is damaged too: twice more."""
+    for name in ("damaged-3", "damaged-3-2", "damaged-3-3"):
+        flip(saved / "3")
+        assert reopen(saved)[0][1] == 2
+        assert (saved / name).exists() and not (saved / "3").exists()
+        shutil.copytree(saved / "2", saved / "3")
+
+
+@pytest.fixture
+def reading(monkeypatch):
+    """Puts a function before every read of Orbax's, and counts the reads."""
+    import orbax.checkpoint as ocp
+
+    restore, calls = ocp.StandardCheckpointHandler.restore, []
+    monkeypatch.setattr(checkpoint, "WAITS", (0.0, 0.0))
+
+    def before(action):
+        def read(self, folder, *arguments, **settings):
+            calls.append(folder)
+            action(len(calls))
+            return restore(self, folder, *arguments, **settings)
+
+        monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", read)
+        return calls
+
+    return before
+
+
+REFUSALS = [
+    OSError(errno.EIO, "Input/output error"),
+    OSError("a hiccup without a number"),
+    # As TensorStore words it.
+    ValueError("UNAVAILABLE: Error reading [os_error_code='5'] [domain='os']"),
+]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=["errno", "words", "tensorstore"])
+def test_a_read_that_the_system_refuses_is_tried_again_and_renames_nothing(saved, reading, refusal):
+    def twice(call):
+        if call < 3:
+            raise refusal
+
+    calls = reading(twice)
+    (tree, step), said = reopen(saved)
+    assert step == 3 and int(tree["n"]) == 3 and len(calls) == 3 and not said
+
+    def always(call):
+        raise refusal
+
+    reading(always)
+    with pytest.raises(UserError, match=r"not be read in 3 attempts .*; it is left as it is"):
+        reopen(saved)
+    assert len(calls) == 6  # Of the newest alone: an older one would only hide it.
+    assert sorted(p.name for p in saved.iterdir() if p.is_dir()) == ["2", "3"]
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: memory")])
+def test_what_is_no_damage_passes_through(saved, reading, failure):
+    def fail(call):
+        raise failure
+
+    calls = reading(fail)
+    with pytest.raises(type(failure)):
+        reopen(saved)
+    assert len(calls) == 1
+    assert sorted(p.name for p in saved.iterdir() if p.is_dir()) == ["2", "3"]
 
 
 def test_where_none_can_be_read_nothing_is_touched(saved):

@@ -6,13 +6,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from l2l.core import base
+from l2l.evaluation import curves as evaluate
 from l2l.optimizers import coordinates
 from l2l.optimizers.adam import adam
 from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.lstm import dm, lstm
+from l2l.training import meta_step
 
 # Compiling is what these tests spend their time on, and most answers need no fast code.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -188,3 +191,46 @@ def test_five_hundred_tensors_compile_in_seconds():
     step = jax.jit(transform.update).lower(params, transform.init(params), params)
     step.compile(QUICK)
     assert time.process_time() - begun < 20
+
+
+def test_the_devices_that_are_given_decide_the_layout(monkeypatch):
+    """On a machine with an accelerator, what is compiled for its CPU is laid out for a CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert coordinates.platform() == "gpu" and coordinates.width() is None
+    for device in ("cpu", jax.devices()[1]):
+        with jax.default_device(device):
+            assert coordinates.platform() == "cpu"
+            assert coordinates.width() == coordinates.FORWARD_BLOCK
+
+    seen = []
+
+    def bind(theta):
+        def update(updates, state, params=None):
+            seen.append(coordinates.platform())
+            return updates, state
+
+        return optax.GradientTransformation(lambda params: (), update)
+
+    family = base.TaskFamily(
+        sample=lambda key: (),
+        init=lambda key, problem: jnp.ones(2),
+        batch=lambda key, problem, data, split: (),
+        loss=lambda x, problem, batch: jnp.sum(x**2),
+    )
+    optimizer = base.lift(lambda key: jnp.zeros(()), bind)
+    run = evaluate.compile_evaluation(optimizer, family, 1, 1, devices=jax.devices()[:1])
+    run(jnp.zeros(()), jax.random.key(0), ())
+    assert seen and set(seen) == {"cpu"}
+
+    def estimate(theta, state, data, stage):
+        seen.append(coordinates.platform())
+        rows = jnp.zeros(len(state))
+        return rows, state, {"meta_loss": rows, "loss": rows, "lowest": rows}
+
+    seen.clear()
+    estimator = base.MetaGradient(lambda keys, theta, stage: jnp.zeros(len(keys)), estimate)
+    made = meta_step.Meta(estimator, optimizer, optax.sgd(1.0), num_problems=2)
+    stage = base.Stage(jnp.float32(4), jnp.float32(8), jnp.float32(0))
+    state = meta_step.spread(meta_step.meta_init(jax.random.key(0), made, stage), 2)
+    meta_step.compile_steps(made, 1, jax.devices()[:2])(state, ())
+    assert seen and set(seen) == {"cpu"}

@@ -69,7 +69,7 @@ def located(optimizer, data, *, windows=1, family=None, **settings):
     run = unroll.fresh(inner, key, theta, STAGE)._replace(problem={"key": key})
     for _ in range(windows):
         run, _ = unroll.unroll(run, numbers(), inner.family, optimizer.bind(theta), inner.length)
-    return diagnose.locate(inner, theta, run, data, **settings)
+    return diagnose.locator(inner, **settings)(theta, run, data)
 
 
 def test_a_healthy_window_has_no_fault():
@@ -179,12 +179,13 @@ def test_explains_the_failing_meta_step():
     optimizer, data = learned_adam()._replace(bind=base.lift(None, make).bind), numbers()
     inner = Inner(plain_family(), optimizer, 4, stagger=False)
     made, state = failing(autodiff.truncated(inner, Objective()), optimizer)
-    sentence = diagnose.explain(made, [inner], state, data, 5)
+    explain = diagnose.explainer(made, [inner])
+    sentence = explain(state, data, 5)
     assert sentence == (
         "Meta-step 3, problem 0 (plain): at inner step 9 the update of layer/b (nan) is not finite."
     )
-    assert "Run again on one device, the 2 meta-steps after 0 have finite" in diagnose.explain(
-        made, [inner], state, data, 2
+    assert "Run again on one device, the 2 meta-steps after 0 have finite" in explain(
+        state, data, 2
     )
 
 
@@ -197,7 +198,8 @@ def test_explains_the_failing_problem():
     nu = run.opt_state.statistics.nu.at[1, 3].set(jnp.nan)
     opt_state = run.opt_state._replace(statistics=run.opt_state.statistics._replace(nu=nu))
     estimator = state.estimator._replace(inner=run._replace(opt_state=opt_state))
-    sentence = diagnose.explain(made, [inner], state._replace(estimator=estimator), numbers(), 3)
+    poisoned = state._replace(estimator=estimator)
+    sentence = diagnose.explainer(made, [inner])(poisoned, numbers(), 3)
     assert sentence.startswith(
         "Meta-step 1, problem 1 (plain): at inner step 0 feature m̂(0.9)/√v̂ of layer/w[2] (nan"
     )
@@ -211,7 +213,7 @@ def test_explains_mixtures_and_pairs():
         mixed = mixture.mixture([make(inner, Objective()) for inner in inners])
         data = (good, good.at[0, 0, 1].set(jnp.nan))
         made, state = failing(mixed, optimizer)
-        sentence = diagnose.explain(made, inners, state, data, 3, reads=(0, 1))
+        sentence = diagnose.explainer(made, inners, reads=(0, 1))(state, data, 3)
         assert sentence == (
             "Meta-step 1, problem 0 (bad): at inner step 0 the training batch's "
             "inputs[0, 1] (nan, 1 of 6 numbers) is not finite."

@@ -13,11 +13,15 @@ import pytest
 
 from l2l import tasks
 from l2l.core import base, unroll
-from l2l.evaluation import baselines, tuning
+from l2l.estimators import autodiff, first_order, pes
+from l2l.estimators.objective import Objective
+from l2l.evaluation import baselines, cache, timing, tuning
 from l2l.evaluation import cli as command
 from l2l.evaluation import comparison as scorecard
 from l2l.evaluation import curves as evaluate
 from l2l.optimizers import lstm
+from l2l.optimizers.adam import learned_adam
+from l2l.training import meta_step
 
 CURVATURE = jnp.asarray([1.0, 0.5, 0.1])
 
@@ -105,6 +109,166 @@ def test_divergence_is_flagged_from_where_it_happens():
     )
     curves = evaluate.evaluate(jax.random.key(0), poisoned, bowl(), (), 2, 3, checkpoints=(1,))
     assert curves.diverged.all()
+
+
+@pytest.mark.parametrize("least", [-5000.0, -1.0, 0.0])
+def test_divergence_is_the_same_notion_below_zero(least):
+    """A bowl that is lower by a constant: what comes down has not diverged, and what goes up, by
+    more than the loss was at first, has."""
+    family = bowl()._replace(loss=lambda x, problem, batch: bowl().loss(x, problem, batch) + least)
+
+    def diverged(rate):
+        run = evaluate.evaluate(jax.random.key(0), optax.sgd(rate), family, (), 2, 60)
+        return run.diverged.ravel().tolist()
+
+    assert diverged(0.1) == [False, False]
+    assert diverged(4.0) == [True, True]  # By then 3⁶⁰ times the square.
+
+
+def test_the_bound_of_divergence():
+    """ℓ − ℓ₀ > (blowup − 1) |ℓ₀|, for a loss that is what the parameter is, raised by 1 a step."""
+    family = base.TaskFamily(
+        sample=lambda key: (),
+        init=lambda key, problem: jnp.asarray(start),
+        batch=lambda key, problem, data, split: (),
+        loss=lambda x, problem, batch: x,
+    )
+    marks = (1, 2, 3, 5, 6, 7)
+    for start, blowup, expected in (
+        (3.0, 2.0, [0, 0, 0, 1, 1, 1]),
+        (3.0, 3.0, [0, 0, 0, 0, 0, 1]),
+        (-2.0, 2.0, [0, 0, 1, 1, 1, 1]),
+        (-2.0, 4.0, [0, 0, 0, 0, 0, 1]),
+        (0.0, 2.0, [1, 1, 1, 1, 1, 1]),
+    ):
+        found = evaluate.evaluate(
+            *(jax.random.key(0), optax.sgd(-1.0), family._replace(name=str(start)), (), 1, 7),
+            checkpoints=marks,
+            blowup=blowup,
+        )
+        assert found.diverged[0].tolist() == [bool(x) for x in expected], (start, blowup)
+
+
+def test_ratios_of_losses():
+    assert evaluate.ratio(1.0, 4.0) == 0.25
+    assert evaluate.ratio(0.0, 4.0) == 0.0
+    assert evaluate.ratio(np.inf, 4.0) == np.inf and evaluate.ratio(1.0, np.inf) == 0.0
+    for pair in ((-1.0, -4.0), (1.0, -4.0), (1.0, 0.0), (np.nan, 1.0), (np.inf, np.inf)):
+        assert np.isnan(evaluate.ratio(*pair)), pair
+    ratios = timing.ratios(
+        np.asarray([1.0, -1.0, 1e-9, np.inf]), np.asarray([2.0, 2.0, 0.0, np.inf])
+    )
+    np.testing.assert_array_equal(ratios, [0.5, np.nan, 1.0, 1.0])
+
+
+def scored(family, tmp_path):
+    result = scorecard.score(
+        *(jax.random.key(0), [scorecard.Entry("slow", optax.sgd(1e-3))]),
+        [scorecard.Cell(family.name, family, ())],
+        *((4,), 2),
+        kinds=("sgd",),
+        eps_roots=(0.0,),
+    )
+    return result, scorecard.write(tmp_path, result)
+
+
+def test_negative_losses_have_no_ratio_and_a_figure(tmp_path):
+    family = bowl()._replace(
+        loss=lambda x, problem, batch: bowl().loss(x, problem, batch) - 5000.0, name="low"
+    )
+    result, text = scored(family, tmp_path)
+    slow, tuned = result.rows
+    assert np.isnan(slow["loss ratio"]) and np.isnan(tuned["loss ratio"])
+    assert slow["diverged"] == tuned["diverged"] == "0/2"
+    assert "low: a training loss is 0 or negative, and such losses have no ratio" in text
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_losses_of_nan_alone_give_a_table(tmp_path):
+    family = bowl()._replace(
+        loss=lambda x, problem, batch: jnp.mean(jnp.sqrt(-1 - x**2)), name="root"
+    )
+    result, text = scored(family, tmp_path)
+    assert [row["diverged"] for row in result.rows] == ["2/2", "2/2"]
+    assert "2/2" in (tmp_path / "table.md").read_text()
+    assert "root: no run has a finite training loss" in text
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def half(dtype):
+    """The distance from 2 of three numbers of half precision."""
+    return base.TaskFamily(
+        sample=lambda key: (),
+        init=lambda key, problem: jax.random.normal(key, (3,)).astype(dtype),
+        batch=lambda key, problem, data, split: (),
+        loss=lambda x, problem, batch: jnp.mean((x - 2) ** 2),
+        name=str(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_meta_trains_and_is_tuned(dtype):
+    stage = base.Stage(jnp.float32(4), jnp.float32(8), jnp.float32(0.1))
+    for optimizer, estimator in (
+        (lstm.lstm(hidden_size=2), first_order.first_order),
+        (learned_adam(), autodiff.truncated),
+        (learned_adam(), pes.pes),
+    ):
+        inner = unroll.Inner(half(dtype), optimizer, 2)
+        made = meta_step.Meta(
+            estimator(inner, Objective("both")), optimizer, optax.adam(1e-2), num_problems=2
+        )
+
+        def twice(state, made=made):
+            return jax.lax.scan(lambda s, _: meta_step.meta_step(made, s, ()), state, None, 2)
+
+        state = jax.eval_shape(lambda key, m=made: meta_step.meta_init(key, m, stage), KEY)
+        after, metrics = jax.eval_shape(twice, state)
+        assert metrics["meta_loss"].dtype == jnp.float32
+        run = next(x for x in jax.tree.leaves(after.estimator, is_leaf=is_run) if is_run(x))
+        assert run.params.dtype == dtype
+    for kind in baselines.KINDS:
+        optimizer = baselines.grid(kind)
+
+        def run(theta, key, optimizer=optimizer):
+            start = evaluate.beginning(half(dtype), key)
+            return evaluate.one_run(optimizer.bind(theta), half(dtype), start, (), (2, 4))
+
+        curves = jax.eval_shape(run, baselines.setting(0.1), KEY)
+        assert curves.train_loss.dtype == jnp.float32
+    tuned = tuning.tune(
+        *(KEY, "adam", half(dtype), (), 2, (60,)), rates=(1e-2, 1.0, 3), extensions=0
+    )
+    assert tuned.by_train_loss[60].train_loss[0] < 0.1  # From some 4.
+
+
+KEY = jax.random.key(0)
+
+
+def is_run(x):
+    return isinstance(x, base.InnerState)
+
+
+def test_an_update_is_cast_as_optax_casts_it():
+    """bfloat16 parameters and float32 updates: the sum is rounded, not the update."""
+    family, steps = half("bfloat16"), 5
+    transform = optax.stateless(lambda g, p: jax.tree.map(lambda g: -0.3 * g.astype("float32"), g))
+    run = evaluate.opened(transform, evaluate.beginning(family, KEY), steps)
+    found, _ = unroll.unroll(run, (), family, optax.with_extra_args_support(transform), steps)
+    params = run.params
+    for _ in range(steps):
+        gradient = jax.grad(family.loss)(params, (), ())
+        params = optax.apply_updates(params, transform.update(gradient, (), params)[0])
+    assert found.params.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.params.astype("float32"), params.astype("float32"), rtol=1e-2)
+
+
+def test_another_version_of_jax_is_another_program(monkeypatch):
+    arguments = (base.fixed(optax.sgd(0.1)), bowl(), (), (2,), KEY, ())
+    before = cache.program(*arguments)
+    assert cache.program(*arguments) == before
+    monkeypatch.setattr(jax, "__version__", "0.0.1")
+    assert cache.program(*arguments) != before
 
 
 def test_a_new_theta_compiles_nothing_and_the_horizon_is_told():

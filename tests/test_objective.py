@@ -59,3 +59,44 @@ def test_nothing_is_gained_below_the_floor():
 def test_bad_settings_get_a_sentence(settings, said):
     with pytest.raises(ValueError, match=said.replace("[", r"\[")):
         objective(**settings)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_rounding_makes_of_a_zero_counts_as_zero(dtype):
+    """And pulls no gradient, where a slope of 1 / (loss + floor) would have the wrong sign."""
+    found, ones = Objective(form="log"), jnp.ones(2)
+    edge = found.least(dtype)
+    np.testing.assert_allclose(edge, -(float(jnp.finfo(dtype).eps) ** 0.5))
+    rounded = jnp.asarray([-2e-7, 0.9 * edge], dtype)
+    np.testing.assert_allclose(found.value(rounded, ones), np.log(found.floor), rtol=1e-6)
+    assert not np.asarray(jax.grad(found.value)(rounded, ones), np.float32).any()
+    assert found.value(rounded, ones).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("floor", [1e-7, 0.5])
+def test_a_negative_loss_has_no_logarithm_whatever_the_floor(floor):
+    found, ones = Objective(form="log", floor=floor), jnp.ones(2)
+    losses = jnp.asarray([1.0, -0.1])
+    assert np.isnan(found.value(losses, ones))
+    assert found.lowest(losses, ()) < found.least(losses.dtype)
+    assert Objective(form="plain").value(losses, ones) == pytest.approx(0.45)
+    assert Objective(form="plain").least(losses.dtype) == -np.inf
+
+
+def test_without_a_floor_zero_has_no_logarithm():
+    found = Objective(form="log", floor=0.0)
+    assert 0.0 < found.least(jnp.float32) < 1e-30
+
+
+def test_the_lowest_loss_is_of_what_the_meta_loss_reads():
+    training, validation = jnp.asarray([2.0, jnp.nan]), jnp.asarray([-3.0, 5.0])
+    assert Objective(on="train").lowest(training, validation) == 2.0
+    assert Objective(on="both").lowest(training, validation) == -3.0
+    assert Objective(on="train").lowest(training[1:], ()) == np.inf
+
+
+def test_losses_that_are_not_finite():
+    ones, plain = jnp.ones(2), Objective(form="plain", cap=10.0)
+    assert np.isnan(plain.value(jnp.asarray([1.0, jnp.nan]), ones))
+    assert plain.value(jnp.asarray([1.0, -jnp.inf]), ones) == -np.inf
+    assert plain.value(jnp.asarray([1.0, jnp.inf]), ones) == 5.5  # Above the cap, like 1e30.

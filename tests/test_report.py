@@ -45,7 +45,42 @@ def test_a_figure_is_drawn_even_of_diverged_runs(tmp_path):
         report.figure({}, path)
 
 
+@pytest.mark.parametrize("level, scale", [(-5.0, "linear"), (0.0, "linear"), (1.0, "log")])
+def test_the_scale_of_losses_is_one_they_have(level, scale):
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    report._scale(axis, np.asarray([level, level, np.nan]))
+    assert axis.get_yscale() == scale
+
+
+def test_figures_of_losses_without_a_logarithm(tmp_path):
+    below = np.linspace(1.0, -3.0, 50)[None]
+    nothing = np.full((2, 50), np.nan)
+    panels = {"below": {"a": below}, "zero": {"a": 0 * below}, "nothing": {"a": nothing}}
+    path = report.figure(panels, tmp_path / "curves.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_has_no_ratio_is_not_drawn_as_if_it_were_better(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+
+    def spy(self, x, y, *arguments, **settings):
+        drawn.append(x)
+        return plot(self, x, y, *arguments, **settings)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    nan = (math.nan,) * 3
+    point = {"cell": "a", "kind": "k", "steps": 1, "ratio": nan, "sooner": (2.0, 1.0, 4.0)}
+    report.scorecard([point], tmp_path / "s.png", "title")
+    assert drawn == [2.0, [1.0, 4.0]]
+
+
 def test_the_geometric_mean():
+    assert math.isnan(report.geometric_mean([1.0, -1.0]))
+    assert math.isnan(report.geometric_mean([1.0, math.nan]))
     assert report.geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
     assert report.geometric_mean([1.0, math.inf]) == math.inf
     assert report.geometric_mean([0.0, 1.0]) == 0.0

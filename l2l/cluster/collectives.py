@@ -30,7 +30,7 @@ _LOST = ("gloo", "connection", "barrier", "heartbeat", "unavailable", "coordinat
 
 
 class Elsewhere(UserError):
-    """Process 0 failed, and says why itself."""
+    """Another process failed, and says why itself."""
 
 
 def count() -> int:
@@ -161,7 +161,12 @@ def whole(tree, same):
 
     if count() == 1:
         return tree
-    return jax.tree.map(lambda x: x.addressable_data(0), place(tree, same))
+
+    def local(x):
+        replicated = x.sharding.is_fully_replicated  # Then this process has it already: no copy.
+        return (x if replicated else place(x, same)).addressable_data(0)
+
+    return jax.tree.map(local, tree)
 
 
 def wait(tree) -> None:

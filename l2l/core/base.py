@@ -192,7 +192,8 @@ class MetaGradient(NamedTuple):
               is random about problem i, so the split over devices changes nothing.
     estimate: (theta, state, data, stage) -> (gradients, state, metrics), all with leading axis [n]:
               one meta-gradient a problem (like theta, clipped by nobody yet), the next states, and
-              metrics of one number a problem (`meta_loss` and, at the end of the window, `loss`).
+              metrics of one number a problem: `meta_loss`; `loss`, at the end of the window; and
+              `lowest`, of the losses that the meta-loss reads.
     """
 
     init: Callable[[jax.Array, PyTree, Stage], PyTree]
@@ -203,7 +204,9 @@ class MetaState(NamedTuple):
     """The whole of a meta-training run: what a checkpoint holds.
 
     step:      meta-steps taken, int32.
-    bad:       consecutive skipped (non-finite) meta-steps, int32; `skipped` counts all of them.
+    bad:       meta-steps in a row in which some family had no finite meta-gradient, int32.
+    skipped:   meta-steps that changed nothing, as no problem had one, int32.
+    dropped:   meta-gradients that were left out, of all problems and meta-steps, int32.
     estimator: the estimator's state, leaves [num_problems, ...]; split over devices.
     """
 
@@ -214,6 +217,7 @@ class MetaState(NamedTuple):
     stage: Stage
     bad: jax.Array
     skipped: jax.Array
+    dropped: jax.Array
 
 
 def lift(
@@ -240,6 +244,16 @@ def count(tree: PyTree) -> int:
 def finite(tree: PyTree) -> jax.Array:
     """Whether every number in a pytree is finite: a boolean scalar."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def single(tree: PyTree) -> PyTree:
+    """A pytree of arrays with those of half precision as float32, all others as they are."""
+
+    def of(x):
+        half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        return x.astype(jnp.float32) if half else x
+
+    return jax.tree.map(of, tree)
 
 
 class RawKey(NamedTuple):

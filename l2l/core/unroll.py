@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from l2l.core import base
 
@@ -104,7 +105,8 @@ def unroll(
             value=frozen(loss),
             num_steps=state.told,
         )
-        params = jax.tree.map(jnp.add, state.params, updates)
+        # In the parameters' dtype, whatever that of the updates.
+        params = optax.apply_updates(state.params, updates)
         return state._replace(params=params, opt_state=opt_state, step=state.step + 1), loss
 
     return jax.lax.scan(step, state, None, length)

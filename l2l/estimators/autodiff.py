@@ -135,13 +135,14 @@ def window(
         state, (losses, held_out) = steps(state, None, inner.length)
     last = family.loss(state.params, state.problem, batch_at(family, state, data, TRAIN))
     following = jnp.concatenate([losses[1:], last[None]])
-    value = jnp.zeros((), losses.dtype)
+    value = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32))
     if objective.reads_train:
         value += on_train * objective.value(following, emphases)
     if objective.reads_validation:
         value += on_validation * objective.value(held_out, emphases)
     capped = jnp.mean((following > objective.cap).astype(losses.dtype))
-    return state, value, {"meta_loss": value, "loss": last, "capped": capped}
+    lowest = objective.lowest(following, held_out)
+    return state, value, {"meta_loss": value, "loss": last, "capped": capped, "lowest": lowest}
 
 
 def _beside(student, teacher):

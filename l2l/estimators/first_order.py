@@ -139,7 +139,7 @@ def first_order(
                 rule, theta, g, p, state.opt_state, state.told, shapes, block
             )
             change = coordinates.unflatten(updates, state.params)
-            params = jax.tree.map(jnp.add, state.params, change)
+            params = optax.apply_updates(state.params, change)
             state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
             value, pull = (), ()
             if objective.reads_validation:
@@ -163,7 +163,7 @@ def first_order(
             held_out_weights=(),
             tensors=whole.tensors,
         )
-        meta_loss = jnp.zeros((), losses.dtype)
+        meta_loss = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32))
         if objective.reads_train:
             seen = seen._replace(weights=on_train * slope(following, emphases))
             meta_loss += on_train * objective.value(following, emphases)
@@ -174,6 +174,7 @@ def first_order(
             meta_loss=meta_loss,
             loss=last,
             capped=jnp.mean((following > objective.cap).astype(losses.dtype)),
+            lowest=objective.lowest(following, values),
         )
         return state, seen, metrics
 
@@ -289,7 +290,7 @@ def in_segments(steps: Callable, carry, xs, length: int, size: int):
 def over_problems(function, states):
     """Maps over problems: one after another on a CPU (each window stays in the cache, and memory is
     that of one problem), all at once on an accelerator."""
-    if jax.default_backend() == "cpu":
+    if coordinates.platform() == "cpu":
         return jax.lax.map(function, states)
     return jax.vmap(function)(states)
 

@@ -23,7 +23,9 @@ class Objective(NamedTuple):
           to stop.
     form: "plain" (ρ = ℓ, mean over the window; Andrychowicz et al. 2016 sum), "log" (ρ =
           log(ℓ + floor), scale-free) or "last" (ρ = ℓ at the end of the window alone; Lv et al.
-          2017).
+          2017). "log" is for losses that cannot be negative. Such a loss may be computed as
+          slightly less than 0, and then counts as 0 (see `least`); a loss that is really negative
+          has no logarithm, and its meta-loss is NaN.
     floor: losses well below it are all the same under "log": nothing is gained by memorising
           beyond.
     emphasis: e; a loss after step t of T counts (1 + e)(t/T)ᵉ. A window in the middle of a run is
@@ -62,12 +64,40 @@ class Objective(NamedTuple):
         progress = (step + 1 + jnp.arange(length)) / num_steps
         return (1 + self.emphasis) * progress.astype(jnp.float32) ** self.emphasis
 
+    def least(self, dtype) -> float:
+        """The least loss of that dtype that the form can take: any for "plain" and "last".
+
+        For "log" it is −√ε, ε being the dtype's relative precision (−3.5e-4 in float32). A loss
+        that is a difference of terms up to 1/√ε in size, and should be 0, can be computed as that;
+        a loss further below 0 is no rounding. With a floor of 0 even a loss of 0 has no logarithm.
+        """
+        if self.form != "log":
+            return -float("inf")
+        limits = jnp.finfo(dtype)
+        return -(float(limits.eps) ** 0.5) if self.floor else float(limits.tiny)
+
     def value(self, losses: jax.Array, emphases: jax.Array) -> jax.Array:
-        """L of losses [K] after each update. Non-finite losses stay non-finite."""
+        """L of losses [K] after each update, in float32 at least. It is not finite if one of them
+        is NaN or −∞, or below `least`; +∞ is above the cap."""
+        least = self.least(losses.dtype)
+        losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
         losses = jnp.where(losses > self.cap, self.cap, losses)
         if self.form == "last":
             return losses[-1] * emphases[-1]
-        return jnp.mean(emphases * (jnp.log(losses + self.floor) if self.form == "log" else losses))
+        return jnp.mean(emphases * (self._log(losses, least) if self.form == "log" else losses))
+
+    def _log(self, losses, least):
+        zero = (losses <= 0) & (losses >= least)
+        logs = jnp.log(jnp.where(zero, 0, losses) + self.floor)
+        # By name: with a large floor a negative loss would have a logarithm.
+        return jnp.where(losses < least, jnp.nan, logs)
+
+    def lowest(self, training: jax.Array, validation: jax.Array | tuple) -> jax.Array:
+        """The lowest of the losses that the meta-loss of a window reads, NaN left out: a scalar,
+        for the caller to hold against `least`."""
+        read = [training] * self.reads_train + [validation] * self.reads_validation
+        losses = jnp.concatenate(read)
+        return jnp.min(jnp.where(jnp.isnan(losses), jnp.inf, losses))
 
 
 def objective(

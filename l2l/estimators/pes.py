@@ -92,7 +92,8 @@ def pes(
         pair, values, metrics = over_problems(side, (jnp.asarray([1.0, -1.0]), pair))
         slope = (values[0] - values[1]) / (2 * sigma**2)
         gradient = jax.tree.map(lambda x: slope.astype(x.dtype) * x, xi)
-        return gradient, PesState(pair, xi), {k: jnp.mean(v) for k, v in metrics.items()}
+        means = {name: jnp.mean(x) for name, x in metrics.items()}
+        return gradient, PesState(pair, xi), means | {"lowest": jnp.min(metrics["lowest"])}
 
     def _renew(pair, theta, stage):
         alive = base.finite(pair.params)

@@ -38,14 +38,14 @@ def kept(directory: str | os.PathLike | None, inputs, compute: Callable[[], dict
 
 def program(optimizer, family, theta, checkpoints, key, data) -> str:
     """A digest of the whole computation of one run to the last of `checkpoints`: optimizer, family
-    and checkpoints."""
+    and checkpoints, and the version of JAX that compiles it."""
 
     def run(theta, key, data):
         start = evaluate.beginning(family, key)
         return evaluate.one_run(optimizer.bind(theta), family, start, data, checkpoints)
 
     text = jax.jit(run).lower(theta, key, data).as_text()
-    return _checksum(text)
+    return _checksum(f"{jax.__version__}\n{text}")
 
 
 def digest(tree) -> str:

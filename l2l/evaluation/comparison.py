@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +47,7 @@ class Score(NamedTuple):
 def score(
     key: jax.Array,
     entries: Sequence[Entry],
-    cells: Sequence[Cell],
+    cells: Iterable[Cell],
     horizons: Sequence[int],
     num_problems: int,
     *,
@@ -59,18 +59,20 @@ def score(
     """Scores optimizers and the best of each baseline's grid on the same problems.
 
     A row's `loss ratio` is its mean training loss over that of the first baseline, chosen by
-    training loss; `points` is its mean test accuracy less that of the first baseline chosen by test
-    accuracy, in percentage points. A summary has the geometric mean of the former and the mean of
-    the latter over tasks.
+    training loss; NaN, and a note, where such losses are not positive. `points` is its mean test
+    accuracy less that of the first baseline chosen by test accuracy, in percentage points. A
+    summary has the geometric mean of the former and the mean of the latter over tasks.
 
     Args:
       key: decides the problems.
+      cells: taken one after another; each one's data are let go before the next.
       horizons: training steps; every run is told its own.
       num_problems: runs of each optimizer on each task at each horizon.
       kinds, eps_roots, cache_dir: of the baselines' grids; see `tuning.tune`.
     """
     rows, curves, notes = [], {}, []
     for cell in cells:
+        cell = cell._replace(data=jax.device_put(cell.data))  # Once, not at every call.
 
         def told(done, total, text, cell=cell):
             progress(done, total, f"{cell.name}: {text}")
@@ -111,7 +113,23 @@ def score(
                     kind = entry.name.split(",")[0]
                     rows[-1]["setting"] = baselines.expression(kind, entry.theta)
         evaluate.forget()  # No cell has a program that another can use.
+        if kinds:
+            notes += _without_ratio([row for row in rows if row["task"] == cell.name])
     return Score(rows, summarise(rows), curves, notes)
+
+
+def _without_ratio(rows) -> list[str]:
+    """A sentence on the rows of a task whose losses are such that a ratio of them says nothing."""
+    if not any(math.isnan(row["loss ratio"]) for row in rows):
+        return []
+    if all(row["train loss"] == math.inf for row in rows):
+        return [f"{rows[0]['task']}: no run has a finite training loss, so there are no ratios."]
+    if any(row["train loss"] <= 0 for row in rows):
+        return [
+            f"{rows[0]['task']}: a training loss is 0 or negative, and such losses have no ratio: "
+            "compare the losses themselves."
+        ]
+    return []
 
 
 def _row(task, horizon, name, run, reference):
@@ -122,7 +140,7 @@ def _row(task, horizon, name, run, reference):
         "steps": horizon,
         "optimizer": name,
         "train loss": float(loss.mean()),
-        "loss ratio": float(loss.mean() / reference[0]),
+        "loss ratio": evaluate.ratio(loss.mean(), reference[0]),
         "test loss": float(run.test_loss[:, -1].mean()),
         "test accuracy": accuracy,
         "points": 100 * (accuracy - reference[1]),

@@ -27,8 +27,9 @@ class Curves(NamedTuple):
     train_loss:    [n, c], over the whole training split.
     test_loss:     [n, c], over the whole test split.
     test_accuracy: [n, c], in [0, 1]; NaN where the family has no accuracy.
-    diverged:      [n, c], whether by then a batch loss was not finite, or the training loss is not
-                   finite, or above `blowup` times its value before the first step.
+    diverged:      [n, c], whether by then a batch loss was not finite, or the training loss ℓ is
+                   not finite, or ℓ − ℓ₀ > (blowup − 1) |ℓ₀|, with ℓ₀ its value before the first
+                   step: by default above twice a positive ℓ₀, above 0 for one of 0 or less.
 
     Families without data measure their one loss, so that train_loss equals test_loss.
     """
@@ -118,6 +119,10 @@ def compile_evaluation(
         return curves._replace(losses=()) if sweep else curves
 
     def on_device(theta, runs, data):
+        with jax.default_device(devices[0].platform):
+            return all_runs(theta, runs, data)
+
+    def all_runs(theta, runs, data):
         abreast = jax.vmap(one, (0, None, None)) if sweep else one
 
         def each(run):
@@ -189,8 +194,18 @@ def one_run(transform, family, run: Beginning, data, steps, blowup=2.0) -> Curve
         if family.accuracy is not None:
             accuracy = _whole(family.accuracy, family, state, data, "test")
         # The comparison is False for NaN, so that NaN counts as diverged.
-        measured.append((train, test, accuracy, ~(finite & (train <= blowup * initial))))
-    return Curves(jnp.concatenate(losses), (), *(jnp.stack(x) for x in zip(*measured, strict=True)))
+        kept = train <= initial + (blowup - 1) * jnp.abs(initial)
+        measured.append((train, test, accuracy, ~(finite & kept)))
+    curves = Curves(jnp.concatenate(losses), (), *map(jnp.stack, zip(*measured, strict=True)))
+    return base.single(curves)  # What reads them knows no half precision.
+
+
+def ratio(loss: float, reference: float) -> float:
+    """loss / reference of losses that are not negative, the reference positive; NaN for all others,
+    which have no ratio, and for two infinities."""
+    if not (loss >= 0 and reference > 0) or loss == reference == np.inf:
+        return np.nan
+    return float(loss / reference)
 
 
 def or_infinite(losses) -> np.ndarray:

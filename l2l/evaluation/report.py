@@ -39,7 +39,8 @@ def table(rows: Sequence[Mapping]) -> str:
 
 
 def figure(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike) -> Path:
-    """Draws loss curves on log axes, one panel a title, and writes them as PNG.
+    """Draws loss curves, one panel a title, and writes them as PNG. Steps are on a log axis, and so
+    are losses, save where some are negative or none is positive.
 
     Args:
       panels: {title: {optimizer: losses [num_problems, num_steps]}}. Lines are medians over
@@ -62,6 +63,7 @@ def figure(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
     FigureCanvasAgg(canvas)
     axes = canvas.subplots(rows, columns, squeeze=False)
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        drawn = []
         for name, losses in curves.items():
             style = dict(
                 color=PALETTE[names.index(name) % len(PALETTE)],
@@ -70,7 +72,9 @@ def figure(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
             steps, low, middle, high = spread(losses)
             axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
             axis.plot(steps, middle, label=name, linewidth=1.6, **style)
-        axis.set(xscale="log", yscale="log", title=title, xlabel="step", ylabel="training loss")
+            drawn += [low, middle, high]
+        axis.set(title=title, xlabel="step", ylabel="training loss")
+        _scale(axis, np.concatenate(drawn))
         axis.grid(True, which="major", alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -81,13 +85,27 @@ def figure(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
     return Path(path)
 
 
+def _scale(axis, losses) -> None:
+    """Sets the scales of the axes of a panel; where no loss is finite, there are none to set."""
+    finite = losses[np.isfinite(losses)]
+    if not finite.size:
+        middle = dict(ha="center", va="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "no finite loss", **middle)
+        axis.set(xticks=[], yticks=[])
+        return
+    axis.set_xscale("log")
+    if finite.min() >= 0 and finite.max() > 0:
+        axis.set_yscale("log")
+
+
 def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) -> Path:
     """Draws ratios of losses and speed-ups, side by side on log axes, a line a cell, and writes
     them as PNG. Left of 1 on the one side and right of 1 on the other is better.
 
     Args:
       points: dicts of "cell", "kind" (its colour), "steps" (its marker), and "ratio" and "sooner",
-        both (value, low, high). What is not finite is drawn at the edge as an arrow.
+        both (value, low, high). An infinity or a zero is drawn at the edge as an arrow, and NaN,
+        which is neither better nor worse, not at all.
       path: of the file; its directory must exist.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -107,6 +125,8 @@ def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) ->
         low, high = min(0.5, *fine) / 1.3, max(2.0, *fine) * 1.3
         for point in points:
             middle, *ends = point[key]
+            if math.isnan(middle):
+                continue
             step = horizons.index(point["steps"])
             y = cells.index(point["cell"]) + 0.22 * (step - (len(horizons) - 1) / 2)
             color = PALETTE[kinds.index(point["kind"]) % len(PALETTE)]
@@ -180,9 +200,11 @@ def plain(content):
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """exp(mean(log)); infinite if any value is, NaN if there are none."""
+    """exp(mean(log)); infinite if any value is, NaN if there are none or one is negative or NaN."""
+    if not len(values) or not min(values) >= 0 or any(map(math.isnan, values)):
+        return math.nan
     with np.errstate(divide="ignore"):
-        return float(np.exp(np.mean(np.log(values)))) if len(values) else math.nan
+        return float(np.exp(np.mean(np.log(values))))
 
 
 def _text(value) -> str:

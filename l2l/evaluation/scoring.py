@@ -31,7 +31,7 @@ on the very problems it is compared on.
 - *test ratio*: test over that of the Adam of its grid that is best by mean test loss.
 - *area*: under the training curve, as the mean batch loss over all steps and problems.
 - *diverged*: runs with a batch or final training loss that is not finite, or a final training loss
-  above twice the initial one, of all runs.
+  above twice the initial one (which is positive in all cells), of all runs.
 - *steps/…*: how many times fewer steps than that tuned baseline. Training losses are smoothed (mean
   of the batch losses of the last twentieth of the horizon). Of the two, the one that ends higher
   sets the target, and the factor is the horizon over the first step at which the other is there;

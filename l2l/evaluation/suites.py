@@ -290,9 +290,9 @@ def _cell(key, entries, suite, horizons, name, seeds, cache_dir, told) -> Iterat
 
 def load(name: str) -> tuple[base.TaskFamily, Any]:
     """The family of a cell and its data, cut to its `rows`."""
-    family = registry.task(CELLS[name].task)
-    data, rows = family.data(), CELLS[name].rows
-    return family, data if rows is None else jax.tree.map(lambda x: x[:rows], data)
+    family, rows = registry.task(CELLS[name].task), CELLS[name].rows
+    data = family.data()
+    return family, jax.device_put(jax.tree.map(lambda x: x[:rows], data))
 
 
 def tuned_name(kind: str) -> str:

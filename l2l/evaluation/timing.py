@@ -56,10 +56,12 @@ def speed_up(losses, reference) -> np.ndarray:
 
 def ratios(losses, reference) -> np.ndarray:
     """Final losses over those of a reference, problem by problem: [n]. Not finite counts as
-    infinite, below `FLOOR` as that; two infinities are equal."""
-    own, other = (np.maximum(evaluate.or_infinite(x), FLOOR) for x in (losses, reference))
+    infinite, below `FLOOR` as that; two infinities are equal. NaN where either is negative."""
+    both = [evaluate.or_infinite(x) for x in (losses, reference)]
+    own, other = (np.maximum(x, FLOOR) for x in both)
     with np.errstate(invalid="ignore"):
-        return np.where(own == other, 1.0, own / other)
+        found = np.where(own == other, 1.0, own / other)
+    return np.where(np.minimum(*both) < 0, np.nan, found)
 
 
 def interval(values: Sequence[float], share: float = 0.95) -> tuple[float, float, float]:

@@ -82,11 +82,17 @@ def learned_adam(
         return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), theta)
 
     def make(theta):
-        return optax.adam(
+        adam = optax.adam(
             jnp.exp(theta["log_learning_rate"]),
             b1=jax.nn.sigmoid(-theta["log_odds_1"]),
             b2=jax.nn.sigmoid(-theta["log_odds_2"]),
             eps_root=eps_root,
+        )
+        # Decays that are arrays make float32 moments of half-precision gradients, from the first
+        # step on: so they are float32 from the beginning.
+        return optax.GradientTransformation(
+            lambda params: adam.init(base.single(params)),
+            lambda updates, state, params=None: adam.update(base.single(updates), state),
         )
 
     return base.lift(init, make)

@@ -30,10 +30,19 @@ STATE_OF_A_BLOCK = 8192
 LANES = 16
 
 
+def platform() -> str:
+    """That of the device which JAX computes on: of `jax.default_device` where it is set, which code
+    that is given devices does while it traces; else of the default backend."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
 def width(hidden: base.PyTree | None = None) -> int | None:
-    """Columns in a block on this machine, None for all: of a step forward or, if the recurrent
+    """Columns in a block on this `platform`, None for all: of a step forward or, if the recurrent
     state `hidden` [..., P] is given, of the way back through a window."""
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return None
     if hidden is None:
         return FORWARD_BLOCK

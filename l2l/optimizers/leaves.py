@@ -5,8 +5,9 @@ numbers, shapes in place of arrays. All of it is decided by structure, shapes an
 step is traced or before it runs: no number is looked at.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+import operator
 from typing import Any
 
 import jax
@@ -102,29 +103,23 @@ def horizon(num_steps: Any) -> jax.Array:
     Raises:
       UserError: it is no whole number from 0 to 2³¹ − 1. The value of an array is not looked at.
     """
+    steps = -1
     if isinstance(num_steps, jax.Array):
-        fine = num_steps.shape == () and jnp.issubdtype(num_steps.dtype, jnp.integer)
-        if fine:
+        if num_steps.shape == () and jnp.issubdtype(num_steps.dtype, jnp.integer):
             return num_steps.astype(jnp.int32)
-    elif num_steps is None:
-        num_steps = 0
-    whole = isinstance(num_steps, int | np.integer) or (
-        isinstance(num_steps, np.ndarray)
-        and num_steps.shape == ()
-        and np.issubdtype(num_steps.dtype, np.integer)
-    )
-    if not whole or isinstance(num_steps, bool) or not 0 <= num_steps < 1 << 31:
-        shown = (
-            f"an array {num_steps.dtype}{list(num_steps.shape)}"
-            if isinstance(num_steps, jax.Array)
-            else repr(num_steps)
-        )
+    elif not isinstance(num_steps, bool):
+        with contextlib.suppress(TypeError):
+            steps = operator.index(0 if num_steps is None else num_steps)
+    if not 0 <= steps < 1 << 31:
+        # The numbers of an array may still have to be computed.
+        array = isinstance(num_steps, jax.Array)
+        shown = f"an array {num_steps.dtype}{list(num_steps.shape)}" if array else repr(num_steps)
         raise UserError(
             f"num_steps={shown} is no number of steps: give a whole number of 0 or more, the "
             "length of the run, or leave it out where that is not known."
         )
     # By name, so that a transfer guard lets it pass.
-    return jax.device_put(np.int32(num_steps))
+    return jax.device_put(np.int32(steps))
 
 
 def state_type(state_dtype: Any) -> np.dtype | None:
@@ -154,7 +149,7 @@ _REMEDY = {
 }
 
 
-def _name(path: Sequence) -> str:
+def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path) or "the root"
 
 

@@ -8,9 +8,11 @@ end is an export (`exports.py`).
 import contextlib
 import errno
 import functools
+import itertools
 import logging
 import os
 import re
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,14 @@ from l2l.console.errors import UserError
 from l2l.core import base
 
 _TIMES = "_CHECKPOINT_METADATA"  # Orbax's name.
+# A read that the system refuses is tried again after so many seconds each: network file systems
+# have moments.
+WAITS = (0.5, 1.0, 2.0)
+# What Orbax and TensorStore raise for content that is not what was written: fields that are not
+# there, text that is no JSON, blocks whose own checksums are wrong. All else is no damage.
+_FORMAT = (ValueError, LookupError, AttributeError, TypeError, EOFError)
+# Of the system, these say that a file is not there at all, which no second read will change.
+_MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class Saver(NamedTuple):
@@ -34,8 +44,9 @@ class Saver(NamedTuple):
 
     save:    (step, tree) -> None. Returns once the arrays are copied; they are written behind.
     restore: (like, shardings) -> (tree, step) or None where there is no checkpoint. `like` and
-             `shardings` are pytrees of jax.ShapeDtypeStruct and of NamedShardings. A checkpoint
-             that cannot be read is set aside (renamed) and the one before it is taken.
+             `shardings` are pytrees of jax.ShapeDtypeStruct and of NamedShardings. A damaged
+             checkpoint, that is one whose format or checksum is wrong, is set aside (renamed) and
+             the one before it is taken.
     close:   () -> None, when all is on the disk; more than once if you like.
     """
 
@@ -49,13 +60,21 @@ class _Stored(NamedTuple):
     checksum: Any
 
 
+class _Damaged(Exception):
+    """What a checkpoint holds is not what was written."""
+
+
+_FINE, _DAMAGED, _REFUSED, _FAILED = range(4)  # How a process fared with a read, best to worst.
+
+
 def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning) -> Saver:
     """Opens (or creates) a directory of checkpoints, of which the last `keep` are kept.
 
     Raises:
       UserError: the directory cannot be written; from `save` and `close` too, which is where it is
-        heard that an earlier checkpoint could not be written; and from `restore`, where there are
-        checkpoints and none can be read.
+        heard that an earlier checkpoint could not be written. From `restore`, where there are
+        checkpoints and all are damaged, or if the system refuses several times to read one, which
+        says nothing of what is in it: nothing is renamed then.
     """
     import orbax.checkpoint as ocp  # A second and a half, which `load` does not need.
 
@@ -84,7 +103,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             manager = ocp.CheckpointManager(directory, options=options)
         except OSError as error:
             raise errors.about(directory, error) from error
-        except Exception:  # Of the times in any of these files; without it opens them as well.
+        except _FORMAT:  # Of the times in any of these files; without it opens them as well.
             cluster.together(_set_times_aside)
             manager = ocp.CheckpointManager(directory, options=options)
         silence = silence.pop_all()  # Until it is closed.
@@ -100,18 +119,18 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             manager.save(step, args=ocp.args.StandardSave(_leaves(stored)))
 
     def restore(like, shardings):
-        failed = {}
+        failed: dict[int, Exception] = {}
         # Process 0's list: another host may see a new directory later, or an old one longer.
         for step in cluster.together(lambda: sorted(manager.all_steps(), reverse=True)):
             try:
                 tree = _open(step, like, shardings)
-            except Exception as error:  # Orbax and what is below it raise all kinds.
-                failed[step] = " ".join(errors.printable(str(error)).split())[:200]
+            except _Damaged as error:
+                failed[step] = error
                 continue
             # Moved only now that another is found to be good: where none is, nothing is touched.
             cluster.together(lambda: [_set_aside(step) for step in failed] and None)
             for bad, reason in failed.items():
-                say(f"Checkpoint {bad} cannot be read ({reason}): set aside for that of {step}.")
+                say(f"Checkpoint {bad} is damaged ({reason}): set aside for that of {step}.")
             if failed:
                 manager.reload()
             return tree, step
@@ -119,7 +138,7 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             raise UserError(
                 f"No checkpoint under {directory} can be read ({failed[max(failed)]}). "
                 "Choose another --workdir, or move that directory away to start again."
-            )
+            ) from failed[max(failed)]
         return None
 
     def _open(step, like, shardings):
@@ -132,24 +151,42 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             for x, s in zip(jax.tree.leaves(data), where, strict=True)
         ]
         target = {str(i): x for i, x in enumerate([*target, number])}
-        # Not through the manager: its processes wait for one another, also for one that failed.
-        leaves, failure = {}, None
-        try:
-            leaves = ocp.StandardCheckpointHandler().restore(
-                directory / str(step) / "default", args=ocp.args.StandardRestore(target)
-            )
-        except Exception as error:
-            failure = error
-        if cluster.largest(np.int32(failure is not None)):
-            raise failure or ValueError("another process cannot read its part")
+        leaves = _read(directory / str(step) / "default", target)
         *leaves, expected = (leaves[str(i)] for i in range(len(target)))
         tree = jax.tree.unflatten(jax.tree.structure(data), leaves)
         if int(checksum(tree)) != int(expected):
-            raise ValueError("its checksum is wrong")
+            raise _Damaged("its checksum is wrong")
         return base.typed(tree)
 
+    def _read(folder, target):
+        # Not through the manager: its processes wait for one another, also for one that failed.
+        handler, arguments = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target)
+        for wait in (*WAITS, None):
+            leaves, failure = {}, None
+            try:
+                leaves = handler.restore(folder, args=arguments)
+            except Exception as error:
+                failure = _judged(error, folder)
+            # The worst that any process met decides for all of them.
+            worst = int(cluster.largest(np.int32(_severity(failure))))
+            if worst == _REFUSED and wait is not None:
+                time.sleep(wait)
+                continue
+            if worst:
+                if worst == _severity(failure) == _REFUSED:
+                    raise _refusal(folder, failure) from failure
+                if worst == _severity(failure):
+                    raise failure
+                if worst == _DAMAGED:
+                    raise _Damaged("another process cannot read its part")
+                raise cluster.Elsewhere("Another process cannot read its part, and says why.")
+            return leaves
+
     def _set_aside(step):
-        (directory / str(step)).rename(directory / f"damaged-{step}")
+        name = f"damaged-{step}"  # Of a step that was damaged before, damaged-3-2 and so on.
+        others = (directory / f"{name}-{i}" for i in itertools.count(2))
+        free = (path for path in itertools.chain([directory / name], others) if not path.exists())
+        (directory / str(step)).rename(next(free))
 
     @functools.cache
     def close():
@@ -190,8 +227,7 @@ def _writing(directory):
     except (OSError, RuntimeError, ValueError) as error:
         # The error holds on to half-done writes, which would complain when the program ends.
         error.__traceback__ = None
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(code[1]) if code else getattr(error, "errno", None)
+        number = _number(error)
         if number == errno.ENOENT or not directory.is_dir():
             raise UserError(
                 f"{directory} is gone: it was removed, or its file system unmounted, while the run "
@@ -204,6 +240,41 @@ def _writing(directory):
             f"No checkpoint could be written under {directory} ({reason}). Those before it are "
             f"kept: mend the cause, then {errors.AGAIN}."
         ) from error
+
+
+def _number(error: Exception) -> int | None:
+    """The errno of an error of the system, also of one that TensorStore reports in words."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else getattr(error, "errno", None)
+
+
+def _judged(error: Exception, folder: Path) -> Exception:
+    """What a failed read of a checkpoint means: `_Damaged`, an OSError, or, of what is neither
+    (no memory, a bug), the error itself."""
+    number, judged = _number(error), error
+    if number is not None:  # OSError makes the subclass that fits, such as FileNotFoundError.
+        judged = OSError(number, os.strerror(number), str(folder))
+    if isinstance(judged, (*_MISSING, *_FORMAT)):
+        judged = _Damaged(" ".join(errors.printable(str(error)).split())[:200])
+    judged.__cause__ = None if judged is error else error
+    return judged
+
+
+def _refusal(folder: Path, error: OSError) -> UserError:
+    reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+    remedy = errors.REMEDIES.get(error.errno or 0, f"Mend the cause, then {errors.AGAIN}.")
+    return UserError(
+        f"{folder} could not be read in {len(WAITS) + 1} attempts ({errors.printable(reason)}); it "
+        f"is left as it is. {remedy}"
+    )
+
+
+def _severity(failure: Exception | None) -> int:
+    if failure is None:
+        return _FINE
+    if isinstance(failure, _Damaged):
+        return _DAMAGED
+    return _REFUSED if isinstance(failure, OSError) else _FAILED
 
 
 def _leaves(tree):

@@ -52,7 +52,13 @@ def _named(function: Callable, key: str, task: str) -> Callable:
         _check(out, key, task)
         return out
 
+    call.own = function
     return call
+
+
+def own(function: Callable) -> Callable:
+    """The task's own function behind one of a `named` family."""
+    return getattr(function, "own", function)
 
 
 def _check(out: Any, key: str, task: str) -> None:

@@ -4,6 +4,7 @@ A problem is a way to learn from a fixed data set: an activation, a factor on th
 and the part of the training split it may see.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -116,8 +117,9 @@ def pixels(inputs: jax.Array) -> jax.Array:
 
 
 def loader(dataset: str) -> Callable[[], datasets.Dataset]:
-    """Makes `data`: the data set with its arrays on the default device."""
-    return lambda: jax.tree.map(jnp.asarray, datasets.load(dataset))
+    """Makes `data`: the arrays of the data set. A partial, by which families on the same data set
+    are known (`training.experiment.Experiment.reads`)."""
+    return functools.partial(datasets.load, dataset)
 
 
 def activation(names: Sequence[str]) -> Callable[[jax.Array, jax.Array], jax.Array]:

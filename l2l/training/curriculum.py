@@ -13,6 +13,7 @@ import numpy as np
 
 from l2l.console.errors import UserError
 from l2l.core import base, unroll
+from l2l.estimators.objective import Objective
 
 
 class Imitation(NamedTuple):
@@ -120,8 +121,7 @@ def stages(
     last = len(horizons) - 1
 
     def begin(theta):
-        # Copies: the training state is updated in place.
-        theta = jax.tree.map(lambda x: np.array(x), theta)
+        theta = jax.tree.map(np.asarray, theta)
         return Memory(np.int32(0), np.float32(np.inf), theta, np.int32(0))
 
     def stage(memory, step):
@@ -155,10 +155,19 @@ def stages(
 
 
 def validation(
-    family: base.TaskFamily, optimizer: base.LearnedOptimizer, num_problems: int, num_steps: int
+    family: base.TaskFamily,
+    optimizer: base.LearnedOptimizer,
+    num_problems: int,
+    num_steps: int,
+    form: str = "log",
 ) -> Callable[[Any, jax.Array, Any], jax.Array]:
-    """Makes (theta, key, data) -> the mean log loss on validation batches in the last tenth of
-    `num_problems` runs of `num_steps` steps: a scalar, compiled once a horizon."""
+    """Makes (theta, key, data) -> the mean loss on validation batches in the last tenth of
+    `num_problems` runs of `num_steps` steps: a scalar, compiled once a horizon.
+
+    form: of the meta-loss (`Objective`). Under "log" it is the mean logarithm of the losses, which
+      then must not be negative; under the others, which losses of any sign are for, the plain mean.
+    """
+    objective = Objective(form="log" if form == "log" else "plain", cap=float("inf"))
     tail = max(num_steps // 10, 1)
 
     def one(theta, key, data):
@@ -174,7 +183,7 @@ def validation(
             return state, family.loss(state.params, state.problem, batch)
 
         losses = jax.lax.scan(step, state, None, tail)[1]
-        return jnp.mean(jnp.log(losses + 1e-7))
+        return objective.value(losses, jnp.ones(tail))
 
     @jax.jit
     def run(theta, key, data):

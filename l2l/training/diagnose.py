@@ -3,22 +3,25 @@
 Nothing here runs while all is well. A training loop keeps the state from before a call of the
 compiled steps (with its stage); when metrics["finite"] shows a False it calls
 
-    explain(meta, inners, before, data, group, order=…, objective=…, reads=…)
+    explain = explainer(meta, inners, order=…, objective=…, reads=…)  # Once a run.
+    explain(before, data, group)
 
 which runs the same meta-steps again, one at a time on one device, and the failing window step by
-step on the host. That compiles a meta-step once more: enough for the first failure of a run.
+step on the host. What that compiles is kept for the next failure.
 """
 
+import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from l2l.core import base
 from l2l.core.unroll import VALIDATION, Inner, batch_at, renew
-from l2l.estimators.objective import FLOOR, Objective
+from l2l.estimators.objective import Objective
 from l2l.optimizers import coordinates
 from l2l.training.meta_step import Meta, meta_step
 
@@ -32,60 +35,70 @@ _NO_SLOPE = (
 )
 
 
-def explain(
+def explainer(
     meta: Meta,
     inners: Sequence[Inner],
-    state: base.MetaState,
-    data,
-    steps: int,
     *,
     order: str = "first",
     objective: Objective | None = None,
     reads: Sequence[int] | None = None,
-) -> str:
-    """One sentence on the first non-finite meta-gradient of the `steps` meta-steps after `state`.
+) -> Callable[[base.MetaState, base.PyTree, int], str]:
+    """Makes (state, data, steps) -> one sentence on the first problem that was left out in the
+    `steps` meta-steps after `state`, since its meta-loss or meta-gradient is not finite.
 
     Args:
       inners: one for each estimator of a mixture, or one alone.
-      state: from before those steps.
       order, objective: see `locate`.
       reads: where the estimator is a mixture, the mixture's own; None where it is not.
     """
-    # On one device: the states of a run may be spread over several.
-    state, data = jax.device_put((state, data), jax.local_devices()[0])
-    found = replay(meta, state, data, steps)
-    if found is None:
+    step = jax.jit(lambda state, data: meta_step(meta, state, data))
+    begin = [
+        jax.jit(lambda run, theta, stage, inner=inner: renew(inner, run, theta, stage))
+        for inner in inners
+    ]
+
+    @functools.cache
+    def search(component):
+        return locator(inners[component], order=order, objective=objective)
+
+    def explain(state, data, steps):
+        # On one device: the states of a run may be spread over several.
+        device = min(state.step.devices(), key=lambda device: device.id)
+        with jax.default_device(device):
+            return on_one(*jax.device_put((state, data), device), steps)
+
+    def on_one(state, data, steps):
+        found = _replay(step, state, data, steps)
+        if found is None:
+            return (
+                f"Run again on one device, the {steps} meta-steps after {int(state.step)} have "
+                "finite meta-gradients: the numbers are at the edge of overflow, or the device is "
+                "at fault."
+            )
+        before, row = found
+        component, problem = divmod(row, meta.num_problems)
+        own, part = data, before.estimator
+        if reads is not None:
+            own, part = data[reads[component]], before.estimator[component]
+        sentence = None
+        for run in _runs(part, problem):
+            # Evolution strategies have two runs, seen here through the theta between them.
+            run = begin[component](run, before.theta, before.stage)
+            sentence = sentence or search(component)(before.theta, run, own)
         return (
-            f"Run again on one device, the {steps} meta-steps after {int(state.step)} have finite "
-            "meta-gradients: the numbers are at the edge of overflow, or the device is at fault."
+            f"Meta-step {int(before.step) + 1}, problem {problem} "
+            f"({inners[component].family.name}): {sentence or _NOWHERE}"
         )
-    before, row = found
-    component, problem = divmod(row, meta.num_problems)
-    inner, own, part = inners[component], data, before.estimator
-    if reads is not None:
-        own, part = data[reads[component]], before.estimator[component]
-    begin = jax.jit(lambda run: renew(inner, run, before.theta, before.stage))
-    sentence = None
-    for run in _runs(part, problem):
-        # Evolution strategies have two runs, seen here through the theta between them.
-        sentence = sentence or locate(
-            inner, before.theta, begin(run), own, order=order, objective=objective
-        )
-    return (
-        f"Meta-step {int(before.step) + 1}, problem {problem} ({inner.family.name}): "
-        f"{sentence or _NOWHERE}"
-    )
+
+    return explain
 
 
-def replay(
-    meta: Meta, state: base.MetaState, data, steps: int
-) -> tuple[base.MetaState, int] | None:
-    """Runs `steps` meta-steps from `state` (layout of checkpoints) one by one: the state before the
-    first with a meta-gradient that is not finite, and that gradient's row; None if there is none.
+def _replay(step, state, data, steps: int) -> tuple[base.MetaState, int] | None:
+    """Takes `steps` meta-steps from `state` (layout of checkpoints) one by one: the state before
+    the first in which a problem was left out, and the row of that; None if there is none.
 
     Row i of an estimator is problem i; row j · num_problems + i of a mixture is its estimator j's.
     """
-    step = jax.jit(lambda state, data: meta_step(meta, state, data))
     for _ in range(steps):
         following, metrics = step(state, data)
         fine = np.asarray(metrics["finite"])
@@ -95,17 +108,12 @@ def replay(
     return None
 
 
-def locate(
-    inner: Inner,
-    theta,
-    run: base.InnerState,
-    data,
-    *,
-    order: str = "first",
-    objective: Objective | None = None,
-) -> str | None:
-    """Where the first number that is not finite appears in the window that begins at `run`: one
-    sentence, or None.
+def locator(
+    inner: Inner, *, order: str = "first", objective: Objective | None = None
+) -> Callable[[base.PyTree, base.InnerState, base.PyTree], str | None]:
+    """Makes (theta, run, data) -> where the first number that is not finite appears in the window
+    that begins at `run`: one sentence, or None. `run` is renewed already (`unroll.renew`), as a
+    window begins.
 
     The forward pass first, step by step: parameters, batch, loss, gradient, features by name,
     update, held-out loss. If it is finite, the derivatives a meta-gradient takes: with order
@@ -113,38 +121,43 @@ def locate(
     second step on (the first sees nothing that depends on theta); then of the updates by theta.
 
     Args:
-      run: renewed already (`unroll.renew`), as a window begins.
       order: of the estimator, "first" or "exact".
       objective: of the estimator: whether it reads validation batches, and logarithms of losses.
         Without it the former are checked and the latter are not.
     """
-    for name, tree in (("the optimizer's weight", theta), ("the problem's", run.problem)):
-        if tensor := _first_bad(tree):
-            return f"before the window {name} {tensor} is not finite."
     passes = [_values, _slopes_by_gradient, _slopes_by_theta]
     if order != "exact":
         passes.remove(_slopes_by_gradient)
     unseen = objective is not None and not objective.reads_validation
     step = jax.jit(lambda theta, run, data: _values(inner, theta, run, data)[0])
-    for look in passes:
-        watch = jax.jit(lambda theta, run, data, look=look: look(inner, theta, run, data)[1])
-        state = run
-        for k in range(inner.length):
-            seen = watch(theta, state, data)
-            if look is not _slopes_by_gradient or k:
-                for quantity, tree in seen.items():
-                    if "validation" in quantity and unseen:
-                        continue
-                    if sentence := _fault(quantity, tree, objective):
-                        late = "validation" in quantity or "updated" in quantity
-                        when = "after" if late else "at"
-                        return f"{when} inner step {int(state.step)} {sentence}."
-            state = step(theta, state, data)
-        if look is _values and (
-            sentence := _fault(_LOSS, _last_loss(inner, state, data), objective)
-        ):
-            return f"after inner step {int(state.step) - 1} {sentence}."
-    return None
+    last_loss = jax.jit(lambda run, data: _last_loss(inner, run, data))
+    watches = {
+        look: jax.jit(lambda theta, run, data, look=look: look(inner, theta, run, data)[1])
+        for look in passes
+    }
+
+    def locate(theta, run, data):
+        for name, tree in (("the optimizer's weight", theta), ("the problem's", run.problem)):
+            if tensor := _first_bad(tree):
+                return f"before the window {name} {tensor} is not finite."
+        for look, watch in watches.items():
+            state = run
+            for k in range(inner.length):
+                seen = watch(theta, state, data)
+                if look is not _slopes_by_gradient or k:
+                    for quantity, tree in seen.items():
+                        if "validation" in quantity and unseen:
+                            continue
+                        if sentence := _fault(quantity, tree, objective):
+                            late = "validation" in quantity or "updated" in quantity
+                            when = "after" if late else "at"
+                            return f"{when} inner step {int(state.step)} {sentence}."
+                state = step(theta, state, data)
+            if look is _values and (sentence := _fault(_LOSS, last_loss(state, data), objective)):
+                return f"after inner step {int(state.step) - 1} {sentence}."
+        return None
+
+    return locate
 
 
 _LOSS, _HELD_OUT = "the training loss", "the validation loss"
@@ -161,7 +174,7 @@ def _values(inner, theta, run, data):
     for name, row in _features(inner, theta, run, gradient).items():
         seen[f"feature {name} of"] = row
     updates, opt_state = _update(inner, theta, run, gradient)
-    params = jax.tree.map(jnp.add, run.params, updates)
+    params = optax.apply_updates(run.params, updates)
     after = run._replace(params=params, opt_state=opt_state, step=run.step + 1)
     seen["the update of"] = updates
     seen["the optimizer's state"] = opt_state
@@ -179,8 +192,10 @@ def _last_loss(inner, run, data):
 
 
 def _slopes_by_gradient(inner, theta, run, data):
-    """Derivatives that order "exact" takes. Features are coordinate-wise: one direction of ones
-    shows the derivative of every coordinate by its own gradient."""
+    """Derivatives that order "exact" takes, along one direction of ones: for a feature that is
+    coordinate-wise the derivative of every coordinate by its own gradient, for those that are made
+    from a whole matrix or tensor the sum over the gradients they see. Whatever is not finite shows
+    in either."""
     batch = batch_at(inner.family, run, data)
 
     def gradient_at(params):
@@ -267,10 +282,10 @@ def _fault(quantity, tree, objective):
     if tensor is not None:
         remedy = _NO_SLOPE if "by the gradient" in quantity else ""
         return f"{quantity} {tensor} is not finite{remedy}".replace("  ", " ")
-    if objective is None or objective.form != "log" or quantity not in (_LOSS, _HELD_OUT):
+    if objective is None or quantity not in (_LOSS, _HELD_OUT):
         return None
     read = objective.reads_validation if quantity == _HELD_OUT else objective.reads_train
-    if read and float(tree) + FLOOR <= 0:
+    if read and float(tree) < objective.least(tree.dtype):
         return (
             f"{quantity} is {float(tree):g}, which has no logarithm: choose objective.form 'plain' "
             "or 'last', or add a constant to the task's loss"

@@ -5,12 +5,15 @@ name stands for in the kind's registry (`tasks.registry`, `optimizers.registry`,
 `estimators.registry`, and the dicts here).
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import optax
 
 from l2l.console import schema as checks
@@ -20,8 +23,9 @@ from l2l.core.unroll import Inner
 from l2l.estimators import first_order, mixture, objective
 from l2l.estimators.registry import ESTIMATORS
 from l2l.optimizers.registry import OPTIMIZERS, optimizer
+from l2l.tasks import called
 from l2l.tasks import registry as tasks
-from l2l.tasks.registry import setting_of, task
+from l2l.tasks.registry import task
 from l2l.training import curriculum
 from l2l.training.meta_step import Meta
 
@@ -57,7 +61,8 @@ class Running(NamedTuple):
     num_problems: inner problems, split over the devices.
     group:        meta-steps a call of the compiled program (and between signs of life).
     clip:         the largest norm of one problem's meta-gradient.
-    max_bad:      training stops after so many non-finite meta-gradients in a row.
+    max_bad:      training stops after so many meta-steps in a row in which a family has no finite
+                  meta-gradient.
     blend:        the theta at the end is that of the beginning plus so much of the way to the
                   trained one: between them lie optimizers that keep what the first does well on
                   other tasks (as in WiSE-FT; Wortsman et al. 2022).
@@ -103,7 +108,9 @@ class Experiment(NamedTuple):
     config:        plain data, as config.json holds it.
     specification: the part of it that rebuilds the optimizer.
     families:      what is trained on: one, or several that make a mixture.
+    weights:       of the families in a mixture.
     reads:         for each family, which entry of `data()` is its own.
+    objective:     the meta-loss, of all families.
     start:         an export or released name whose theta training begins with; "" for a fresh one.
     judged:        what the optimizer is compared with Adam on: (name, family) pairs.
     """
@@ -112,7 +119,9 @@ class Experiment(NamedTuple):
     specification: dict
     seed: int
     families: tuple[base.TaskFamily, ...]
+    weights: tuple[float, ...]
     reads: tuple[int, ...]
+    objective: objective.Objective
     start: str
     judged: tuple[tuple[str, base.TaskFamily], ...]
     optimizer: base.LearnedOptimizer
@@ -124,11 +133,13 @@ class Experiment(NamedTuple):
     saving: Saving
 
     def data(self):
-        """What the estimator reads: a family's data, or for a mixture a tuple of them."""
-        loaded = tuple(
-            self.families[self.reads.index(i)].data() for i in range(max(self.reads) + 1)
-        )
-        return loaded[0] if len(self.families) == 1 else loaded
+        """What the estimator reads: a family's data, or for a mixture a tuple of them, in which
+        those that are equal are one object."""
+        loaded = []
+        for i in range(max(self.reads) + 1):
+            new = self.families[self.reads.index(i)].data()
+            loaded.append(next((old for old in loaded if _equal(old, new)), new))
+        return loaded[0] if len(self.families) == 1 else tuple(loaded)
 
     def data_of(self, data, index: int):
         """The part of `data()` that belongs to a family."""
@@ -179,11 +190,15 @@ def experiment(config: Mapping) -> Experiment:
     learned = optimizer(specification)
     imitation = checks.fill("imitation", curriculum.Imitation, whole["imitation"])
     evaluation = checks.fill("evaluation", Evaluation, whole["evaluation"])
-    families, weights, sources = _mixture(whole)
-    estimators, inners = zip(
-        *(_estimator(whole, family, learned, imitation) for family in families), strict=True
+    families, weights = _mixture(whole)
+    losses = objective.objective(
+        **checks.check("objective", objective.objective, whole["objective"])
     )
-    reads = tuple(list(dict.fromkeys(sources)).index(source) for source in sources)
+    estimators, inners = zip(
+        *(_estimator(whole, family, learned, losses, imitation) for family in families),
+        strict=True,
+    )
+    reads = _reads(families)
     single = len(families) == 1
     horizons = whole["horizon"]
     return Experiment(
@@ -191,7 +206,9 @@ def experiment(config: Mapping) -> Experiment:
         specification=specification,
         seed=checks.fits("config", "seed", whole["seed"], int),
         families=families,
+        weights=weights,
         reads=reads,
+        objective=losses,
         start=checks.fits("config", "start", whole["start"], str),
         judged=_judged(whole, evaluation.tasks),
         optimizer=learned,
@@ -213,12 +230,12 @@ def experiment(config: Mapping) -> Experiment:
 
 
 def _mixture(config):
-    """(families, weights, what each reads) of section `task`: one family, or a tuple of them."""
+    """(families, weights) of section `task`: one family, or a tuple of them."""
     sections = config["task"]
     sections = (sections,) if isinstance(sections, Mapping) else sections
     if not sections:
         raise UserError("task=() leaves nothing to train on: name at least one family.")
-    families, weights, sources = [], [], []
+    families, weights = [], []
     for section in sections:
         section = dict(section)
         weights.append(checks.fits("task", "weight", section.pop("weight", 1.0), float))
@@ -226,8 +243,40 @@ def _mixture(config):
         families.append(
             task(section, (*checks.several(own), *checks.several(config["augmentations"])))
         )
-        sources.append(section.get("dataset", setting_of(section.get("name"), "dataset")))
-    return tuple(families), weights, sources
+    return tuple(families), tuple(weights)
+
+
+def _reads(families) -> tuple[int, ...]:
+    """For each family the place of its data among those that differ. Two families read the same
+    where their `data` is one function, or `functools.partial` of one with the same arguments;
+    what else two functions return is not known before it is loaded (`Experiment.data`)."""
+
+    def source(family):
+        data = called.own(family.data)
+        if isinstance(data, functools.partial):
+            return data.func, data.args, tuple(sorted(data.keywords.items()))
+        return data
+
+    different = []
+    for family in families:
+        if source(family) not in different:
+            different.append(source(family))
+    return tuple(different.index(source(family)) for family in families)
+
+
+def _equal(one, other) -> bool:
+    """Whether two pytrees of arrays are alike in structure, dtypes, shapes and numbers."""
+    (a, tree), (b, same_tree) = jax.tree.flatten(one), jax.tree.flatten(other)
+    return tree == same_tree and all(
+        x is y or (x.dtype == y.dtype and np.array_equal(x, y))
+        for x, y in zip(map(_array, a), map(_array, b), strict=True)
+    )
+
+
+def _array(x):
+    if not hasattr(x, "dtype"):
+        return np.asarray(x)
+    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
 def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
@@ -247,13 +296,10 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
     return tuple(out)
 
 
-def _estimator(config, family, learned, imitation) -> tuple[base.MetaGradient, Inner]:
+def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGradient, Inner]:
     settings = {"length": LENGTH, **config["inner"]}
     hidden = ("family", "optimizer")  # The program's, not the user's.
     inner = Inner(family, learned, **checks.check("inner", Inner, settings, hidden))
-    losses = objective.objective(
-        **checks.check("objective", objective.objective, config["objective"])
-    )
     section = config["estimator"]
     factory, _ = checks.factory_of("estimator", ESTIMATORS, section)
     if learned.rule is None and factory is first_order.first_order:

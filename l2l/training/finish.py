@@ -1,6 +1,8 @@
 """What a run comes to: the comparison with tuned Adam on the way and at the end, and its files."""
 
+import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,13 +28,14 @@ def comparison(
     experiment: build.Experiment, directory, key: jax.Array, say: Callable[[str], None]
 ) -> Callable:
     """Makes (theta) -> (numbers for the log, a phrase), at the shortest horizon of section
-    `evaluation` and on the first of its tasks. Adam is tuned at the first call."""
+    `evaluation` and on the first of its tasks. At the first call its data are read and Adam is
+    tuned."""
     settings = experiment.evaluation
     horizon, (name, family) = min(settings.horizons), experiment.judged[0]
-    own = family.data()
-    made = []
 
+    @functools.cache
     def make():
+        own = jax.device_put(family.data())
         say(f"Tuning Adam on {name}, {horizon} steps, to compare with.")
         tuned = tuning.tune(
             *(key, "adam", family, own, settings.num_problems, (horizon,)),
@@ -42,17 +45,19 @@ def comparison(
         run = evaluate.compile_evaluation(
             experiment.optimizer, family, settings.num_problems, horizon
         )
-        return run, float(np.mean(tuned.by_train_loss[horizon].train_loss))
+        return run, own, float(np.mean(tuned.by_train_loss[horizon].train_loss))
 
     def compare(theta):
-        if not made:
-            made.extend(make())
-        run, adam = made
+        run, own, adam = make()
         curves = run(theta, key, own)
-        ratio = float(np.mean(curves.train_loss[:, -1])) / adam
+        loss = float(np.mean(evaluate.or_infinite(curves.train_loss[:, -1])))
+        ratio = evaluate.ratio(loss, adam)
         numbers = {"comparison/loss_ratio": ratio, "comparison/adam_loss": adam}
+        numbers["comparison/loss"] = loss
         if family.accuracy is not None:
             numbers["comparison/test_accuracy"] = float(np.mean(curves.test_accuracy[:, -1]))
+        if math.isnan(ratio):
+            return numbers, f"loss {loss:.3g}, tuned Adam's {adam:.3g} at {horizon}"
         return numbers, f"{ratio:.3g} × tuned Adam's loss at {horizon}"
 
     return compare
@@ -67,7 +72,8 @@ def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> s
     path = exports.export(
         directory / exports.EXPORT, experiment.specification, theta, about(experiment, snapshot)
     )
-    cells = [scorecard.Cell(name, family, family.data()) for name, family in experiment.judged]
+    # One after another, so that only one's data are in memory.
+    cells = (scorecard.Cell(name, family, family.data()) for name, family in experiment.judged)
     score = scorecard.score(
         key,
         [scorecard.Entry(experiment.specification["name"], experiment.optimizer, theta)],
@@ -107,17 +113,20 @@ def about(experiment: build.Experiment, snapshot) -> dict:
     """Where an optimizer comes from, as plain data: what exports and results say of it."""
     running, inner = experiment.running, experiment.config.get("inner", {})
     windows = running.steps * running.num_problems * len(experiment.families)
+    # Evolution strategies train every problem twice, by either sign of the noise.
+    runs = 2 if experiment.config.get("estimator", {}).get("name") == "pes" else 1
     before = earlier(experiment)[1] if experiment.start else {}
     return {
         "config": experiment.config,
         "seed": experiment.seed,
         "meta_steps": running.steps,
         "skipped": int(snapshot.state.skipped),
+        "dropped": int(snapshot.state.dropped),
         "training": {
             "seconds": round(float(snapshot.seconds), 1),
             "devices": jax.device_count(),
             "platform": jax.devices()[0].device_kind,
-            "inner_steps": windows * inner.get("length", build.LENGTH),
+            "inner_steps": runs * windows * inner.get("length", build.LENGTH),
             "data": [family.name for family in experiment.families],
         },
         # Of the optimizer that this one went on from, and of those before it.

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from l2l.cluster import collectives as cluster
+from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.storage import checkpoint, files
 from l2l.training import ahead_of_time as preflight
@@ -60,12 +61,14 @@ def run(
 
     Returns:
       0 when training is done and evaluated; 130 or 143 after SIGINT or SIGTERM, everything saved;
-      3 when meta-gradients were not finite `meta.max_bad` times in a row.
+      3 when for `meta.max_bad` meta-steps in a row, or in all of a shorter run, some family had no
+        meta-gradient that was finite.
 
     Raises:
       UserError: the directory holds another configuration, or a second run is at work in it, or
         the devices do not divide the problems; or the processes do not see the same files; or
-        the directory cannot be written.
+        the directory cannot be written; or a task has a loss of which objective.form="log" cannot
+        take the logarithm, and then nothing is exported.
     """
     directory = files.local(directory)
     devices = meta.devices_for(experiment.running.num_problems, devices)
@@ -107,7 +110,7 @@ def _run(experiment, directory, devices, signals) -> int:
                 map(np.ascontiguousarray, jax.tree.leaves(data)),
                 "The processes read different data: give them the same files.",
             )
-            data = cluster.place(data, layout.same)
+            data = _placed(data, layout.same)
             code, snapshot = _train(
                 experiment, directory, layout, key, data, snapshot, saver, out, signals
             )
@@ -139,11 +142,8 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
     gather = jax.jit(meta.gather, out_shardings=where)
     steps = meta.compile_steps(experiment.meta, running.group, layout.devices)
     compare = outcome.comparison(experiment, directory, jax.random.fold_in(key, COMPARE), out.say)
-    validate = functools.lru_cache(
-        lambda horizon: curriculum.validation(
-            experiment.families[0], experiment.optimizer, plan.num_problems, horizon
-        )
-    )
+    validate = _validation(experiment, key, data, layout)
+    explain = _explanation(experiment, data, layout, gather)
     step, seconds, compared = int(state.step), float(seconds), "not yet compared with Adam"
     saved = step
 
@@ -171,17 +171,20 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
         metrics = jax.device_get(metrics)
         row = _summary(metrics, state, stage, seconds)
         out.log(step, row)
-        _report(metrics, lambda: gather(before), state, step, experiment, data, layout, out.say)
-        if int(state.bad) >= running.max_bad:
+        _refuse(metrics, experiment, step)
+        for sentence in _left_out(metrics, state, step):
+            out.say(sentence)
+        if sentence := explain(metrics, before, state):
+            out.say(sentence)
+        if int(state.bad) >= min(running.max_bad, running.steps):
             return NOT_FINITE, Snapshot(state, memory, seconds)
         if passed(plan.every):
             theta = jax.device_get(state.theta)
-            judge, unseen = validate(plan.test(memory)), jax.random.fold_in(key, VALIDATE)
-            own = cluster.whole(experiment.data_of(data, 0), layout.same)
-            # One process's word: hosts of other hardware may differ in the last bit.
-            loss = cluster.together(lambda: float(judge(theta, unseen, own)))
+            loss, numbers = validate(plan.test(memory), theta)
             memory, theta, sentence = plan.judge(memory, theta, loss)
-            out.log(step, {"validation": loss})
+            out.log(step, numbers)
+            if not math.isfinite(loss):
+                out.say(f"The validation loss is {loss}, which counts as no improvement.")
             if sentence:
                 out.say(sentence)
                 state = state._replace(theta=cluster.place(theta, layout.same))
@@ -202,12 +205,20 @@ def _train(experiment, directory, layout, key, data, snapshot, saver, out, signa
 def _ending(code, experiment, snapshot) -> str:
     step, spent = int(snapshot.state.step), clock(snapshot.seconds)
     if code == DONE:
-        return f"Meta-training took {spent}; {int(snapshot.state.skipped)} meta-steps were skipped."
-    if code == NOT_FINITE:
+        state, running = snapshot.state, experiment.running
+        total = step * running.num_problems * len(experiment.families)
         return (
-            f"Stopped at meta-step {step}: the last {int(snapshot.state.bad)} meta-gradients were "
-            f"not finite (meta.max_bad={experiment.running.max_bad}). The last good checkpoint is "
-            "kept. Try a lower meta learning rate, shorter horizons or a smaller meta.clip."
+            f"Meta-training took {spent}; {int(state.skipped)} meta-steps were skipped, and "
+            f"{int(state.dropped)} of {total} meta-gradients left out as not finite."
+        )
+    if code == NOT_FINITE:
+        several = len(experiment.families) > 1
+        return (
+            f"Stopped at meta-step {step}: the last {int(snapshot.state.bad)} meta-gradients "
+            f"{'of some family ' * several}were not finite (meta.max_bad="
+            f"{experiment.running.max_bad}). The last good checkpoint is kept. If the task's own "
+            "loss is not finite, mend that; else try a lower meta learning rate, shorter horizons "
+            "or a smaller meta.clip."
         )
     name = signal.Signals(code - 128).name
     return f"{name}: saved meta-step {step}. The same command goes on from there."
@@ -278,12 +289,15 @@ def _summary(metrics, state, stage, seconds) -> dict:
     """One row of the log: means over the group and the problems, finite ones where some are not."""
 
     def mean(x):
+        x = base.single(x)
         x = x[np.isfinite(x)] if x.dtype.kind == "f" else x
         return float(x.mean()) if x.size else math.nan
 
-    row = {name: mean(x) for name, x in metrics.items() if name != "finite"}
+    hidden = ("finite", "lowest")
+    row = {name: mean(x) for name, x in metrics.items() if name.partition("/")[0] not in hidden}
     row |= {"stage/" + name: float(x) for name, x in stage._asdict().items()}
-    return row | {"skipped": int(state.skipped), "bad": int(state.bad), "seconds": seconds}
+    counts = {name: int(getattr(state, name)) for name in ("skipped", "bad", "dropped")}
+    return row | counts | {"seconds": seconds}
 
 
 def _opening(experiment, directory, devices, like, start) -> str:
@@ -297,30 +311,118 @@ def _opening(experiment, directory, devices, like, start) -> str:
     )
 
 
-def _report(metrics, before, state, step, experiment, data, layout, say) -> None:
-    """Says which meta-steps were skipped and, of the first of a row, where it began. `before`
-    gives the state before the group, in the layout of checkpoints."""
-    fine = metrics["finite"]  # [group, num_problems]
-    skipped = np.flatnonzero(~fine.all(1))
-    for i in skipped[:3]:
-        problems = ", ".join(map(str, np.flatnonzero(~fine[i])[:8]))
-        say(
-            f"Meta-step {step - len(fine) + i + 1} skipped: the meta-gradient of problem "
-            f"{problems} is not finite ({int(state.skipped)} skipped so far)."
+def _placed(data, same):
+    """`cluster.place` of data in which some arrays may stand several times: each is placed once."""
+    leaves, tree = jax.tree.flatten(data)
+    different = {id(leaf): leaf for leaf in leaves}
+    placed = dict(zip(different, cluster.place(list(different.values()), same), strict=True))
+    return jax.tree.unflatten(tree, [placed[id(leaf)] for leaf in leaves])
+
+
+def _validation(experiment, key, data, layout):
+    """Makes (horizon, theta) -> (the validation loss, numbers for the log): the mean over families
+    by the weights of the mixture, each on problems of its own. Compiled once a horizon."""
+    families, weights = experiment.families, np.asarray(experiment.weights)
+    several = len(families) > 1
+    key = jax.random.fold_in(key, VALIDATE)
+
+    @functools.cache
+    def judges(horizon):
+        settings = (experiment.curriculum.num_problems, horizon, experiment.objective.form)
+        return [curriculum.validation(f, experiment.optimizer, *settings) for f in families]
+
+    def validate(horizon, theta):
+        own = [
+            cluster.whole(experiment.data_of(data, j), layout.same) for j in range(len(families))
+        ]
+
+        def measure():
+            keys = [jax.random.fold_in(key, j) for j in range(len(families))] if several else [key]
+            losses = [float(f(theta, *x)) for f, *x in zip(judges(horizon), keys, own, strict=True)]
+            each = {f"validation/{j}": x for j, x in enumerate(losses)} if several else {}
+            loss = float(np.average(losses, weights=weights))
+            return loss, {"validation": loss, **each}
+
+        # One process's word: hosts of other hardware may differ in the last bit.
+        with jax.default_device(layout.devices[0].platform):
+            return cluster.together(measure)
+
+    return validate
+
+
+def _refuse(metrics, experiment, step) -> None:
+    """UserError where a loss is outside what the form of the meta-loss can take."""
+    for j, family in enumerate(experiment.families):
+        lowest = metrics["lowest" if len(experiment.families) == 1 else f"lowest/{j}"]
+        if not (lowest < experiment.objective.least(lowest.dtype)).any():
+            continue
+        sentence = (
+            f"The loss of task {family.name} has come down to {float(lowest.min()):.6g} by "
+            f'meta-step {step}, and objective.form="log" takes the logarithm of losses: set '
+            'objective.form to "plain" or "last", or give the task a loss that is positive, as by '
+            "adding a constant to it."
         )
-    if len(skipped) and int(state.bad) <= len(fine):
-        before, data = cluster.whole((before(), data), layout.same)  # All take part in that.
-        if not cluster.first():
-            return
+        raise UserError(sentence) if cluster.first() else cluster.Elsewhere(sentence)
+
+
+def _left_out(metrics, state, step) -> list[str]:
+    """Sentences on the meta-steps of a group in which problems were left out, or all of them."""
+    fine, losses = metrics["finite"], np.isfinite(metrics["meta_loss"])  # [group, problems]
+    first, total = step - len(fine) + 1, fine.shape[1]
+    sentences = []
+    for i in np.flatnonzero(~fine.any(1))[:3]:
+        cause = _cause(fine[i], losses[i])
+        sentences.append(
+            f"Meta-step {first + i} skipped: of all {total} problems the {cause} "
+            f"({int(state.skipped)} skipped so far)."
+        )
+    some = fine.any(1)
+    if missing := int((~fine[some]).sum()):
+        cause = _cause(fine[some], losses[some])
+        sentences.append(
+            f"Meta-steps {first} to {step}: {missing} of {fine[some].size} meta-gradients left "
+            f"out, as the {cause} ({int(state.dropped)} left out so far)."
+        )
+    return sentences
+
+
+def _cause(fine, losses) -> str:
+    """Whether what is not finite is the meta-losses already, or only their gradients."""
+    by_loss = int((~fine & ~losses).sum())
+    if not by_loss:
+        return "meta-gradient is not finite"
+    if by_loss == int((~fine).sum()):
+        return "losses are not finite"
+    return f"losses ({by_loss} times) or the meta-gradient are not finite"
+
+
+def _explanation(experiment, data, layout, gather):
+    """Makes (metrics, state before the group, state after it) -> a sentence on where a number that
+    is not finite began, or None: for the first such group of a run, and the first of each row in
+    which no problem was fine. All of them share their compiled programs."""
+    explained = False
+
+    @functools.cache
+    def explain():
         several = len(experiment.families) > 1
-        say(
-            diagnose.explain(
-                experiment.meta,
-                experiment.inners,
-                before,
-                data,
-                int(skipped[0]) + 1,
-                order=experiment.config.get("estimator", {}).get("order", "first"),
-                reads=experiment.reads if several else None,
-            )
+        return diagnose.explainer(
+            experiment.meta,
+            experiment.inners,
+            order=experiment.config.get("estimator", {}).get("order", "first"),
+            objective=experiment.objective,
+            reads=experiment.reads if several else None,
         )
+
+    def explanation(metrics, before, state):
+        nonlocal explained
+        fine = metrics["finite"]
+        left_out, skipped = np.flatnonzero(~fine.all(1)), np.flatnonzero(~fine.any(1))
+        new_row = len(skipped) and int(state.bad) <= len(fine)
+        if not len(left_out) or (explained and not new_row):
+            return None
+        explained = True
+        # All take part in that.
+        whole = cluster.whole((gather(before), data), layout.same)
+        return explain()(*whole, int(left_out[0]) + 1) if cluster.first() else None
+
+    return explanation

@@ -55,17 +55,16 @@ def meta_init(key: jax.Array, meta: Meta, stage: base.Stage) -> base.MetaState:
         problems = jax.random.fold_in(key, 1)
         keys = jax.vmap(lambda i: jax.random.fold_in(problems, i))(jnp.arange(meta.num_problems))
 
-        def zero():  # One buffer a leaf, even where two start equal: donation needs that.
-            return jnp.zeros((), jnp.int32)
-
+        zero = jnp.zeros((), jnp.int32)
         return base.MetaState(
-            step=zero(),
+            step=zero,
             theta=theta,
             opt_state=meta.meta_optimizer.init(theta),
             estimator=meta.estimator.init(keys, theta, stage),
             stage=stage,
-            bad=zero(),
-            skipped=zero(),
+            bad=zero,
+            skipped=zero,
+            dropped=zero,
         )
 
     return build(key, stage)
@@ -80,31 +79,43 @@ def first_theta(key: jax.Array, optimizer: base.LearnedOptimizer) -> base.PyTree
 def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x: x):
     """One update of theta: (state, metrics). `mean` averages over devices.
 
-    A meta-gradient with a non-finite number in it changes neither theta nor the meta-optimizer:
-    the step is counted in `bad` and `skipped`, and metrics["finite"] [problems] says whose it was.
+    A problem whose meta-loss or meta-gradient is not finite is left out: its gradient counts as
+    zero in the mean over problems, as if it were clipped to that, so that the others weigh neither
+    more nor less for it. metrics["finite"] [problems] says whose, and `dropped` counts them. A step
+    in which no problem is left changes neither theta nor the meta-optimizer, and is counted in
+    `skipped`. In `bad` are counted in a row the steps of which that is true for some family, which
+    theta then learns nothing from.
     """
     gradients, estimator, metrics = meta.estimator.estimate(
         state.theta, state.estimator, data, state.stage
     )
-    fine = jax.vmap(base.finite)(gradients)
+    fine = jax.vmap(base.finite)(gradients) & jnp.isfinite(metrics["meta_loss"])
     norms = jax.vmap(optax.tree.norm)(gradients)
     shrink = jnp.minimum(1.0, meta.clip / jnp.maximum(norms, 1e-30))
-    local = jax.tree.map(
-        lambda g: jnp.mean(g * shrink.reshape(-1, *[1] * (g.ndim - 1)), 0), gradients
-    )
-    gradient = mean(local)  # The only numbers, but for the metrics, that devices exchange.
+
+    def pull(g):
+        by_row = (-1, *[1] * (g.ndim - 1))
+        return jnp.mean(jnp.where(fine.reshape(by_row), g * shrink.reshape(by_row), 0), 0)
+
+    # A mixture has the rows of one family after those of another.
+    families = fine.reshape(-1, jax.tree.leaves(state.estimator)[0].shape[0])
+    shares = jnp.mean(families.astype(jnp.float32), 1)
+    # The only numbers, but for the metrics, that devices exchange.
+    gradient, shares = mean((jax.tree.map(pull, gradients), shares))
     updates, opt_state = meta.meta_optimizer.update(gradient, state.opt_state, state.theta)
     theta = optax.apply_updates(state.theta, updates)
-    good = base.finite(gradient) & base.finite(theta)
+    good = jnp.any(shares > 0) & base.finite(gradient) & base.finite(theta)
     keep = partial(jax.tree.map, partial(jnp.where, good))
-    one = jnp.where(good, 0, 1).astype(jnp.int32)
+    bad = ~(good & jnp.all(shares > 0))
+    missing = jnp.round(jnp.sum(1 - shares) * meta.num_problems).astype(jnp.int32)
     state = state._replace(
         step=state.step + 1,
         theta=keep(theta, state.theta),
         opt_state=keep(opt_state, state.opt_state),
         estimator=estimator,
-        bad=(state.bad + one) * one,
-        skipped=state.skipped + one,
+        bad=jnp.where(bad, state.bad + 1, 0),
+        skipped=state.skipped + ~good,
+        dropped=state.dropped + missing,
     )
     return state, dict(metrics, gradient_norm=norms, finite=fine)
 
@@ -126,9 +137,10 @@ def compile_steps(meta: Meta, group: int, devices: Sequence[jax.Device]) -> Call
         return unravel(jnp.mean(jax.lax.all_gather(flat, AXIS), 0))
 
     def steps(state, data):
-        state, metrics = jax.lax.scan(
-            lambda state, _: meta_step(meta, state, data, mean), base.typed(state), None, group
-        )
+        with jax.default_device(devices[0].platform):  # Which decides how arrays are laid out.
+            state, metrics = jax.lax.scan(
+                lambda state, _: meta_step(meta, state, data, mean), base.typed(state), None, group
+            )
         return base.raw(state), jax.lax.all_gather(metrics, AXIS, axis=1, tiled=True)
 
     return jax.pmap(
@@ -151,4 +163,5 @@ def gather(state: base.MetaState) -> base.MetaState:
 
 def split_of(same, problems) -> base.MetaState:
     """What holds of a `MetaState`'s parts: `problems` of the inner problems, `same` of the rest."""
-    return base.MetaState(same, same, same, problems, same, same, same)
+    parts = base.MetaState(*[same] * len(base.MetaState._fields))
+    return parts._replace(estimator=problems)

@@ -79,8 +79,8 @@ def _spread(own) -> dict:
     return {
         "seeds": len(own),
         "loss ratio": report.geometric_mean(ratios),
-        "lowest": min(ratios),
-        "highest": max(ratios),
+        "lowest": float(np.min(ratios)),  # NaN if any is, as of losses that are not positive.
+        "highest": float(np.max(ratios)),
         "points": float(np.mean(points)),
         "±": float(np.std(points, ddof=1)) if len(points) > 1 else float("nan"),
         "diverged": sum(row["diverged"] for _, row in own),

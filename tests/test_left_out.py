@@ -1,0 +1,233 @@
+"""What is not finite is left out, counted and said; what no meta-loss can take stops the run."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.core.unroll import Inner
+from l2l.estimators import autodiff
+from l2l.estimators.mixture import mixture
+from l2l.estimators.objective import Objective
+from l2l.storage import exports
+from l2l.training import diagnose
+from l2l.training import experiment as build
+from l2l.training import finish as outcome
+from l2l.training import loop as train
+from l2l.training import meta_step as meta
+
+STAGE = base.Stage(jnp.float32(4), jnp.float32(8), jnp.float32(0))
+THETA = base.lift(lambda key: jnp.zeros(2), optax.sgd)
+
+
+def constant(gradients, losses):
+    """An estimator whose problem i has gradient i of `gradients` [n, 2] and meta-loss i."""
+
+    def estimate(theta, state, data, stage):
+        rows = {"meta_loss": jnp.asarray(losses)[state], "loss": jnp.zeros(len(state))}
+        return jnp.asarray(gradients)[state], state, rows | {"lowest": rows["loss"]}
+
+    def init(keys, theta, stage):
+        # The problem's number, from its key: `meta_init` folds the problem's number into one key.
+        own = jax.random.fold_in(jax.random.key(5), 1)
+        known = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(own, i)))(jnp.arange(4))
+        same = jnp.all(known[None] == jax.random.key_data(keys)[:, None], -1)
+        return jnp.argmax(same, 1)
+
+    return base.MetaGradient(init, estimate)
+
+
+def steps_of(estimator, devices, group=1, clip=10.0):
+    """(the state after `group` meta-steps by SGD at rate 1 from theta = 0, metrics)."""
+    made = meta.Meta(estimator, THETA, optax.sgd(1.0), num_problems=4, clip=clip)
+    state = meta.spread(meta.meta_init(jax.random.key(5), made, STAGE), devices)
+    return meta.compile_steps(made, group, jax.devices()[:devices])(state, ())
+
+
+GRADIENTS = np.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [30.0, 40.0]], np.float32)
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_a_problem_that_is_not_finite_counts_as_zero(devices, where):
+    gradients, losses = GRADIENTS.copy(), np.zeros(4, np.float32)
+    if where == "gradient":
+        gradients[1, 1] = INF
+    else:
+        losses[1] = NAN
+    state, metrics = steps_of(constant(gradients, losses), devices)
+    # The last is clipped from length 50 to 10: (6, 8). The mean is over four, one of which is 0.
+    expected = -np.sum([[1.0, 2.0], [0.5, 0.5], [6.0, 8.0]], 0) / 4
+    np.testing.assert_allclose(jax.device_get(state.theta), expected, rtol=1e-6)
+    assert jax.device_get(metrics["finite"]).tolist() == [[True, False, True, True]]
+    counts = [int(x) for x in (state.bad, state.skipped, state.dropped)]
+    assert counts == [0, 0, 1]
+
+
+def test_a_step_without_any_finite_problem_changes_nothing():
+    state, _ = steps_of(constant(GRADIENTS, np.full(4, -INF, np.float32)), 2, group=3)
+    np.testing.assert_array_equal(jax.device_get(state.theta), np.zeros(2))
+    assert [int(x) for x in (state.step, state.bad, state.skipped, state.dropped)] == [3, 3, 3, 12]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_family_that_is_never_finite_is_bad_though_the_others_go_on(devices):
+    def family(losses):
+        made = constant(GRADIENTS, losses)
+        # Mixtures fold the estimator's number into the keys: these tests do without.
+        return made._replace(init=lambda keys, theta, stage: jnp.zeros(len(keys), jnp.int32))
+
+    mixed = mixture([family(np.zeros(4)), family(np.full(4, NAN))])
+    mixed = mixed._replace(
+        estimate=lambda theta, state, data, stage: mixture(
+            [family(np.zeros(4)), family(np.full(4, NAN))], reads=(0, 0)
+        ).estimate(theta, state, ((),), stage)
+    )
+    state, _ = steps_of(mixed, devices, group=3)
+    counts = [int(x) for x in (state.bad, state.skipped, state.dropped)]
+    assert counts == [3, 0, 12]
+    np.testing.assert_allclose(jax.device_get(state.theta), -3 * GRADIENTS[0] / 2, rtol=1e-6)
+
+
+MINE = """
+import jax, jax.numpy as jnp
+from l2l import TaskFamily
+
+def family(offset: float = 0.0, form: str = "square", numbers: int = 0) -> TaskFamily:
+    def loss(params, problem, batch):
+        if form == "square":
+            return jnp.mean(params**2) - offset
+        return jnp.mean((jnp.sqrt if form == "sqrt" else jnp.log)(params))
+
+    def data():
+        return (jnp.full(3, float(numbers)),) if numbers else ()
+
+    return TaskFamily(
+        sample=lambda key: (),
+        init=lambda key, problem: jax.random.normal(key, (12,)),
+        batch=lambda key, problem, data, split: (),
+        loss=loss,
+        data=data,
+        name="mine",
+    )
+"""
+
+
+@pytest.fixture
+def mine(tiny, tmp_path):
+    """The configuration of seconds, on a task of one's own with the given settings."""
+    (tmp_path / "mine.py").write_text(MINE)
+    name = f"{tmp_path}/mine.py:family"
+
+    def config(*tasks, **sections):
+        # Adam with learned rates compiles in a fraction of an LSTM's time.
+        tiny["optimizer"], tiny["estimator"] = {"name": "learned_adam"}, {"name": "truncated"}
+        section = tuple(dict(name=name, **settings) for settings in tasks)
+        tiny["task"] = section[0] if len(section) == 1 else section
+        return tiny | sections
+
+    return config
+
+
+@pytest.fixture
+def no_comparison(monkeypatch):
+    def conclude(experiment, theta, directory, key, snapshot):
+        return str(exports.export(directory / exports.EXPORT, experiment.specification, theta))
+
+    monkeypatch.setattr(outcome, "conclude", conclude)
+
+
+@pytest.mark.parametrize("estimator", ["first_order", "truncated", "pes"])
+def test_a_loss_without_a_logarithm_stops_the_run(mine, tmp_path, estimator):
+    config = mine(dict(offset=5000.0), estimator={"name": estimator})
+    if estimator == "first_order":
+        config["optimizer"] = {"name": "lstm", "hidden_size": 1}  # One with a rule.
+    with pytest.raises(UserError) as error:
+        train.run(build.experiment(config), tmp_path / "run")
+    said = str(error.value)
+    assert "\n" not in said and "task mine" in said and "-499" in said
+    assert 'objective.form to "plain" or "last"' in said and "positive" in said
+    assert not (tmp_path / "run" / exports.EXPORT).exists()
+
+
+def test_a_mixture_names_the_task_whose_loss_it_is(mine, tmp_path):
+    config = mine(dict(), dict(offset=5000.0))
+    config["task"] = ({"name": "quadratic", "dimension": 2, "batch_size": 3}, config["task"][1])
+    with pytest.raises(UserError, match="The loss of task mine has come down to -499"):
+        train.run(build.experiment(config), tmp_path / "run")
+
+
+def test_negative_losses_are_no_trouble_to_the_plain_form(mine, tmp_path, no_comparison):
+    config = mine(dict(offset=5000.0), objective={"on": "train", "form": "plain"})
+    assert train.run(build.experiment(config), tmp_path / "run") == train.DONE
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(-5001 < row["meta_loss"] < -4990 and row["dropped"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize("form", ["sqrt", "log"])
+def test_a_task_whose_losses_are_nan_is_said_and_exports_nothing(mine, tmp_path, capsys, form):
+    """Of twelve normal numbers some are negative, at every step of every problem."""
+    config = mine(dict(form=form), objective={"on": "train", "form": "plain"})
+    assert train.run(build.experiment(config), tmp_path / "run") == train.NOT_FINITE
+    said = capsys.readouterr().err
+    assert "Meta-step 1 skipped: of all 8 problems the losses are not finite" in said
+    assert "at inner step 0 the training loss (nan) is not finite" in said
+    assert "Stopped at meta-step 12" in said and "mend that" in said
+    assert not (tmp_path / "run" / exports.EXPORT).exists()
+
+
+def test_all_explanations_of_a_run_share_their_programs():
+    traced = []
+    family = base.TaskFamily(
+        sample=lambda key: (),
+        init=lambda key, problem: jnp.ones(2),
+        batch=lambda key, problem, data, split: (),
+        loss=lambda params, problem, batch: traced.append(0) or jnp.log(-jnp.sum(params)),
+    )
+    inner = Inner(family, base.lift(lambda key: jnp.ones(()), optax.sgd), 2, stagger=False)
+    made = meta.Meta(autodiff.truncated(inner, Objective()), inner.optimizer, optax.sgd(1e-3), 2)
+    explain = diagnose.explainer(made, [inner])
+    state = meta.meta_init(jax.random.key(0), made, STAGE)
+    first = explain(state, (), 2)
+    before = len(traced)
+    again = explain(state._replace(step=state.step + 5), (), 2)
+    assert before and len(traced) == before
+    assert first.replace("Meta-step 1", "Meta-step 6") == again
+
+
+@pytest.mark.parametrize("form, expected", [("log", math.log(7.0)), ("plain", 7.0)])
+def test_validation_is_of_the_whole_mixture(mine, monkeypatch, form, expected):
+    """Constant losses 3 and 7 with weights 1 and 3: what stages validate is the weighted mean."""
+    stages = {"name": "stages", "horizons": (4, 8), "every": 3, "patience": 1, "num_problems": 2}
+    config = mine(
+        dict(offset=-3.0),
+        dict(offset=-7.0),
+        horizon=stages,
+        objective={"on": "train", "form": form},
+    )
+    config["task"] = tuple(
+        dict(task, weight=weight) for task, weight in zip(config["task"], (1.0, 3.0), strict=True)
+    )
+    experiment = build.experiment(config)
+    # Without a gradient nothing moves: the loss is the offset, up to the square of nothing.
+    still = tuple(
+        family._replace(init=lambda key, problem: jnp.zeros(12)) for family in experiment.families
+    )
+    experiment = experiment._replace(families=still)
+    mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
+    same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    data = train._placed(experiment.data(), same)
+    layout = train.Layout(jax.devices(), same, same)
+    theta = experiment.optimizer.init(jax.random.key(0))
+    validate = train._validation(experiment, jax.random.key(1), data, layout)
+    loss, numbers = validate(8, theta)
+    first = math.log(3.0) if form == "log" else 3.0
+    np.testing.assert_allclose(loss, (first + 3 * expected) / 4, rtol=0.02)
+    np.testing.assert_allclose(numbers["validation/1"], expected, rtol=0.02)
