@@ -103,9 +103,7 @@ def test_a_block_is_a_matrix_of_its_own(shape):
     for i in range(0, m, rows):
         for j in range(0, n, columns):
             alone = [g.reshape(m, n)[i : i + rows, j : j + columns] for g in gradients]
-            (*_, wanted), _ = run(
-                soap.scale_by_soap(settings), jnp.zeros_like(alone[0]), alone
-            )
+            (*_, wanted), _ = run(soap.scale_by_soap(settings), jnp.zeros_like(alone[0]), alone)
             np.testing.assert_allclose(
                 whole[i : i + rows, j : j + columns], wanted, rtol=2e-4, atol=2e-5
             )
@@ -121,9 +119,7 @@ def test_many_shapes_share_few_batches_and_move_as_alone():
     settings = soap.PUBLISHED
     (*_, together), _ = run(soap.scale_by_soap(settings), params, gradients)
     for i in (0, 5, 11):
-        (*_, alone), _ = run(
-            soap.scale_by_soap(settings), params[i], [g[i] for g in gradients]
-        )
+        (*_, alone), _ = run(soap.scale_by_soap(settings), params[i], [g[i] for g in gradients])
         np.testing.assert_allclose(together[i], alone, rtol=2e-3, atol=2e-4)
 
 

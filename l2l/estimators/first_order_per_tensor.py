@@ -131,6 +131,7 @@ def _forward(inner, objective, teacher, theta, run, taught, data):
         meta_loss=meta_loss,
         loss=last[0],
         capped=jnp.mean((following > objective.cap).astype(losses.dtype)),
+        lowest=objective.lowest(following, held_out[0] if objective.reads_validation else ()),
     )
     pulls = jax.tree.map(lambda *x: sum(x), *pulls)
     return after, taught, Window(directions, features, pulls, off), metrics
@@ -140,7 +141,7 @@ def _directions(rule, seen, coefficients, params) -> tuple:
     """Each of the J directions by itself: pytrees like params."""
     ones = jnp.ones_like(coefficients[0])
     basis = jnp.eye(len(coefficients), dtype=ones.dtype)
-    return tuple(rule.combine(seen, row[:, None] * ones, params) for row in basis)
+    return tuple(rule.combine(seen, row[:, None] * ones[None], params) for row in basis)
 
 
 def _sum(coefficients, directions):

@@ -19,7 +19,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import binding, soap
+from l2l.optimizers import binding, coordinates, soap
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # Averages over time of what is pooled over a tensor, a step.
@@ -156,7 +156,7 @@ def per_tensor(
             largest = jnp.maximum(jnp.exp(log_weights), smallest)
             part = rate * jnp.sum(jnp.abs(shares) * lengths, 0) / largest
             rate = rate / jnp.sqrt(1 + jnp.square(part / bound))
-        coefficients = -rate * shares
+        coefficients = -rate[None] * shares
         if weight_decay:
             decay = -rate * jnp.exp(theta["log_weight_decay"]) * (1 - vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
@@ -231,24 +231,26 @@ def _observe(settings, gradient, params, past: Accumulators):
     dtype = past.trail.log_start.dtype
     along, ahead, square, numerator, second = seen.pooled[: len(soap.POOLED)].astype(dtype)
     lengths = jnp.sqrt(seen.pooled[len(soap.POOLED) :].astype(dtype) + soap.TINY)
-    log_gradient = 0.5 * jnp.log(square + 1e-30)
+    log_gradient = 0.5 * jnp.log(square + 1e-20)
     # Where there is nothing to compare, neither the root nor its derivative is taken.
     there = began & (ahead * square > 1e-24)
     cosine = jnp.where(there, along * jax.lax.rsqrt(jnp.where(there, ahead * square, 1)), 0)
 
     def average(past, new):
         decays = jnp.asarray([[FAST], [SLOW]], dtype)
-        return decays * past + (1 - decays) * new
+        return decays * past + (1 - decays) * new[None]
 
     trail = Trail(
         alignment=average(past.trail.alignment, cosine),
-        log_gradient=average(jnp.where(began, past.trail.log_gradient, log_gradient), log_gradient),
+        log_gradient=average(
+            jnp.where(began, past.trail.log_gradient, log_gradient[None]), log_gradient
+        ),
         log_start=past.trail.log_start,
     )
     log_weights = jnp.stack([_log_rms(x, dtype) for x in leaves])
     dynamic = jnp.stack(
         [
-            jnp.sqrt(numerator / (second + soap.SMALLEST) + soap.TINY),
+            jnp.sqrt(numerator / (second + soap.TINY) + soap.TINY),
             *trail.alignment,
             jnp.tanh(trail.log_gradient[0] - trail.log_gradient[1]),
         ]
@@ -290,7 +292,7 @@ class _Begin(NamedTuple):
     rule: base.PerTensorRule
 
     def __call__(self, theta, params):
-        return begin(self.rule, theta, params)
+        return begin(self.rule, coordinates.widened(theta, params), params)
 
 
 class _Step(NamedTuple):
@@ -299,4 +301,5 @@ class _Step(NamedTuple):
     rule: base.PerTensorRule
 
     def __call__(self, theta, gradient, state, params, num_steps):
+        theta = coordinates.widened(theta, params)
         return advance(self.rule, theta, gradient, params, state, num_steps)[:2]

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import optax
 
 from l2l.console.errors import UserError
+from l2l.optimizers import meshes
 from l2l.optimizers.matrices import Plan, plan_of
 from l2l.optimizers.orthogonal import orthonormal
 
-# Added to mean squares before their roots, so that those of zeros have derivatives.
+# Added to mean squares before their roots and where they divide, so that those of zeros have
+# derivatives.
 TINY = 1e-12
-# Added to mean squares that are divided by; the square of its inverse is still a float32.
-SMALLEST = 1e-18
 
 
 class Settings(NamedTuple):
@@ -139,7 +139,8 @@ def start(settings: Settings, params) -> SoapState:
     """The state before the first step, in the shapes and shardings of the parameters."""
 
     def zeros():
-        return jax.tree.map(lambda x: jnp.zeros_like(x, accumulator_dtype(x)), params)
+        tree = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), accumulator_dtype(x)), params)
+        return meshes.beside(tree, params)
 
     leaves = jax.tree.leaves(params)
     if not leaves:
@@ -170,9 +171,9 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
     eigenvalues meet."""
     plan = settings.plan(gradient)
     leaves, treedef = jax.tree.flatten(gradient)
-    leaves = [x.astype(accumulator_dtype(x)) for x in leaves]
     nu = jax.tree.leaves(state.nu)
     mu = [jax.tree.leaves(tree) for tree in state.mu]
+    leaves = [x.astype(kept.dtype) for x, kept in zip(leaves, nu, strict=True)]
     after_mu, after_nu = [[None] * plan.count for _ in mu], [None] * plan.count
     count = state.count + 1
     vectors, pooled = {}, [jnp.zeros(())] * plan.count
@@ -199,7 +200,10 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
                 tree[leaf] = value
         for leaf, value in batch.scatter(second).items():
             after_nu[leaf] = value
-    unflatten = treedef.unflatten
+
+    def unflatten(leaves):
+        return meshes.beside(treedef.unflatten(leaves), gradient)
+
     state = SoapState(count, tuple(map(unflatten, after_mu)), unflatten(after_nu), tuple(bases))
     return Seen(tuple(blocks), vectors, tuple(bases), jnp.stack(pooled, 1)), state
 
@@ -224,7 +228,7 @@ def _directions(settings, g, mu, nu, count, in_basis=False):
     rows = jnp.stack([ahead, *hat[1:], *([g] if settings.gradient else [])])
     directions = rows / root[None]
     if in_basis and settings.graft:
-        size = jnp.mean(second, over, keepdims=True) + SMALLEST
+        size = jnp.mean(second, over, keepdims=True) + TINY
         length = jnp.mean(jnp.square(rows), over, keepdims=True) / size[None]
         own = jnp.mean(jnp.square(directions), over, keepdims=True)
         directions = directions * jnp.sqrt((length + TINY) / (own + TINY))
