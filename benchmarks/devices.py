@@ -20,49 +20,33 @@ import statistics
 import tempfile
 import time
 
-from l2l.cluster import environment as host
+from l2l.cluster import environment
 
 ALL = None  # Devices.
 
 
 def prepare(config: str, devices: int | None):
-    """(its function, its arguments) for the first meta-steps of an experiment."""
+    """The training loop of a configuration, before its first meta-step."""
     if devices is not ALL:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     settings = runpy.run_path(config)["get_config"]()
-    host.prepare(settings.meta.num_problems)
+    environment.prepare(settings.meta.num_problems)
 
     import jax
-    import jax.numpy as jnp
-    from jax.sharding import Mesh, NamedSharding
-    from jax.sharding import PartitionSpec as P
 
-    from l2l.cluster import collectives as cluster
-    from l2l.training import experiment as build
-    from l2l.training import meta_step as meta
+    from l2l.training.experiment import build_experiment
+    from l2l.training.loop import start
 
-    experiment = build.experiment(settings)
     local = None if devices is ALL or jax.process_count() > 1 else jax.devices()[:devices]
-    chosen = meta.devices_for(experiment.running.num_problems, local)
-    mesh = Mesh(chosen, (meta.AXIS,))
-    where = meta.split_of(NamedSharding(mesh, P()), NamedSharding(mesh, P(meta.AXIS)))
-    plan = experiment.curriculum
-    theta = experiment.optimizer.init(jax.random.key(0))
-    stage = jax.tree.map(jnp.float32, plan.stage(plan.start(theta), 0)[0])
-    state = meta.spread(meta.meta_init(jax.random.key(0), experiment.meta, stage), len(chosen))
-    arguments = (
-        cluster.place(state, jax.tree.broadcast(where, state)),
-        cluster.place(experiment.data(), where.theta),
-    )
-    return meta.compile_steps(experiment.meta, experiment.running.group, chosen), arguments
+    return start(build_experiment(settings), local)
 
 
 def compile_seconds(queue, config: str, cache: str) -> None:
     """Seconds to lower and compile the meta-step on all devices."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-    program, arguments = prepare(config, ALL)
+    loop = prepare(config, ALL)
     began = time.perf_counter()
-    program.lower(*arguments).compile()
+    loop.compile()
     queue.put(time.perf_counter() - began)
 
 
@@ -74,18 +58,18 @@ def call_seconds(queue, config: str, devices: int | None, member: dict | None = 
             os.sched_setaffinity(0, {cores[member["process_id"] % len(cores)]})
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 
-        from l2l.cluster import initialize as joining
+        from l2l.cluster import initialize
 
-        joining.join(member)
-    program, arguments = prepare(config, devices)
+        initialize.join(member)
+    loop = prepare(config, devices)
 
     import jax
 
-    compiled = program.lower(*arguments).compile()
+    loop.compile()
     times = []
     for _ in range(4):
         began = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
+        loop.advance()
         times.append(time.perf_counter() - began)
     if jax.process_index() == 0:
         queue.put((statistics.median(times[1:]), jax.device_count(), jax.devices()[0].device_kind))

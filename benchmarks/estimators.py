@@ -29,7 +29,7 @@ from ml_collections import config_flags
 
 from l2l.core import base, unroll
 from l2l.estimators import autodiff, first_order, objective, pes
-from l2l.training import experiment as build
+from l2l.training.experiment import build_experiment
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/quadratic.py", "A file of configs/.")
 _WINDOWS = flags.DEFINE_integer("windows", 5, "Windows of a run.", lower_bound=1)
@@ -112,7 +112,7 @@ def compare(name, estimates, truth, seconds=None, temporary=None) -> dict:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
-    made = build.experiment(_CONFIG.value)
+    made = build_experiment(_CONFIG.value)
     inner = made.inners[0]._replace(stagger=False)
     losses = objective.objective(**made.config.get("objective", {}))
     horizon = jnp.float32(_WINDOWS.value * inner.length)

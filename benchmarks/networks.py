@@ -30,15 +30,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from l2l.console.progress import Bar
 from l2l.core import base
 from l2l.data import datasets
-from l2l.evaluation import comparison as scorecard
-from l2l.evaluation import curves as evaluate
-from l2l.evaluation import report, tuning
+from l2l.evaluation import comparison, curves, report
+from l2l.evaluation import statistics as means
+from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.curves import Problems
+from l2l.evaluation.tuning import Grid
 from l2l.storage import exports
 from l2l.tasks import registry
-from l2l.training import experiment as build
-from l2l.training import meta_step as meta
+from l2l.training.experiment import build_experiment
+from l2l.training.loop import start
 
 WHITENED = dict(matrix_size=256, anneal=1.0, learning_rate=0.04)
 NETWORKS = {
@@ -109,28 +112,20 @@ def train(network: dict, seconds: float, path: Path) -> None:
     steps = max(1, round(seconds / probe)) * GROUP
     spent, theta = run(network, steps, lambda done, spent: done * GROUP < steps)
     about = dict(meta_steps=steps, seconds=spent * steps / GROUP, config=config(network, steps))
-    specification = build.experiment(config(network, steps)).specification
+    specification = build_experiment(config(network, steps)).specification
     exports.export(path, specification, theta, about)
 
 
 def run(network: dict, steps: int, going):
     """(median processor seconds a group of meta-steps, theta) while `going` says so."""
-    experiment = build.experiment(config(network, steps))
-    plan, devices = experiment.curriculum, jax.devices()[:1]
-
-    def stage(step):
-        return jax.tree.map(jnp.float32, plan.stage((), step)[0])
-
-    state = meta.spread(meta.meta_init(jax.random.key(0), experiment.meta, stage(0)), 1)
-    data = jax.device_put(experiment.data())
-    program = meta.compile_steps(experiment.meta, GROUP, devices).lower(state, data).compile()
+    loop = start(build_experiment(config(network, steps)), jax.devices()[:1])
+    loop.compile()
     times = []
     while going(len(times), sum(times)):
-        state = state._replace(stage=stage(len(times) * GROUP))
         began = time.process_time()
-        state, _ = jax.block_until_ready(program(state, data))
+        loop.advance()
         times.append(time.process_time() - began)
-    return statistics.median(times), jax.device_get(state.theta)
+    return statistics.median(times), loop.theta
 
 
 def step_cost(optimizer, theta, rounds: int = 15) -> float:
@@ -156,32 +151,38 @@ def step_cost(optimizer, theta, rounds: int = 15) -> float:
     )
 
 
-def cells() -> list[scorecard.Cell]:
+def cells() -> list[Cell]:
     found = []
     for section in JUDGES:
         family = registry.task(section)
         if datasets.present(section.get("dataset", "digits")):
-            found.append(scorecard.Cell(family.name, family, family.data()))
+            found.append(Cell(family.name, family))
         else:
             print(f"{family.name} is left out: its data are not present.")
     return found
 
 
-def judged(name, optimizer, theta, places, adam, seeds: int) -> list[dict]:
+def judged(name, optimizer, theta, places, seeds: int, folder: Path) -> list[dict]:
     """A row a horizon."""
+    bar = Bar(1.0)
+    measured = comparison.measure(
+        *([Entry(name, optimizer, theta)], places, HORIZONS, Problems(KEY(), seeds)),
+        grids=(Grid("adam", eps_roots=(0.0,)),),
+        cache_dir=folder / "cache",
+        progress=bar.show,
+    )
+    own = [row for row in measured if row.optimizer == name]
+    bar.close()
     rows = []
     for horizon in HORIZONS:
-        losses, tests, diverged = [], [], 0
-        for cell, best in zip(places, adam, strict=True):
-            ours = evaluate.evaluate(
-                *(KEY(), optimizer, cell.family, cell.data, seeds, horizon), theta=theta
-            )
-            losses.append(ours.train_loss[:, -1].mean() / statistics.mean(best[horizon].train_loss))
-            tests.append(ours.test_loss[:, -1].mean() / statistics.mean(best[horizon].test_loss))
-            diverged += int(ours.diverged[:, -1].sum())
+        here = [row for row in own if row.steps == horizon]
         row = {"network": name, "weights": base.count(theta), "steps": horizon}
-        row |= {"loss": report.geometric_mean(losses), "test": report.geometric_mean(tests)}
-        row |= {"no worse": sum(x <= 1 for x in losses) / len(losses), "diverged": diverged}
+        row |= {
+            "loss": means.geometric_mean([r.ratio for r in here]),
+            "test": means.geometric_mean([r.test_ratio for r in here]),
+            "no worse": sum(r.ratio <= 1 for r in here) / len(here),
+            "diverged": sum(r.diverged for r in here),
+        }
         rows.append(row)
     return rows
 
@@ -196,15 +197,6 @@ def main() -> None:
     flags = parser.parse_args()
     flags.output.mkdir(parents=True, exist_ok=True)
     places = cells()
-    adam = [
-        tuning.tune(
-            *(KEY(), "adam", cell.family, cell.data, flags.seeds, HORIZONS),
-            eps_roots=(0.0,),
-            cache_dir=flags.output / "cache",
-            progress=scorecard.watch(),
-        ).by_train_loss
-        for cell in places
-    ]
     rows = []
     for name in flags.judge.split(",") if flags.judge else flags.only.split(";"):
         path = flags.output / f"{re.sub(r'[^0-9A-Za-z+]', '', name)}-{flags.seconds:g}.safetensors"
@@ -214,11 +206,10 @@ def main() -> None:
             train(NETWORKS[name], flags.seconds, path)
         optimizer, theta, about = exports.read(path)
         cost = {"meta-steps": about["meta_steps"], "step": step_cost(optimizer, theta)}
-        new = judged(name, optimizer, theta, places, adam, flags.seeds)
+        new = judged(name, optimizer, theta, places, flags.seeds, flags.output)
         rows += [row | cost for row in new]
         print(report.table(rows[-len(new) :]), flush=True)
-        evaluate.forget()
-        jax.clear_caches()  # Programs of five networks are more than a process may map.
+        curves.forget()  # Programs of five networks are more than a process may map.
     print(report.table(rows))
 
 

@@ -38,40 +38,20 @@ def since(began: tuple[float, float]) -> tuple[float, float]:
 
 
 def measure(config: str, every: int, pairs: int, folder: Path) -> dict:
-    program, (state, data) = prepare(config, ALL)
+    loop = prepare(config, ALL)
 
-    import runpy
-
-    import jax
-    import numpy as np
-
-    from l2l.cluster import collectives as cluster
     from l2l.storage import checkpoint
-    from l2l.training import experiment as build
-    from l2l.training import meta_step as meta
-    from l2l.training.loop import Snapshot
 
-    experiment = build.experiment(runpy.run_path(config)["get_config"]())
-    saver = checkpoint.saver(folder, experiment.saving.keep)
-    theta = jax.device_get(state.theta)
-    rest = (experiment.curriculum.start(theta), np.float32(0))
-    same = jax.tree.leaves(state.theta)[0].sharding
-    where = meta.split_of(same, jax.tree.leaves(state.estimator)[0].sharding)
-    gather = jax.jit(meta.gather, out_shardings=where)
-    steps = program.lower(state, data).compile()
+    experiment = loop.experiment
+    saver = checkpoint.Saver(folder, experiment.saving.keep)
+    loop.compile()
 
     def save(step: int):
-        saver.save(step, Snapshot(gather(state), *cluster.place(rest, same)))
-
-    def call():
-        nonlocal state
-        state, metrics = steps(state, data)
-        cluster.wait(metrics)
-        jax.device_get(metrics)
+        saver.save(step, loop.snapshot())
 
     def plain():
         began = now()
-        call()
+        loop.advance()
         return since(began)
 
     held, late = [], 0
@@ -85,7 +65,7 @@ def measure(config: str, every: int, pairs: int, folder: Path) -> dict:
         began = now()
         save(step)
         held.append(since(began)[0])
-        call()
+        loop.advance()
         late += not (folder / str(step)).exists()
         written(step)
         return since(began)
@@ -97,7 +77,7 @@ def measure(config: str, every: int, pairs: int, folder: Path) -> dict:
         return since(began)
 
     for _ in range(2):
-        call()
+        loop.advance()
     # The first compiles, and as many as are kept delete none: no part of this.
     first = experiment.saving.keep + 1
     alone_saves = [lone(step) for step in range(first + SAVES)][first:]

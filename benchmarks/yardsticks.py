@@ -8,7 +8,8 @@ cosine} for the horizon by its mean final training loss over the split.
 mnist: the mean loss over the whole training split (the task of Andrychowicz et al. 2016) after 100
 to 10,000 steps; skipped where MNIST is not present.
 batches: digits MLPs with batches of 1,024, 1,000 steps: the speed-up over tuned Adam in steps to
-the same loss (`speed.speed_up`, median), what a training step costs in Adam's (with JAX's own
+the same loss (`statistics.speed_up`, geometric mean),
+what a training step costs in Adam's (with JAX's own
 settings, on all cores), and their ratio, the speed-up in time.
 
 Batches of 128 otherwise. Every run is told its horizon. Means over all seeds, which are none of the
@@ -23,11 +24,11 @@ import jax
 import numpy as np
 
 from l2l.data import datasets
-from l2l.evaluation import baselines, cache, report, tuning
-from l2l.evaluation import suites as suite
-from l2l.evaluation import timing as speed
+from l2l.evaluation import cache, comparison, report, suites
+from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.curves import Problems
+from l2l.evaluation.tuning import Grid
 from l2l.storage import exports
-from l2l.tasks import registry
 
 KEY = 31
 DIGITS = (200, 1_000, 2_000)
@@ -35,36 +36,30 @@ MNIST = (100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 
 
 def digits(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
-    key, (family, data) = jax.random.key(KEY), suite.load("mlp")
-    tuned = {
-        kind: tuning.tune(key, kind, family, data, seeds, DIGITS, cache_dir=directory)
-        for kind in ("adam", "nadamw")
-    }
-    rows = []
-    for steps in DIGITS:
-        field = {"learned": (optimizer, theta)}
-        for kind, found in tuned.items():
-            best = found.by_train_loss[steps]
-            field[f"{kind}, tuned"] = baselines.grid(kind), tuning.point_setting(best)
-        for name, (own, setting) in field.items():
-            run = cache.curves(key, own, setting, family, data, seeds, steps, directory)
-            row = {
-                "steps": steps,
-                "optimizer": name,
-                "last ten": float(np.mean(run.losses[:, -10:])),
-                "mean": float(np.mean(run.losses)),
-                "train": float(np.mean(run.train_loss[:, -1])),
-                "test": float(np.mean(run.test_loss[:, -1])),
-            }
-            rows.append(row)
-    return rows
+    rows = comparison.measure(
+        *([Entry("learned", optimizer, theta)], [suites.CELLS["mlp"]], DIGITS),
+        Problems(jax.random.key(KEY), seeds),
+        grids=(Grid("adam"), Grid("nadamw")),
+        cache_dir=directory,
+    )
+    return [
+        {
+            "steps": row.steps,
+            "optimizer": row.optimizer,
+            "last ten": float(np.mean(row.curves.losses[:, -10:])),
+            "mean": row.area,
+            "train": row.train,
+            "test": row.test,
+        }
+        for row in rows
+    ]
 
 
 def mnist(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
-    key, (family, data) = jax.random.key(KEY), suite.load("mnist")
-    rows = []
+    family, data = suites.CELLS["mnist"].load()
+    problems, rows = Problems(jax.random.key(KEY), seeds), []
     for steps in MNIST:
-        run = cache.curves(key, optimizer, theta, family, data, seeds, steps, directory)
+        run = cache.trained(optimizer, theta, family, data, problems, steps, directory)
         loss = run.train_loss[:, -1]
         error = float(np.std(loss, ddof=1) / math.sqrt(seeds)) if seeds > 1 else math.nan
         row = {"steps": steps, "train": float(np.mean(loss)), "standard error": error}
@@ -74,26 +69,23 @@ def mnist(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
 
 
 def batches(optimizer, theta, seeds: int, directory: Path) -> list[dict]:
-    key, rows = jax.random.key(KEY), []
-    for hidden in ((32,), (128,), (64, 64)):
-        task = dict(suite.CELLS["mlp"].task, hidden=hidden, batch_size=1024)
-        family = registry.task(task)
-        data = jax.device_put(family.data())
-        tuned = tuning.tune(
-            *(key, "adam", family, data, seeds, (1_000,)), eps_roots=(0.0,), cache_dir=directory
-        )
-        best = tuning.point_setting(tuned.by_train_loss[1_000])
-        field = {"learned": (optimizer, theta), "adam": (baselines.grid("adam"), best)}
-        losses = {
-            name: cache.curves(key, *own, family, data, seeds, 1_000, directory).losses
-            for name, own in field.items()
-        }
-        steps = float(np.median(speed.speed_up(losses["learned"], losses["adam"])))
-        seconds = speed.step_seconds(key, field, family, data)
-        cost = seconds["learned"] / seconds["adam"]
-        row = {"hidden": "-".join(map(str, hidden)), "steps": steps, "cost": cost}
-        rows.append(row | {"time": steps / cost})
-        print(rows[-1], flush=True)
+    task, rows = suites.CELLS["mlp"].task, []
+    cells = [
+        Cell("-".join(map(str, hidden)), dict(task, hidden=hidden, batch_size=1024))
+        for hidden in ((32,), (128,), (64, 64))
+    ]
+    measured = comparison.measure(
+        *([Entry("learned", optimizer, theta)], cells, (1_000,)),
+        Problems(jax.random.key(KEY), seeds),
+        grids=(Grid("adam", eps_roots=(0.0,)),),
+        timed=True,
+        cache_dir=directory,
+    )
+    for row in measured:
+        if row.optimizer == "learned":
+            steps, time = (row.sooner["adam"][name] for name in ("steps", "time"))
+            rows.append({"hidden": row.cell, "steps": steps, "cost": steps / time, "time": time})
+            print(rows[-1], flush=True)
     return rows
 
 

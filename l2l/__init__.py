@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # The same names as in `_CONTENTS`, for editors and type chec
     from l2l.optimizers.soap import soap
     from l2l.storage.exports import export, load, released
     from l2l.storage.exports import read as read_export
-    from l2l.training.experiment import experiment as build_experiment
-    from l2l.training.loop import run as train
+    from l2l.training.experiment import build_experiment
+    from l2l.training.run import train
 
 __all__ = [
     "LearnedOptimizer",
@@ -48,7 +48,7 @@ _CONTENTS = {
     "Rule": ("l2l.core.base", "Rule"),
     "TaskFamily": ("l2l.core.base", "TaskFamily"),
     "UserError": ("l2l.console.errors", "UserError"),
-    "build_experiment": ("l2l.training.experiment", "experiment"),
+    "build_experiment": ("l2l.training.experiment", "build_experiment"),
     "estimators": ("l2l.estimators", None),
     "evaluation": ("l2l.evaluation", None),
     "export": ("l2l.storage.exports", "export"),
@@ -61,7 +61,7 @@ _CONTENTS = {
     "released": ("l2l.storage.exports", "released"),
     "soap": ("l2l.optimizers.soap", "soap"),
     "tasks": ("l2l.tasks", None),
-    "train": ("l2l.training.loop", "run"),
+    "train": ("l2l.training.run", "train"),
 }
 
 

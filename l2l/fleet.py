@@ -27,7 +27,7 @@ from l2l.console import configuration
 from l2l.console.commands import command
 from l2l.console.errors import UserError
 from l2l.storage import files
-from l2l.training import sweep_summary as fleet_summary
+from l2l.training import sweep_summary
 
 INTERRUPTED = (130, 143)
 COMMAND = (sys.executable, "-m", "l2l.launch")
@@ -115,7 +115,7 @@ def _check(member: Member) -> None:
     from l2l.training import experiment
 
     typed = configuration.parse(["fleet", *member.arguments], flags.FlagValues(), _known, None)
-    experiment.experiment(typed.config)
+    experiment.build_experiment(typed.config)
 
 
 def run(members: Sequence[Member], root: Path, environment, say=print) -> int:
@@ -123,18 +123,18 @@ def run(members: Sequence[Member], root: Path, environment, say=print) -> int:
     the exit code."""
     codes: dict[Path, int] = {}
     for number, member in enumerate(members):
-        if not fleet_summary.finished(member.directory):
+        if not sweep_summary.finished(member.directory):
             say(f"Member {number + 1} of {len(members)}: {member.directory}")
             command = (*COMMAND, *member.arguments, f"--workdir={member.directory}")
             codes[member.directory] = _wait(command, environment)
-            fleet_summary.write(root, members, codes)
+            sweep_summary.write(root, members, codes)
         code = codes.get(member.directory, 0)
         if code in INTERRUPTED:
             say("Interrupted. The same command goes on from there.")
             return code
         if code:
             say(f"{member.directory} failed with code {code}; the others go on.")
-    say(fleet_summary.write(root, members, codes))
+    say(sweep_summary.write(root, members, codes))
     failed = [code for code in codes.values() if code]
     if failed:
         say(f"{len(failed)} of {len(members)} members failed; the same command tries them again.")
@@ -179,7 +179,7 @@ def main(argv) -> int:
         os.execve(COMMAND[0], arguments, environment)
     files.folder(root)
     if values.gather:
-        print(fleet_summary.write(root, members, {}))
+        print(sweep_summary.write(root, members, {}))
         return 0
     return run(members, root, environment)
 

@@ -11,9 +11,7 @@ import sys
 
 from absl import flags
 
-from l2l.cluster import collectives as cluster
-from l2l.cluster import environment as host
-from l2l.cluster import initialize as joining
+from l2l.cluster import collectives, environment, initialize
 from l2l.console import configuration
 from l2l.console.commands import command
 from l2l.console.errors import UserError, fail
@@ -23,7 +21,7 @@ def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
     about = "Of the run; by default checkpoints/<config>."
     flags.DEFINE_string("workdir", None, about, flag_values=values)
-    for name, variable in joining.VARIABLES.items():
+    for name, variable in initialize.VARIABLES.items():
         about = f"Of a run of several processes; by default ${variable}."
         flags.DEFINE_string(name, None, about, flag_values=values)
     return values
@@ -41,20 +39,20 @@ def main(argv) -> int:
     if typed.config is None:
         raise UserError("there is nothing to train: add --config=configs/mlp.py")
     try:
-        member = joining.find({name: typed.values[name].value for name in joining.VARIABLES})
-        host.prepare(_num_problems(typed.config), member)
-        joining.join(member)  # After `prepare`: it starts JAX.
-        from l2l.training import experiment as build
-        from l2l.training import loop as train
+        member = initialize.find({name: typed.values[name].value for name in initialize.VARIABLES})
+        environment.prepare(_num_problems(typed.config), member)
+        initialize.join(member)  # After `prepare`: it starts JAX.
+        from l2l.training.experiment import build_experiment
+        from l2l.training.run import train
 
         # So that a second Ctrl-C ends the process at once, also while something is compiled.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         workdir = typed.values.workdir or f"checkpoints/{typed.name}"
-        return cluster.guard(lambda: train.run(build.experiment(typed.config), workdir))
+        return collectives.guard(lambda: train(build_experiment(typed.config), workdir))
     except UserError as error:
-        if not isinstance(error, cluster.Elsewhere):
+        if not isinstance(error, collectives.Elsewhere):
             fail(error)
-        cluster.leave(2)
+        collectives.leave(2)
         return 2
 
 
@@ -64,8 +62,9 @@ def _num_problems(config) -> int:
 
     meta = config.get("meta")
     number = meta.get("num_problems") if hasattr(meta, "get") else None
-    fine = isinstance(number, int) and number > 0
-    return number if fine else experiment.Running().num_problems
+    if isinstance(number, int) and number > 0:
+        return number
+    return experiment.Running().num_problems
 
 
 if __name__ == "__main__":

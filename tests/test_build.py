@@ -12,7 +12,7 @@ import pytest
 from l2l.data import datasets
 from l2l.optimizers import registry
 from l2l.storage import exports
-from l2l.training import experiment as build
+from l2l.training.experiment import build_experiment, meta_optimizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -51,7 +51,7 @@ MISTAKES = [
 @pytest.mark.parametrize("config, sentence", MISTAKES, ids=[m[1][:25] for m in MISTAKES])
 def test_a_mistake_is_one_sentence(config, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
-        build.experiment(config)
+        build_experiment(config)
     assert "\n" not in str(error.value)
 
 
@@ -60,7 +60,7 @@ def test_every_config_builds_and_shows_its_command(path, monkeypatch):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    experiment = build.experiment(module.get_config())
+    experiment = build_experiment(module.get_config())
     assert f"python -m l2l.launch --config=configs/{path.name}" in module.__doc__
     assert len(path.read_text().splitlines()) <= 70
     # The steps are a multiple of the group, so that none is cut to their common divisor.
@@ -74,7 +74,7 @@ def test_chains_and_schedules_of_the_meta_optimizer():
         {"name": "clip_by_global_norm", "max_norm": 1},
         {"name": "sgd", "learning_rate": {"name": "cosine_decay_schedule", "init_value": 1.0}},
     )
-    transform = build.meta_optimizer(chain, steps=10)
+    transform = meta_optimizer(chain, steps=10)
     state = transform.init(jnp.zeros(()))
     seen = []
     for _ in range(11):
@@ -85,11 +85,11 @@ def test_chains_and_schedules_of_the_meta_optimizer():
 
 
 def test_groups_divide_the_steps():
-    assert build.experiment({"meta": {"steps": 60, "group": 50}}).running.group == 10
+    assert build_experiment({"meta": {"steps": 60, "group": 50}}).running.group == 10
 
 
 def test_a_mixture_shares_data_and_takes_weights():
-    experiment = build.experiment(
+    experiment = build_experiment(
         {
             "task": (
                 {"name": "mlp", "hidden": (4,), "weight": 2},
@@ -120,10 +120,10 @@ def family(scale: float = 1.0) -> TaskFamily:
 def test_a_users_own_task_is_a_file(tmp_path):
     (tmp_path / "mine.py").write_text(TASK)
     name = f"{tmp_path}/mine.py:family"
-    experiment = build.experiment({"task": {"name": name, "scale": 2.0}})
+    experiment = build_experiment({"task": {"name": name, "scale": 2.0}})
     assert float(experiment.families[0].loss(jnp.ones(3), (), ())) == 6.0
     with pytest.raises(ValueError, match="Did you mean 'scale'"):
-        build.experiment({"task": {"name": name, "scael": 2.0}})
+        build_experiment({"task": {"name": name, "scael": 2.0}})
 
 
 DATA = """
@@ -146,7 +146,7 @@ def test_two_tasks_of_one_factory_read_their_own_data(tmp_path):
     (tmp_path / "mine.py").write_text(DATA)
     name = f"{tmp_path}/mine.py:family"
     tasks = [{"name": name, "fill": fill} for fill in (1.0, 2.0, 1.0)]
-    experiment = build.experiment({"task": (*tasks, {"name": "mlp"}, {"name": "autoencoder"})})
+    experiment = build_experiment({"task": (*tasks, {"name": "mlp"}, {"name": "autoencoder"})})
     data = experiment.data()
     for j, fill in enumerate((1.0, 2.0, 1.0)):
         np.testing.assert_array_equal(experiment.data_of(data, j)[0], np.full(3, fill))
@@ -166,7 +166,7 @@ def test_the_release_is_the_same_mixture_with_and_without_mnist(monkeypatch, tmp
     datasets._load.cache_clear()
     monkeypatch.setattr("sklearn.datasets.fetch_openml", unreachable)
     with pytest.raises(ValueError, match="mnist"):
-        build.experiment(here).data()
+        build_experiment(here).data()
 
 
 def unreachable(*arguments, **settings):
@@ -191,7 +191,7 @@ def test_two_optimizers_by_parameter_survive_their_export(tmp_path):
 
 
 def test_tasks_to_be_judged_on_replace_settings_and_lose_augmentations():
-    experiment = build.experiment(
+    experiment = build_experiment(
         {
             "task": {"name": "mlp", "hidden": (4,)},
             "augmentations": {"name": "rescale"},

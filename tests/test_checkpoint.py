@@ -25,7 +25,7 @@ def tree_of(step, devices=8):
 
 @pytest.fixture
 def saved(tmp_path):
-    saver = checkpoint.saver(tmp_path, keep=2)
+    saver = checkpoint.Saver(tmp_path, keep=2)
     for step in (1, 2, 3):
         saver.save(step, tree_of(step)[0])
     saver.close()
@@ -34,7 +34,7 @@ def saved(tmp_path):
 
 def reopen(directory, devices=8):
     said = []
-    saver = checkpoint.saver(directory, keep=2, say=said.append)
+    saver = checkpoint.Saver(directory, keep=2, say=said.append)
     tree, where = tree_of(0, devices)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     try:

@@ -14,12 +14,12 @@ import pytest
 from together import HANG, Command, assert_same_theta, experiment, free_port
 
 import l2l
-from l2l.cluster import collectives as cluster
-from l2l.cluster import initialize as joining
-from l2l.training import loop as train
+from l2l.cluster import collectives, initialize
+from l2l.training.callbacks import DONE
+from l2l.training.run import train
 
 # Its own word, or JAX's abort where it waited in a barrier.
-LOST = (cluster.LOST, -signal.SIGABRT)
+LOST = (collectives.LOST, -signal.SIGABRT)
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1"}
 MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
 GIVEN = {"coordinator_address": "n1:1234", "num_processes": 2, "process_id": 1}
@@ -30,7 +30,7 @@ GIVEN = {"coordinator_address": "n1:1234", "num_processes": 2, "process_id": 1}
     [
         ({}, {}, None),  # A laptop.
         (GIVEN, {}, GIVEN),
-        ({}, {joining.VARIABLES[k]: str(v) for k, v in GIVEN.items()}, GIVEN),
+        ({}, {initialize.VARIABLES[k]: str(v) for k, v in GIVEN.items()}, GIVEN),
         (GIVEN, {"JAX_PROCESS_ID": "0"}, GIVEN),
         ({"num_processes": 1}, {}, None),
         # Slurm: one task a node takes all devices; JAX finds the address.
@@ -55,7 +55,7 @@ GIVEN = {"coordinator_address": "n1:1234", "num_processes": 2, "process_id": 1}
     ],
 )
 def test_what_there_is_to_join(flags, environment, expected):
-    assert joining.find(flags, environment) == expected
+    assert initialize.find(flags, environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_what_there_is_to_join(flags, environment, expected):
 )
 def test_what_contradicts_itself_is_one_sentence(flags, environment, sentence):
     with pytest.raises(ValueError, match=sentence):
-        joining.find(flags, environment)
+        initialize.find(flags, environment)
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -88,7 +88,7 @@ joining.join({{"coordinator_address": address, "num_processes": 2, "process_id":
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, timeout=HANG
     )
-    assert done.returncode == cluster.LOST
+    assert done.returncode == collectives.LOST
     said = done.stderr.decode()
     assert said.startswith(f"l2l: Process {number} of 2 could not join") and said.count("\n") == 1
 
@@ -102,7 +102,7 @@ def cache(request):
 def whole(tmp_path_factory):
     """An uninterrupted run of one process with four devices."""
     folder = tmp_path_factory.mktemp("alone") / "whole"
-    assert train.run(experiment(steps=120), folder, jax.devices()[:4]) == train.DONE
+    assert train(experiment(steps=120), folder, jax.devices()[:4]) == DONE
     return folder
 
 
@@ -143,7 +143,7 @@ def test_kills_and_stops_change_no_bit(tmp_path, whole, cache):
         run.processes[1].send_signal(signal.SIGCONT)
         run.codes()
         assert run.processes[1].returncode in LOST, run.said()
-    assert train.run(experiment(steps=120), parts, jax.devices()[:4]) == train.DONE
+    assert train(experiment(steps=120), parts, jax.devices()[:4]) == DONE
     assert_same_theta(whole, parts)
 
     with Command(tmp_path, back, devices=4, **settings) as run:
@@ -175,9 +175,10 @@ from l2l.cluster import initialize as joining
 number = int(sys.argv[1])
 address = "127.0.0.1:{free_port()}"
 joining.join({{"coordinator_address": address, "num_processes": 2, "process_id": number}})
-from l2l.training import loop as train
+from l2l.training.callbacks import DONE
+from l2l.training.run import train
 from together import experiment
-run = lambda: print("code", train.run(experiment(60000), {str(tmp_path / "run")!r}))
+run = lambda: print("code", train(experiment(60000), {str(tmp_path / "run")!r}))
 thread = threading.Thread(target=run)
 thread.start()
 thread.join()

@@ -15,12 +15,20 @@ from absl import flags
 
 import l2l
 from l2l import fleet
-from l2l.console import configuration, modules
+from l2l.console import configuration, modules, schema
 from l2l.console.errors import UserError
 from l2l.optimizers.registry import OPTIMIZERS
 from l2l.tasks import registry
 from l2l.training import curriculum
-from l2l.training import experiment as build
+from l2l.training.experiment import (
+    HORIZONS,
+    Evaluation,
+    Running,
+    Saving,
+    build_experiment,
+    objective,
+    settings_of,
+)
 
 SMALL = """
 def get_config():
@@ -46,7 +54,7 @@ def small(tmp_path):
 
 def read(path, *arguments):
     argv = ["launch", f"--config={path}", *arguments]
-    return configuration.parse(argv, flags.FlagValues(), lambda: build.settings_of, "").config
+    return configuration.parse(argv, flags.FlagValues(), lambda: settings_of, "").config
 
 
 @pytest.mark.parametrize(
@@ -71,12 +79,12 @@ def test_what_may_be_left_out_may_be_typed(small, typed, where, value):
     for key in where:
         found = found[key]
     assert found == value and type(found) is type(value)
-    build.experiment(read(small, f"--config.{typed}"))
+    build_experiment(read(small, f"--config.{typed}"))
 
 
 def test_only_what_is_typed_is_filled_in(small):
     """A directory of an earlier run stays its configuration's."""
-    assert read(small).to_dict() == build.checks.plain(read(small)) == eval_config(SMALL)
+    assert read(small).to_dict() == schema.plain(read(small)) == eval_config(SMALL)
     assert read(small, "--config.meta.clip=.1").to_dict() == eval_config(SMALL) | {
         "meta": {"clip": 0.1}
     }
@@ -109,14 +117,14 @@ def test_a_schedule_may_become_a_number(small):
 def test_every_section_and_setting_can_be_typed(small):
     """Over a configuration that says next to nothing: the defaults that are plain, one and all."""
     records = {
-        "meta": build.Running,
-        "evaluation": build.Evaluation,
-        "checkpoint": build.Saving,
+        "meta": Running,
+        "evaluation": Evaluation,
+        "checkpoint": Saving,
         "imitation": curriculum.Imitation,
-        "objective": build.objective.objective,
+        "objective": objective.objective,
         "optimizer": OPTIMIZERS["lstm"],
         "task": registry.TASKS["quadratic"],
-        "horizon": build.HORIZONS["log_uniform"],
+        "horizon": HORIZONS["log_uniform"],
     }
     checked = 0
     for section, factory in records.items():
@@ -180,11 +188,12 @@ def test_an_error_in_a_users_file_is_its_own(small, text, kind):
     assert not isinstance(error.value, UserError) and str(small) in str(error.traceback[-1].path)
 
 
-def test_the_readmes_config_takes_a_seed_alone_and_in_a_fleet(tmp_path, monkeypatch):
-    readme = (Path(l2l.__file__).parent.parent / "README.md").read_text()
-    for start, name in (("import jax\nimport jax.numpy", "my_task"), ("from ml_coll", "my_config")):
-        block = readme[readme.index("```python\n" + start) + len("```python\n") :]
-        (tmp_path / f"{name}.py").write_text(block[: block.index("```")])
+def test_the_tutorials_config_takes_a_seed_alone_and_in_a_fleet(tmp_path, monkeypatch):
+    page = (Path(l2l.__file__).parent.parent / "docs/tutorial/3-your-own-task.md").read_text()
+    for name in ("my_task.py", "my_config.py"):
+        start = f'```python title="{name}"\n'
+        block = page[page.index(start) + len(start) :]
+        (tmp_path / name).write_text(block[: block.index("```")])
     monkeypatch.chdir(tmp_path)
     assert read("my_config.py", "--config.seed=1").seed == 1
     members = fleet.plan(["fleet", "--config=my_config.py", "--seeds=2"])[2]
@@ -267,7 +276,7 @@ def test_a_task_is_found_beside_the_configuration_that_names_it(tmp_path, monkey
     )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    experiment = build.experiment(read("../a/config.py", "--config.task.scale=3"))
+    experiment = build_experiment(read("../a/config.py", "--config.task.scale=3"))
     assert float(experiment.families[0].loss(jnp.ones(3), (), ())) == 3 * 2.0 * 3.0
 
 
@@ -322,6 +331,6 @@ def test_a_sweep_keeps_nested_tuples_whole():
 def test_a_users_task_trains_where_its_module_is_its_own(tmp_path):
     """The whole way to the compiled program: shapes of a mixture of two files of one name."""
     names = [folder_of(tmp_path, "a", 2.0), folder_of(tmp_path, "b", 5.0)]
-    experiment = build.experiment({"task": tuple({"name": name} for name in names)})
+    experiment = build_experiment({"task": tuple({"name": name} for name in names)})
     losses = [jax.jit(family.loss)(jnp.ones(3), (), ()).item() for family in experiment.families]
     assert losses == [6.0, 15.0]

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from l2l.core import base
-from l2l.evaluation import curves as evaluate
+from l2l.evaluation import curves
 from l2l.optimizers import coordinates
 from l2l.optimizers.adam import adam
 from l2l.optimizers.by_parameter import by_parameter
@@ -218,7 +218,7 @@ def test_the_devices_that_are_given_decide_the_layout(monkeypatch):
         loss=lambda x, problem, batch: jnp.sum(x**2),
     )
     optimizer = base.lift(lambda key: jnp.zeros(()), bind)
-    run = evaluate.compile_evaluation(optimizer, family, 1, 1, devices=jax.devices()[:1])
+    run = curves.compile_evaluation(optimizer, family, 1, 1, devices=jax.devices()[:1])
     run(jnp.zeros(()), jax.random.key(0), ())
     assert seen and set(seen) == {"cpu"}
 

@@ -10,8 +10,7 @@ from l2l.core.unroll import Inner
 from l2l.estimators import autodiff, first_order, mixture, pes
 from l2l.estimators.objective import Objective
 from l2l.optimizers.lstm import lstm
-from l2l.training import diagnose
-from l2l.training import meta_step as meta
+from l2l.training import diagnose, meta_step
 
 STAGE = base.Stage(jnp.float32(12), jnp.float32(12), jnp.float32(0))
 
@@ -163,8 +162,8 @@ def plain_family(name="plain") -> base.TaskFamily:
 
 
 def failing(estimator, optimizer, num_problems=2):
-    made = meta.Meta(estimator, optimizer, optax.sgd(1e-3), num_problems)
-    return made, meta.meta_init(jax.random.key(0), made, STAGE)
+    made = meta_step.Meta(estimator, optimizer, optax.sgd(1e-3), num_problems)
+    return made, meta_step.meta_init(jax.random.key(0), made, STAGE)
 
 
 def test_explains_the_failing_meta_step():

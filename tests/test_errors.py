@@ -17,9 +17,9 @@ from l2l.console.errors import UserError
 from l2l.evaluation import cli
 from l2l.storage import exports, files
 from l2l.tasks import called, registry
-from l2l.training import experiment as build
-from l2l.training import loop as train
-from l2l.training import run_directory, sweep_summary
+from l2l.training import experiment, run_directory, sweep_summary
+from l2l.training.experiment import build_experiment
+from l2l.training.run import train
 
 TASK = """
 import jax
@@ -186,7 +186,7 @@ def test_a_file_where_a_directory_should_be(tiny, tmp_path, inside):
     (tmp_path / "afile").write_text("mine")
     workdir = tmp_path / "afile" / inside
     with pytest.raises(UserError, match=f"{workdir} cannot be a directory: .*/afile is a file"):
-        train.run(build.experiment(tiny), workdir)
+        train(build_experiment(tiny), workdir)
     assert (tmp_path / "afile").read_text() == "mine"
 
 
@@ -207,13 +207,12 @@ def test_errors_of_the_system_name_the_path_and_a_remedy(tmp_path):
 
 def test_an_output_that_cannot_be_is_told_before_anything_is_scored(tmp_path, monkeypatch, capsys):
     (tmp_path / "afile").write_text("mine")
-    monkeypatch.setattr(cli.host, "prepare", lambda: None)  # This process is the tests' own.
+    monkeypatch.setattr(cli.environment, "prepare", lambda: None)  # This process is the tests' own.
     scored = []
-    monkeypatch.setattr(cli.scorecard, "score", lambda *_, **__: scored.append(True))
-    monkeypatch.setattr(cli.suite, "measure", lambda *_, **__: scored.append(True))
+    monkeypatch.setattr(cli.comparison, "measure", lambda *_, **__: scored.append(True))
     for what in ("--task=quadratic", "--suite=quick"):
         argv = ["evaluate", what, f"--output={tmp_path}/afile/x"]
-        assert cli.main(argv, build.settings_of) == 2
+        assert cli.main(argv, experiment.settings_of) == 2
         said = capsys.readouterr().err.splitlines()
         assert said == [f"l2l: --output={tmp_path}/afile/x cannot be a directory: "
                         f"{tmp_path}/afile is a file. Choose another."]  # fmt: skip

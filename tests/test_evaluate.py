@@ -15,10 +15,10 @@ from l2l import tasks
 from l2l.core import base, unroll
 from l2l.estimators import autodiff, first_order, pes
 from l2l.estimators.objective import Objective
-from l2l.evaluation import baselines, cache, timing, tuning
-from l2l.evaluation import cli as command
-from l2l.evaluation import comparison as scorecard
+from l2l.evaluation import baselines, cache, cli, comparison, report, statistics, tuning
 from l2l.evaluation import curves as evaluate
+from l2l.evaluation.curves import Problems
+from l2l.evaluation.tuning import Grid
 from l2l.optimizers import lstm
 from l2l.optimizers.adam import learned_adam
 from l2l.training import meta_step
@@ -150,49 +150,49 @@ def test_the_bound_of_divergence():
 
 
 def test_ratios_of_losses():
-    assert evaluate.ratio(1.0, 4.0) == 0.25
-    assert evaluate.ratio(0.0, 4.0) == 0.0
-    assert evaluate.ratio(np.inf, 4.0) == np.inf and evaluate.ratio(1.0, np.inf) == 0.0
-    for pair in ((-1.0, -4.0), (1.0, -4.0), (1.0, 0.0), (np.nan, 1.0), (np.inf, np.inf)):
-        assert np.isnan(evaluate.ratio(*pair)), pair
-    ratios = timing.ratios(
-        np.asarray([1.0, -1.0, 1e-9, np.inf]), np.asarray([2.0, 2.0, 0.0, np.inf])
-    )
-    np.testing.assert_array_equal(ratios, [0.5, np.nan, 1.0, 1.0])
+    own = [1.0, 0.0, np.inf, 1.0, -1.0, 1.0, np.nan, np.inf, 1e-9]
+    other = [4.0, 4.0, 4.0, np.inf, -4.0, -4.0, 1.0, np.inf, 0.0]
+    expected = [0.25, 1e-8 / 4, np.inf, 0, np.nan, np.nan, np.inf, 1, 1]
+    np.testing.assert_allclose(statistics.ratio(own, other), expected, rtol=1e-12)
 
 
-def scored(family, tmp_path):
-    result = scorecard.score(
-        *(jax.random.key(0), [scorecard.Entry("slow", optax.sgd(1e-3))]),
-        [scorecard.Cell(family.name, family, ())],
-        *((4,), 2),
-        kinds=("sgd",),
-        eps_roots=(0.0,),
-    )
-    return result, scorecard.write(tmp_path, result)
+def measured(family, tmp_path):
+    """(the row of a slow descent, that of the best of three, the text of their table)."""
+    grid = Grid("sgd", rates=(0.1, 1.0, 3), eps_roots=(0.0,), extensions=0)
+    cell, problems = comparison.Cell(family.name, family), Problems(jax.random.key(0), 2)
+    entry = comparison.Entry("slow", optax.sgd(1e-3))
+    rows = list(comparison.measure([entry], [cell], (4,), problems, grids=(grid,)))
+    assert [row.optimizer for row in rows] == ["slow", "sgd, tuned"]
+    return *rows, report.write(tmp_path, rows, [cell], (4,))
+
+
+def test_the_tuned_baseline_beats_a_slow_descent(tmp_path):
+    slow, tuned, text = measured(bowl()._replace(name="bowl"), tmp_path)
+    assert slow.ratio > 1 and tuned.ratio == 1 and tuned.sooner["sgd"]["steps"] == 1
+    assert baselines.parse(tuned.setting) and tuned.setting.startswith("sgd(learning_rate=")
+    assert "## 4 steps" in text and str(tmp_path / "curves-4.png") in text
 
 
 def test_negative_losses_have_no_ratio_and_a_figure(tmp_path):
     family = bowl()._replace(
         loss=lambda x, problem, batch: bowl().loss(x, problem, batch) - 5000.0, name="low"
     )
-    result, text = scored(family, tmp_path)
-    slow, tuned = result.rows
-    assert np.isnan(slow["loss ratio"]) and np.isnan(tuned["loss ratio"])
-    assert slow["diverged"] == tuned["diverged"] == "0/2"
-    assert "low: a training loss is 0 or negative, and such losses have no ratio" in text
-    assert (tmp_path / "curves.png").exists()
+    slow, tuned, text = measured(family, tmp_path)
+    assert np.isnan(slow.ratio) and np.isnan(tuned.ratio)
+    assert slow.diverged == tuned.diverged == 0
+    assert "low: a training loss is negative, and such losses have no ratio" in text
+    assert (tmp_path / "curves-4.png").exists()
 
 
 def test_losses_of_nan_alone_give_a_table(tmp_path):
     family = bowl()._replace(
         loss=lambda x, problem, batch: jnp.mean(jnp.sqrt(-1 - x**2)), name="root"
     )
-    result, text = scored(family, tmp_path)
-    assert [row["diverged"] for row in result.rows] == ["2/2", "2/2"]
+    slow, tuned, text = measured(family, tmp_path)
+    assert slow.diverged == tuned.diverged == 2 and np.isnan(slow.ratio)
     assert "2/2" in (tmp_path / "table.md").read_text()
     assert "root: no run has a finite training loss" in text
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curves-4.png").read_bytes().startswith(b"\x89PNG")
 
 
 def half(dtype):
@@ -236,9 +236,8 @@ def test_half_precision_meta_trains_and_is_tuned(dtype):
 
         curves = jax.eval_shape(run, baselines.setting(0.1), KEY)
         assert curves.train_loss.dtype == jnp.float32
-    tuned = tuning.tune(
-        *(KEY, "adam", half(dtype), (), 2, (60,)), rates=(1e-2, 1.0, 3), extensions=0
-    )
+    grid = Grid("adam", rates=(1e-2, 1.0, 3), extensions=0)
+    tuned = tuning.tune(grid, half(dtype), (), Problems(KEY, 2), (60,))
     assert tuned.by_train_loss[60].train_loss[0] < 0.1  # From some 4.
 
 
@@ -321,8 +320,8 @@ def test_two_devices_give_what_one_gives():
     def run(devices):
         flags = f"--xla_force_host_platform_device_count={devices}"
         env = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
-        command = [sys.executable, "-c", PROGRAM]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        cli = [sys.executable, "-c", PROGRAM]
+        return subprocess.Popen(cli, env=env, stdout=subprocess.PIPE, text=True)
 
     one, two = (json.loads(process.communicate()[0]) for process in [run(1), run(2)])
     assert (one[0], two[0]) == (1, 2)
@@ -331,7 +330,8 @@ def test_two_devices_give_what_one_gives():
 
 def test_prefixes_of_a_constant_rate_equal_direct_runs():
     family, key = noisy(), jax.random.key(4)
-    tuned = tuning.tune(*(key, "adam", family, (), 2, (3, 6)), rates=(1e-3, 1e-1, 3), extensions=0)
+    grid = Grid("adam", rates=(1e-3, 1e-1, 3), extensions=0)
+    tuned = tuning.tune(grid, family, (), Problems(key, 2), (3, 6))
     assert len(tuned.points) == 2 * 2 * 2 * 3
     for point in tuned.points[:: len(tuned.points) // 5]:
         name = baselines.expression("adam", tuning.point_setting(point))
@@ -341,31 +341,23 @@ def test_prefixes_of_a_constant_rate_equal_direct_runs():
 
 def test_a_grid_grows_where_its_best_is_at_the_edge_and_says_so():
     # With a ≤ 1 the rate for ten steps is near 1: sought from far below and from far above.
+    problems = Problems(jax.random.key(0), 2)
     for rates, end in (((1e-3, 1e-1, 5), 1), ((4.0, 400.0, 5), -1)):
-        tuned = tuning.tune(
-            *(jax.random.key(0), "sgd", bowl(), (), 2, (10,)),
-            rates=rates,
-            schedules=("constant",),
-            momentum=0.0,
-        )
+        grid = Grid("sgd", rates, schedules=("constant",), settings={"momentum": 0.0})
+        tuned = tuning.tune(grid, bowl(), (), problems, (10,))
         best = tuned.by_train_loss[10]
         assert 0.3 < best.learning_rate < 2.5
         assert len(tuned.points) > 5 and len(tuned.points) % 3 == 2
         assert "was extended to" in tuned.notes[0] and len(tuned.notes) == 1, end
-    stuck = tuning.tune(
-        *(jax.random.key(0), "sgd", bowl(), (), 2, (10,)),
-        rates=(1e-6, 1e-5, 5),
-        schedules=("constant",),
-        extensions=1,
-    )
+    grid = Grid("sgd", rates=(1e-6, 1e-5, 5), schedules=("constant",), extensions=1)
+    stuck = tuning.tune(grid, bowl(), (), problems, (10,))
     assert "still sits at the edge" in stuck.notes[-1]
 
 
 def test_the_cache_saves_the_work_and_knows_other_work(tmp_path, monkeypatch):
-    arguments = dict(rates=(0.1, 1.0, 3), schedules=("cosine",), cache_dir=tmp_path, extensions=0)
-
-    def tune(key, **more):
-        return tuning.tune(key, "sgd", bowl(), (), 2, (4,), **arguments, **more)
+    def tune(key, **settings):
+        grid = Grid("sgd", (0.1, 1.0, 3), ("cosine",), extensions=0, settings=settings)
+        return tuning.tune(grid, bowl(), (), Problems(key, 2), (4,), cache_dir=tmp_path)
 
     first = tune(jax.random.key(0))
     files = set(tmp_path.iterdir())
@@ -387,43 +379,31 @@ def test_the_cache_saves_the_work_and_knows_other_work(tmp_path, monkeypatch):
 
 
 def test_nan_counts_as_infinite_and_never_wins():
-    tuned = tuning.tune(
-        *(jax.random.key(0), "sgd", bowl(), (), 2, (60,)), rates=(1e-2, 1e4, 4), momentum=0.0
-    )
+    grid = Grid("sgd", rates=(1e-2, 1e4, 4), settings={"momentum": 0.0})
+    tuned = tuning.tune(grid, bowl(), (), Problems(jax.random.key(0), 2), (60,))
     worst = max(tuned.points, key=lambda p: p.learning_rate)
     assert np.isinf(worst.train_loss).all() and all(worst.diverged)
     assert tuned.by_train_loss[60].learning_rate < 3 and tuned.by_test_accuracy == {}
 
 
 def test_the_command_writes_table_json_and_figure(tmp_path):
-    command = [sys.executable, "-m", "l2l.evaluate", "--optimizer=adam,sgd(0.1, momentum=0.5)"]
-    command += ["--task=quadratic", "--set", "dimension=2", "--set", "batch_size=3"]
-    command += ["--horizons=4", "--seeds=2", "--baseline=none", f"--output={tmp_path / 'a'}"]
+    cli = [sys.executable, "-m", "l2l.evaluate", "--optimizer=adam,sgd(0.1, momentum=0.5)"]
+    cli += ["--task=quadratic", "--set", "dimension=2", "--set", "batch_size=3"]
+    cli += ["--horizons=4", "--seeds=2", "--baseline=none", f"--output={tmp_path / 'a'}"]
     env = dict(os.environ, JAX_PLATFORMS="cpu")
-    out = subprocess.run(command, env=env, capture_output=True, text=True)
+    out = subprocess.run(cli, env=env, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     table = (tmp_path / "a" / "table.md").read_text()
-    assert table in out.stdout and "sgd(0.1, momentum=0.5)" in table
-    assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    shown = out.stdout[out.stdout.index("## 4 steps") :].split("\n\n")[1]
+    assert shown in table and "sgd(0.1, momentum=0.5)" in shown
+    assert (tmp_path / "a" / "curves-4.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert len(content["runs"]) == 2 and len(content["runs"][0]["train_loss"]) == 2
-
-
-def test_scores_compare_with_the_tuned_baseline():
-    entry = scorecard.Entry("slow", optax.sgd(1e-3))
-    cell = scorecard.Cell("bowl", bowl(), ())
-    result = scorecard.score(
-        jax.random.key(0), [entry], [cell], (8,), 2, kinds=("sgd",), eps_roots=(0.0,)
-    )
-    slow, tuned = result.rows
-    assert tuned["optimizer"] == "sgd, tuned" and slow["loss ratio"] > 1
-    np.testing.assert_allclose(tuned["loss ratio"], 1.0, rtol=1e-5)
-    assert baselines.parse(tuned["setting"]) and tuned["setting"].startswith("sgd(learning_rate=")
+    assert len(content["rows"]) == 2 and len(content["rows"][0]["each"]["train_loss"]) == 2
 
 
 def test_options_are_read_as_typed():
-    assert command.split("adam, sgd(0.1, momentum=0.9)") == ["adam", "sgd(0.1, momentum=0.9)"]
-    assert command._assignment("hidden=64,64") == ("hidden", (64, 64))
-    assert command._assignment("activations=relu") == ("activations", "relu")
-    cells = command.read_cells({"name": "mlp", "hidden": 4}, "activations=relu,tanh")
+    assert cli.split("adam, sgd(0.1, momentum=0.9)") == ["adam", "sgd(0.1, momentum=0.9)"]
+    assert cli._assignment("hidden=64,64") == ("hidden", (64, 64))
+    assert cli._assignment("activations=relu") == ("activations", "relu")
+    cells = cli.read_cells({"name": "mlp", "hidden": 4}, "activations=relu,tanh")
     assert [cell.name for cell in cells] == ["mlp-digits-4 relu", "mlp-digits-4 tanh"]

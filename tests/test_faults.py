@@ -20,13 +20,14 @@ import pytest
 from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.data import datasets
-from l2l.evaluation import report
+from l2l.evaluation import figures
 from l2l.optimizers import registry
 from l2l.storage import exports, files
-from l2l.training import experiment as build
-from l2l.training import finish as outcome
-from l2l.training import loop as train
-from l2l.training.run_log import progress
+from l2l.training import finish
+from l2l.training.callbacks import DONE, TERMINATED
+from l2l.training.experiment import build_experiment
+from l2l.training.run import train
+from l2l.training.run_log import RunLog
 
 
 @pytest.fixture(autouse=True)
@@ -35,22 +36,20 @@ def no_comparison(monkeypatch):
 
     def conclude(experiment, theta, directory, key, snapshot):
         path = exports.export(directory / exports.EXPORT, experiment.specification, theta)
-        files.write(directory / outcome.SUMMARY, b"concluded")
+        files.write(directory / finish.SUMMARY, b"concluded")
         return str(path)
 
-    monkeypatch.setattr(outcome, "conclude", conclude)
+    monkeypatch.setattr(finish, "conclude", conclude)
 
 
-def at_step(monkeypatch, step, action):
-    """Something happens to the machine in the group of meta-steps that ends at `step`."""
-    summary = train._summary
+def at_step(step, action):
+    """Callbacks: something happens to the machine in the group that ends at `step`."""
 
-    def happens(metrics, state, *rest):
-        if int(state.step) == step:
+    def happens(loop, group):
+        if loop.step == step:
             action()
-        return summary(metrics, state, *rest)
 
-    monkeypatch.setattr(train, "_summary", happens)
+    return [happens]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def expected(tmp_path_factory):
     def of(tiny):
         if not made:
             directory = tmp_path_factory.mktemp("whole") / "run"
-            assert train.run(build.experiment(tiny), directory) == train.DONE
+            assert train(build_experiment(tiny), directory) == DONE
             made[0] = (directory / exports.EXPORT).read_bytes()
         return made[0]
 
@@ -124,7 +123,7 @@ def saved(directory):
 
 def goes_on(tiny, directory, expected):
     """The cause is mended: the same command ends with the theta of a run that nothing befell."""
-    assert train.run(build.experiment(tiny), directory) == train.DONE
+    assert train(build_experiment(tiny), directory) == DONE
     assert (directory / exports.EXPORT).read_bytes() == expected(tiny)
 
 
@@ -138,10 +137,8 @@ def befalls(tiny, directory, monkeypatch, action, step=6):
             time.sleep(0.01)
         action()
 
-    with monkeypatch.context() as patch:
-        at_step(patch, step, happens)
-        with pytest.raises(UserError) as error:
-            train.run(build.experiment(tiny), directory)
+    with pytest.raises(UserError) as error:
+        train(build_experiment(tiny), directory, extra=at_step(step, happens))
     return str(error.value)
 
 
@@ -187,7 +184,7 @@ def test_a_directory_that_turns_read_only(tiny, tmp_path, monkeypatch, expected,
     said = befalls(tiny, directory, monkeypatch, lambda: read_only(folder, True))
     assert str(folder) in said and "ake it " in said and "writable" in said
     with pytest.raises(UserError) as error:
-        train.run(build.experiment(tiny), directory)
+        train(build_experiment(tiny), directory)
     assert "writable" in str(error.value)
     read_only(folder, False)
     assert saved(directory) == [3]
@@ -198,7 +195,7 @@ def test_a_directory_that_turns_read_only(tiny, tmp_path, monkeypatch, expected,
 def test_logs_that_cannot_be_written(tmp_path, where):
     """Of either log: the caller hears of it, and neither waits for ever."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    out = progress(tmp_path, 100, stream=io.StringIO())
+    out = RunLog(tmp_path, 100, stream=io.StringIO())
     out.log(1, {"loss": 1.0})
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
@@ -210,7 +207,7 @@ def test_logs_that_cannot_be_written(tmp_path, where):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert re.fullmatch(rf"{tmp_path}\S*: File too large. Raise the limit.*", sentence_of(error))
-    out = progress(tmp_path, 100, start=1, stream=io.StringIO())  # The half line is dropped.
+    out = RunLog(tmp_path, 100, begun=1, stream=io.StringIO())  # The half line is dropped.
     out.log(2, {"loss": 2.0})
     out.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -232,7 +229,7 @@ def test_an_export_that_does_not_fit_leaves_the_old_one(tmp_path):
         with pytest.raises(UserError) as error:
             exports.export(path, specification, theta)
         with pytest.raises(UserError) as figure:
-            report.figure({"a": {"b": np.ones((2, 9))}}, tmp_path / "curves.png")
+            figures.curves({"a": {"b": np.ones((2, 9))}}, tmp_path / "curves.png")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert sentence_of(error).startswith(f"{path}: File too large.")
@@ -241,20 +238,20 @@ def test_an_export_that_does_not_fit_leaves_the_old_one(tmp_path):
 
 
 def test_a_half_written_export_of_a_run_is_written_anew(tiny, tmp_path, monkeypatch, expected):
-    conclude = outcome.conclude
+    conclude = finish.conclude
 
     def dies(experiment, theta, directory, key, snapshot):
         (directory / exports.EXPORT).write_bytes(expected(tiny)[:200])
         raise errors.about(directory, OSError(errno.EIO, "Input/output error"))
 
     expected(tiny)
-    monkeypatch.setattr(outcome, "conclude", dies)
+    monkeypatch.setattr(finish, "conclude", dies)
     with pytest.raises(UserError) as error:
-        train.run(build.experiment(tiny), tmp_path)
+        train(build_experiment(tiny), tmp_path)
     assert "The disk may be failing" in sentence_of(error)
     with pytest.raises(ValueError, match="no whole export"):
         exports.load(tmp_path)
-    monkeypatch.setattr(outcome, "conclude", conclude)
+    monkeypatch.setattr(finish, "conclude", conclude)
     goes_on(tiny, tmp_path, expected)
 
 
@@ -267,9 +264,7 @@ def test_a_clock_that_steps_back(tiny, tmp_path, monkeypatch, expected, capsys):
         shift[0] = -3600.0
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
-        at_step(patch, 6, back)
-        assert train.run(build.experiment(tiny), tmp_path) == train.TERMINATED
+    assert train(build_experiment(tiny), tmp_path, extra=at_step(6, back)) == TERMINATED
     shift[0] = -86400.0
     goes_on(tiny, tmp_path, expected)
     assert saved(tmp_path) == [6, 9, 12]
@@ -290,17 +285,16 @@ def test_data_that_is_damaged_later_leaves_the_run_as_it_was(tiny, tmp_path, mon
         labels = struct.pack(">4BI", 0, 0, 8, 1, count) + bytes(count)
         (data / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path / "data"))
-    experiment = build.experiment(tiny)  # Of quadratics, which read this data and leave it.
+    experiment = build_experiment(tiny)  # Of quadratics, which read this data and leave it.
     family = experiment.families[0]._replace(data=lambda: datasets.load("mnist14")[:0])
     experiment = experiment._replace(families=(family,))
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train.run(experiment, directory) == train.TERMINATED
+    stop = at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(experiment, directory, extra=stop) == TERMINATED
     datasets._load.cache_clear()
     images = data / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"-ubyte has 46,940 bytes .* promises 47,040: .*fetch it"):
-        train.run(experiment, directory)
+        train(experiment, directory)
     assert saved(directory) == [3]
 
 
@@ -308,5 +302,5 @@ def test_data_that_is_damaged_later_leaves_the_run_as_it_was(tiny, tmp_path, mon
 def test_a_damaged_config_is_told_of_and_kept(tiny, tmp_path, damaged):
     (tmp_path / "config.json").write_bytes(damaged.encode("latin1"))
     with pytest.raises(ValueError, match="restore it, or choose another directory"):
-        train.run(build.experiment(tiny), tmp_path)
+        train(build_experiment(tiny), tmp_path)
     assert (tmp_path / "config.json").read_bytes() == damaged.encode("latin1")

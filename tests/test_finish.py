@@ -5,19 +5,20 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from l2l.cluster import collectives as cluster
-from l2l.evaluation import comparison as scorecard
-from l2l.training import experiment as build
-from l2l.training import finish as outcome
-from l2l.training import loop
+from l2l.cluster import collectives
+from l2l.evaluation import comparison
+from l2l.evaluation.curves import Problems
+from l2l.training import finish, loop
+from l2l.training.experiment import build_experiment
 
 
 @pytest.fixture
 def read(tiny):
     """(the experiment of seconds with three tasks to judge on, the tasks whose data were read)."""
-    experiment, loaded = build.experiment(tiny), []
+    experiment, loaded = build_experiment(tiny), []
     (_, family) = experiment.judged[0]
 
     def judged(name):
@@ -29,46 +30,38 @@ def read(tiny):
 def test_data_of_the_comparison_are_read_when_there_is_one(read, tmp_path, monkeypatch):
     experiment, loaded = read
     key = jax.random.key(0)
-    compare = outcome.comparison(experiment, tmp_path, key, lambda sentence: None)
+    compare = finish.comparing(experiment, tmp_path, key, lambda sentence: None)
     assert not loaded
     made = SimpleNamespace(by_train_loss={6: SimpleNamespace(train_loss=[2.0])})
     curves = SimpleNamespace(train_loss=np.asarray([[3.0]]), test_accuracy=np.asarray([[0.5]]))
-    monkeypatch.setattr(outcome.tuning, "tune", lambda *a, **k: made)
-    monkeypatch.setattr(outcome.evaluate, "compile_evaluation", lambda *a: lambda *b: curves)
+    monkeypatch.setattr(finish.tuning, "tune", lambda *a, **k: made)
+    monkeypatch.setattr(finish.curves, "compile_evaluation", lambda *a: lambda *b: curves)
     numbers, phrase = compare(())
     assert loaded == ["a"] and numbers["comparison/loss_ratio"] == 1.5
     assert phrase == "1.5 × tuned Adam's loss at 6"
     made.by_train_loss[6].train_loss[:] = [-2.0]
-    compare = outcome.comparison(experiment, tmp_path, key, lambda sentence: None)
+    compare = finish.comparing(experiment, tmp_path, key, lambda sentence: None)
     numbers, phrase = compare(())
     assert np.isnan(numbers["comparison/loss_ratio"])
     assert phrase == "loss 3, tuned Adam's -2 at 6"
 
 
-def test_tasks_are_judged_with_the_data_of_one_at_a_time(read, tmp_path, monkeypatch):
+def test_tasks_are_judged_with_the_data_of_one_at_a_time(read):
     experiment, loaded = read
-    met = []
-
-    def score(key, entries, cells, *arguments, **settings):
-        for cell in cells:
-            met.append((cell.name, list(loaded)))
-        return scorecard.Score([], [], {}, [])
-
-    monkeypatch.setattr(outcome.scorecard, "score", score)
-    monkeypatch.setattr(outcome.scorecard, "write", lambda *arguments: "")
-    theta = experiment.optimizer.init(jax.random.key(0))
-    state = SimpleNamespace(skipped=0, dropped=0)
-    snapshot = SimpleNamespace(state=state, seconds=1.0)
-    outcome.conclude(experiment, theta, tmp_path, jax.random.key(0), snapshot)
-    assert met == [("a", ["a"]), ("b", ["a", "b"]), ("c", ["a", "b", "c"])]
+    entry = comparison.Entry("sgd", optax.sgd(0.1))
+    cells = [comparison.Cell(name, family) for name, family in experiment.judged]
+    problems = Problems(jax.random.key(0), 1)
+    for row in comparison.measure([entry], cells, (2,), problems, grids=()):
+        assert row.cell == loaded[-1]
+    assert loaded == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("estimator, runs", [("first_order", 1), ("pes", 2)])
 def test_inner_steps_are_counted_of_every_run(tiny, estimator, runs):
     """12 meta-steps of 8 problems in windows of 4; evolution strategies run each problem twice."""
-    experiment = build.experiment(tiny | {"estimator": {"name": estimator}})
+    experiment = build_experiment(tiny | {"estimator": {"name": estimator}})
     state = SimpleNamespace(skipped=0, dropped=3)
-    about = outcome.about(experiment, SimpleNamespace(state=state, seconds=1.0))
+    about = finish.about(experiment, SimpleNamespace(state=state, seconds=1.0))
     assert about["training"]["inner_steps"] == runs * 12 * 8 * 4
     assert about["dropped"] == 3
 
@@ -77,7 +70,7 @@ def test_data_that_stand_twice_are_placed_once():
     mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
     same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     one, other = np.arange(3.0), np.arange(3.0)
-    placed = loop._placed(((one, other), (one,), ()), same)
+    placed = loop.placed(((one, other), (one,), ()), same)
     assert placed[0][0] is placed[1][0] and placed[0][0] is not placed[0][1]
     np.testing.assert_array_equal(placed[0][1], other)
     assert placed[0][0].sharding == same and placed[2] == ()
@@ -89,9 +82,9 @@ def test_what_a_process_has_whole_is_not_copied(monkeypatch):
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
     data, parts = jax.device_put(jnp.arange(8.0), same), jax.device_put(jnp.arange(8.0), split)
     placed = []
-    monkeypatch.setattr(cluster, "count", lambda: 2)
-    monkeypatch.setattr(cluster, "place", lambda x, s: placed.append(x) or jax.device_put(x, s))
-    own, gathered = cluster.whole((data, parts), same)
+    monkeypatch.setattr(collectives, "count", lambda: 2)
+    monkeypatch.setattr(collectives, "place", lambda x, s: placed.append(x) or jax.device_put(x, s))
+    own, gathered = collectives.whole((data, parts), same)
     assert len(placed) == 1 and placed[0] is parts
     assert own.unsafe_buffer_pointer() == data.addressable_data(0).unsafe_buffer_pointer()
     np.testing.assert_array_equal(gathered, np.arange(8.0))

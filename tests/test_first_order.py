@@ -15,7 +15,7 @@ from l2l.optimizers import coordinates
 from l2l.optimizers.lstm import dm, lstm, rnnprop
 from l2l.optimizers.per_tensor import per_tensor
 from l2l.tasks import augment
-from l2l.training import meta_step as meta
+from l2l.training import meta_step
 
 NUM_PROBLEMS, NUM_WINDOWS, LENGTH = 3, 3, 4
 
@@ -247,11 +247,11 @@ def test_learns_to_optimize():
     horizon, optimizer = 64, lstm(hidden_size=4, learning_rate=0.003)
     stage = base.Stage(jnp.float32(horizon), jnp.float32(horizon), jnp.float32(0))
     estimator = first_order(Inner(noisy_bowls(), optimizer, 8), PLAIN)
-    made = meta.Meta(estimator, optimizer, optax.adam(0.03), num_problems=8)
+    made = meta_step.Meta(estimator, optimizer, optax.adam(0.03), num_problems=8)
 
     @jax.jit
     def trained(state):
-        return jax.lax.scan(lambda s, _: meta.meta_step(made, s, ()), state, None, 150)[0]
+        return jax.lax.scan(lambda s, _: meta_step.meta_step(made, s, ()), state, None, 150)[0]
 
     @jax.jit
     def final(theta, keys):
@@ -264,7 +264,7 @@ def test_learns_to_optimize():
 
         return jnp.mean(jax.vmap(one)(keys))
 
-    state = trained(meta.meta_init(jax.random.key(0), made, stage))
+    state = trained(meta_step.meta_init(jax.random.key(0), made, stage))
     assert not int(state.skipped)
     keys = jax.random.split(jax.random.key(9), 64)
     assert final(optimizer.init(jax.random.key(0)), keys) > -0.5

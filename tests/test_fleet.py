@@ -29,9 +29,9 @@ if code == "wait":
     time.sleep(60)
 if code != "0":
     sys.exit(int(code))
-row = {"steps": 6, "optimizer": "lstm", "loss ratio": 2.0 ** int(seed), "points": float(seed),
+row = {"steps": 6, "optimizer": "lstm", "ratio": 2.0 ** int(seed), "points": float(seed),
        "diverged": 1}
-adam = dict(row, optimizer="adam, tuned", **{"loss ratio": 1.0})
+adam = dict(row, optimizer="adam, tuned", **{"ratio": 1.0})
 (folder / "results.json").write_text(json.dumps({"rows": [row, adam], "summary": [row, adam]}))
 (folder / "summary.txt").write_text("done")
 """
@@ -61,7 +61,7 @@ def test_seeds_are_run_once_and_summed_up(place, capsys):
     assert "fleet.md" in capsys.readouterr().out
     (row,) = json.loads((place / "all/fleet.json").read_text())["results"]
     # Ratios 2³, 2⁴, 2⁵: geometric mean 2⁴. Points 3, 4, 5: deviation 1. Adam's rows are left out.
-    assert row["loss ratio"] == pytest.approx(16) and (row["lowest"], row["highest"]) == (8, 32)
+    assert row["ratio"] == pytest.approx(16) and (row["lowest"], row["highest"]) == (8, 32)
     assert (row["points"], row["±"], row["diverged"], row["seeds"]) == (4, 1, 3, 3)
     assert start("--seeds=4") == 0
     assert order(place) == ["seed_3", "seed_4", "seed_5", "seed_6"]  # The finished ones stay.

@@ -144,14 +144,14 @@ def tree_of(size=8):
 
 
 def saved(folder, size=8):
-    saver = checkpoint.saver(folder)
+    saver = checkpoint.Saver(folder)
     saver.save(1, tree_of(size)[0])
     saver.close()
 
 
 def opened(folder):
     """What `restore` makes of a folder of one checkpoint that should be that of `tree_of`."""
-    saver = checkpoint.saver(folder)
+    saver = checkpoint.Saver(folder)
     tree, where = tree_of()
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     try:

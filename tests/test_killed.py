@@ -12,7 +12,8 @@ import jax
 import pytest
 from together import Command, assert_same_theta, experiment
 
-from l2l.training import loop as train
+from l2l.training.callbacks import DONE
+from l2l.training.run import train
 
 KILLS = 25
 STEPS = 1200
@@ -24,7 +25,7 @@ def test_no_kill_costs_more_than_the_steps_since_the_last_save(tmp_path, request
     """One run, killed again and again. It saves every group of meta-steps, so that most of the
     time a save is under way; one kill in four comes before the first meta-step."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert train.run(experiment(STEPS), whole, jax.devices()[:2]) == train.DONE
+    assert train(experiment(STEPS), whole, jax.devices()[:2]) == DONE
     chance, kills, newest = random.Random(count), 0, 0
 
     def start():

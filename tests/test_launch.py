@@ -57,7 +57,7 @@ def test_a_run_is_stopped_goes_on_and_ends(command, tmp_path):
     line = process.stderr.readline()
     assert f"Going on from meta-step {step}" in line
     process.kill()
-    process.wait()
+    process.communicate()  # Closes its pipes too.
 
 
 def test_a_whole_run_prints_its_table_and_paths(command, tmp_path):
@@ -65,7 +65,7 @@ def test_a_whole_run_prints_its_table_and_paths(command, tmp_path):
     out, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "adam, tuned" in out
-    for name in ("curves.png", "metrics.jsonl", exports.EXPORT):
+    for name in ("curves-2.png", "metrics.jsonl", exports.EXPORT):
         assert f"{tmp_path}/run/{name}" in out and (tmp_path / "run" / name).exists()
     exports.load(tmp_path / "run")
 

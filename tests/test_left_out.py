@@ -16,11 +16,11 @@ from l2l.estimators import autodiff
 from l2l.estimators.mixture import mixture
 from l2l.estimators.objective import Objective
 from l2l.storage import exports
-from l2l.training import diagnose
-from l2l.training import experiment as build
-from l2l.training import finish as outcome
-from l2l.training import loop as train
-from l2l.training import meta_step as meta
+from l2l.training import diagnose, finish, meta_step
+from l2l.training.callbacks import DONE, NOT_FINITE, Validate
+from l2l.training.experiment import build_experiment
+from l2l.training.loop import start
+from l2l.training.run import train
 
 STAGE = base.Stage(jnp.float32(4), jnp.float32(8), jnp.float32(0))
 THETA = base.lift(lambda key: jnp.zeros(2), optax.sgd)
@@ -45,9 +45,9 @@ def constant(gradients, losses):
 
 def steps_of(estimator, devices, group=1, clip=10.0):
     """(the state after `group` meta-steps by SGD at rate 1 from theta = 0, metrics)."""
-    made = meta.Meta(estimator, THETA, optax.sgd(1.0), num_problems=4, clip=clip)
-    state = meta.spread(meta.meta_init(jax.random.key(5), made, STAGE), devices)
-    return meta.compile_steps(made, group, jax.devices()[:devices])(state, ())
+    made = meta_step.Meta(estimator, THETA, optax.sgd(1.0), num_problems=4, clip=clip)
+    state = meta_step.spread(meta_step.meta_init(jax.random.key(5), made, STAGE), devices)
+    return meta_step.compile_steps(made, group, jax.devices()[:devices])(state, ())
 
 
 GRADIENTS = np.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [30.0, 40.0]], np.float32)
@@ -141,7 +141,7 @@ def no_comparison(monkeypatch):
     def conclude(experiment, theta, directory, key, snapshot):
         return str(exports.export(directory / exports.EXPORT, experiment.specification, theta))
 
-    monkeypatch.setattr(outcome, "conclude", conclude)
+    monkeypatch.setattr(finish, "conclude", conclude)
 
 
 @pytest.mark.parametrize("estimator", ["first_order", "truncated", "pes"])
@@ -150,7 +150,7 @@ def test_a_loss_without_a_logarithm_stops_the_run(mine, tmp_path, estimator):
     if estimator == "first_order":
         config["optimizer"] = {"name": "lstm", "hidden_size": 1}  # One with a rule.
     with pytest.raises(UserError) as error:
-        train.run(build.experiment(config), tmp_path / "run")
+        train(build_experiment(config), tmp_path / "run")
     said = str(error.value)
     assert "\n" not in said and "task mine" in said and "-499" in said
     assert 'objective.form to "plain" or "last"' in said and "positive" in said
@@ -161,12 +161,12 @@ def test_a_mixture_names_the_task_whose_loss_it_is(mine, tmp_path):
     config = mine(dict(), dict(offset=5000.0))
     config["task"] = ({"name": "quadratic", "dimension": 2, "batch_size": 3}, config["task"][1])
     with pytest.raises(UserError, match="The loss of task mine has come down to -499"):
-        train.run(build.experiment(config), tmp_path / "run")
+        train(build_experiment(config), tmp_path / "run")
 
 
 def test_negative_losses_are_no_trouble_to_the_plain_form(mine, tmp_path, no_comparison):
     config = mine(dict(offset=5000.0), objective={"on": "train", "form": "plain"})
-    assert train.run(build.experiment(config), tmp_path / "run") == train.DONE
+    assert train(build_experiment(config), tmp_path / "run") == DONE
     rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(-5001 < row["meta_loss"] < -4990 and row["dropped"] == 0 for row in rows)
 
@@ -175,7 +175,7 @@ def test_negative_losses_are_no_trouble_to_the_plain_form(mine, tmp_path, no_com
 def test_a_task_whose_losses_are_nan_is_said_and_exports_nothing(mine, tmp_path, capsys, form):
     """Of twelve normal numbers some are negative, at every step of every problem."""
     config = mine(dict(form=form), objective={"on": "train", "form": "plain"})
-    assert train.run(build.experiment(config), tmp_path / "run") == train.NOT_FINITE
+    assert train(build_experiment(config), tmp_path / "run") == NOT_FINITE
     said = capsys.readouterr().err
     assert "Meta-step 1 skipped: of all 8 problems the losses are not finite" in said
     assert "at inner step 0 the training loss (nan) is not finite" in said
@@ -192,9 +192,11 @@ def test_all_explanations_of_a_run_share_their_programs():
         loss=lambda params, problem, batch: traced.append(0) or jnp.log(-jnp.sum(params)),
     )
     inner = Inner(family, base.lift(lambda key: jnp.ones(()), optax.sgd), 2, stagger=False)
-    made = meta.Meta(autodiff.truncated(inner, Objective()), inner.optimizer, optax.sgd(1e-3), 2)
+    made = meta_step.Meta(
+        autodiff.truncated(inner, Objective()), inner.optimizer, optax.sgd(1e-3), 2
+    )
     explain = diagnose.explainer(made, [inner])
-    state = meta.meta_init(jax.random.key(0), made, STAGE)
+    state = meta_step.meta_init(jax.random.key(0), made, STAGE)
     first = explain(state, (), 2)
     before = len(traced)
     again = explain(state._replace(step=state.step + 5), (), 2)
@@ -215,19 +217,14 @@ def test_validation_is_of_the_whole_mixture(mine, monkeypatch, form, expected):
     config["task"] = tuple(
         dict(task, weight=weight) for task, weight in zip(config["task"], (1.0, 3.0), strict=True)
     )
-    experiment = build.experiment(config)
+    experiment = build_experiment(config)
     # Without a gradient nothing moves: the loss is the offset, up to the square of nothing.
     still = tuple(
         family._replace(init=lambda key, problem: jnp.zeros(12)) for family in experiment.families
     )
     experiment = experiment._replace(families=still)
-    mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
-    same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    data = train._placed(experiment.data(), same)
-    layout = train.Layout(jax.devices(), same, same)
-    theta = experiment.optimizer.init(jax.random.key(0))
-    validate = train._validation(experiment, jax.random.key(1), data, layout)
-    loss, numbers = validate(8, theta)
+    loop = start(experiment)
+    loss, numbers = Validate(None).measure(loop, 8, loop.theta)
     first = math.log(3.0) if form == "log" else 3.0
     np.testing.assert_allclose(loss, (first + 3 * expected) / 4, rtol=0.02)
     np.testing.assert_allclose(numbers["validation/1"], expected, rtol=0.02)

@@ -11,7 +11,7 @@ from l2l.core.unroll import Inner
 from l2l.estimators import autodiff, pes
 from l2l.estimators.mixture import mixture
 from l2l.estimators.objective import Objective
-from l2l.training import meta_step as meta
+from l2l.training import meta_step
 
 STAGE = base.Stage(jnp.float32(4), jnp.float32(8), jnp.float32(0))
 
@@ -75,13 +75,13 @@ def test_estimators_on_the_same_data_read_one_entry():
 
 def test_the_split_over_devices_changes_nothing():
     data, thetas = (jnp.float32(0.5), jnp.float32(1.5)), []
-    made = meta.Meta(mixture(components()), sgd(), optax.sgd(0.1), num_problems=4, clip=1e3)
+    made = meta_step.Meta(mixture(components()), sgd(), optax.sgd(0.1), num_problems=4, clip=1e3)
     for count in (1, 4):
         if jax.device_count() < count:
             pytest.skip(f"Needs {count} devices.")
         devices = jax.devices()[:count]
-        state = meta.spread(meta.meta_init(jax.random.key(1), made, STAGE), count)
-        state, metrics = meta.compile_steps(made, 3, devices)(state, data)
+        state = meta_step.spread(meta_step.meta_init(jax.random.key(1), made, STAGE), count)
+        state, metrics = meta_step.compile_steps(made, 3, devices)(state, data)
         assert metrics["finite"].size == 3 * 2 * 4
         thetas.append(jax.device_get(state.theta)["log_rate"])
     assert thetas[0] != np.log(np.float32(0.1))

@@ -12,7 +12,8 @@ import jax
 import pytest
 from together import Command, assert_same_theta, experiment
 
-from l2l.training import loop as train
+from l2l.training.callbacks import DONE
+from l2l.training.run import train
 
 STEPS = 1200
 # As launch/README.md has it; the last is for machines with fewer cores than processes.
@@ -24,7 +25,7 @@ MPIRUN = ("mpirun", "-n", "2", "--bind-to", "none", "--oversubscribe")
 def test_two_processes_of_mpirun_are_stopped_go_on_and_end_with_the_theta_of_one(tmp_path, request):
     """Stopped by SIGTERM to one of them, as mpirun's own would be followed by SIGKILL."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train.run(experiment(STEPS), whole, jax.devices()[:2]) == train.DONE
+    assert train(experiment(STEPS), whole, jax.devices()[:2]) == DONE
     launcher = MPIRUN if os.geteuid() else (*MPIRUN, "--allow-run-as-root")
     cache = request.config.cache.mkdir("xla")
     settings = dict(devices=1, steps=STEPS, cache=cache, launcher=launcher)

@@ -16,12 +16,14 @@ from together import config_of
 
 import l2l
 from l2l.cluster import environment
-from l2l.evaluation import curves as evaluate
+from l2l.evaluation import curves
 from l2l.storage import checkpoint
-from l2l.training import experiment as build
-from l2l.training import loop as train
+from l2l.training import run
+from l2l.training.callbacks import DONE, TERMINATED
+from l2l.training.experiment import build_experiment
+from l2l.training.run import train
 from l2l.training.run_directory import Signals
-from l2l.training.run_log import progress
+from l2l.training.run_log import RunLog
 
 
 def strict(text):
@@ -45,9 +47,9 @@ def test_a_run_leaves_handlers_loggers_and_programs_as_they_were(tiny, tmp_path,
     """A whole run with its comparison, in this process: no logger is silenced, no signal handler
     stays, and the programs of the caller are not dropped."""
     monkeypatch.setattr(jax, "clear_caches", lambda: pytest.fail("the caches are not ours"))
-    experiment = build.experiment(tiny)
+    experiment = build_experiment(tiny)
     handlers, logs, path = state_of_the_process()
-    assert train.run(experiment, tmp_path) == train.DONE
+    assert train(experiment, tmp_path) == DONE
     handlers_now, logs_now, path_now = state_of_the_process()
     assert handlers_now == handlers and path_now == path
     assert {name: logs_now[name] for name in logs} == logs
@@ -56,21 +58,25 @@ def test_a_run_leaves_handlers_loggers_and_programs_as_they_were(tiny, tmp_path,
 def test_commands_drop_programs_where_notebooks_keep_them(monkeypatch):
     dropped = []
     monkeypatch.setattr(jax, "clear_caches", lambda: dropped.append(True))
-    evaluate.forget()
+    curves.forget()
     assert not dropped
     monkeypatch.setattr(environment, "prepared", True)
-    evaluate.forget()
+    curves.forget()
     assert dropped
 
 
 def test_a_second_interrupt_is_a_keyboard_interrupt_and_ends_no_kernel():
-    before = signal.getsignal(signal.SIGINT)
-    with Signals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.got == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    # Where the tests run in the background the shell has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            assert signals.got == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_handler_that_python_did_not_install_is_no_error():
@@ -84,7 +90,7 @@ def test_a_handler_that_python_did_not_install_is_no_error():
 
 
 def test_what_others_log_is_heard_while_checkpoints_are_written(tmp_path, caplog):
-    saver = checkpoint.saver(tmp_path)
+    saver = checkpoint.Saver(tmp_path)
     with caplog.at_level(logging.INFO, "absl"):
         logging.getLogger("absl").warning("of the user's own")
         logging.getLogger("asyncio").warning("of another library")
@@ -113,7 +119,7 @@ def test_a_command_does_not_hear_of_fonts_and_a_library_call_does():
 
 
 def test_rows_of_the_log_are_json(tmp_path):
-    out = progress(tmp_path, 9, stream=io.StringIO())
+    out = RunLog(tmp_path, 9, stream=io.StringIO())
     numbers = {"loss": float("nan"), "best": float("inf"), "worst": -np.float32("inf"), "n": 3}
     out.log(1, numbers)
     out.close()
@@ -123,9 +129,9 @@ def test_rows_of_the_log_are_json(tmp_path):
 
 def test_a_configuration_is_json_and_its_own_again(tiny, tmp_path, monkeypatch):
     tiny["objective"]["cap"] = float("inf")
-    monkeypatch.setattr(train, "_run", lambda *_: train.DONE)
+    monkeypatch.setattr(run, "_run", lambda *_: DONE)
     for _ in range(2):  # The second time it is compared with what was written.
-        assert train.run(build.experiment(tiny), tmp_path) == train.DONE
+        assert train(build_experiment(tiny), tmp_path) == DONE
     assert strict((tmp_path / "config.json").read_text())["objective"]["cap"] == "inf"
 
 
@@ -135,28 +141,28 @@ def test_a_configuration_is_json_and_its_own_again(tiny, tmp_path, monkeypatch):
 def test_a_start_that_fails_leaves_no_claim(tiny, tmp_path, monkeypatch):
     """Data that is not there, a bug, an interrupt: the next start may be of another configuration,
     and what was in the directory is still there."""
-    experiment = build.experiment(tiny)
+    experiment = build_experiment(tiny)
 
     def fails():
         raise RuntimeError("no data")
 
     broken = experiment._replace(families=(experiment.families[0]._replace(data=fails),))
     with pytest.raises(RuntimeError, match="no data"):
-        train.run(broken, tmp_path / "a" / "run")
+        train(broken, tmp_path / "a" / "run")
     assert not list(tmp_path.iterdir())
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     (tmp_path / "run" / "checkpoints").mkdir()
     with pytest.raises(RuntimeError, match="no data"):
-        train.run(broken, tmp_path / "run")
+        train(broken, tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"notes.txt", "checkpoints"}
-    other = build.experiment(tiny | {"seed": 4})
-    monkeypatch.setattr(train, "_run", lambda *_: train.DONE)
-    assert train.run(other, tmp_path / "run") == train.DONE
+    other = build_experiment(tiny | {"seed": 4})
+    monkeypatch.setattr(run, "_run", lambda *_: DONE)
+    assert train(other, tmp_path / "run") == DONE
 
 
 def test_a_claim_stays_where_something_was_saved_or_was_claimed_before(tiny, tmp_path, monkeypatch):
-    experiment = build.experiment(tiny)
+    experiment = build_experiment(tiny)
 
     def saves(experiment, directory, *_):
         (directory / "checkpoints" / "3").mkdir(parents=True)
@@ -166,16 +172,16 @@ def test_a_claim_stays_where_something_was_saved_or_was_claimed_before(tiny, tmp
         raise RuntimeError("at once")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_run", saves)
+        patch.setattr(run, "_run", saves)
         with pytest.raises(RuntimeError, match="later"):
-            train.run(experiment, tmp_path / "saved")
+            train(experiment, tmp_path / "saved")
     assert (tmp_path / "saved" / "config.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_run", lambda *_: train.TERMINATED)
-        train.run(experiment, tmp_path / "claimed")
-        patch.setattr(train, "_run", fails)
+        patch.setattr(run, "_run", lambda *_: TERMINATED)
+        train(experiment, tmp_path / "claimed")
+        patch.setattr(run, "_run", fails)
         with pytest.raises(RuntimeError, match="at once"):
-            train.run(experiment, tmp_path / "claimed")
+            train(experiment, tmp_path / "claimed")
     assert (tmp_path / "claimed" / "config.json").exists()
 
 

@@ -15,7 +15,8 @@ import pytest
 from together import HANG, assert_same_theta, config_of, experiment
 
 import l2l
-from l2l.training import loop as train
+from l2l.training.callbacks import DONE
+from l2l.training.run import train
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 STEPS = 1200
@@ -26,7 +27,7 @@ STEPS = 1200
 def test_a_process_a_core_is_stopped_goes_on_and_ends_with_the_theta_of_one(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     count = min(2, len(os.sched_getaffinity(0)))
-    assert train.run(experiment(STEPS), whole, jax.devices()[:count]) == train.DONE
+    assert train(experiment(STEPS), whole, jax.devices()[:count]) == DONE
     log = tmp_path / "log"
     environment = os.environ | {
         "PYTHONPATH": str(Path(l2l.__file__).parent.parent),

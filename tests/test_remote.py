@@ -7,15 +7,15 @@ import pytest
 from l2l.console.errors import UserError
 from l2l.optimizers import registry
 from l2l.storage import exports
-from l2l.training import experiment as build
-from l2l.training import loop as train
+from l2l.training.experiment import build_experiment
+from l2l.training.run import train
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
 def test_a_remote_workdir_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"is remote.*mount the bucket"):
-        train.run(build.experiment(tiny), path)
+        train(build_experiment(tiny), path)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from l2l.evaluation import report
+from l2l.evaluation import figures, report, statistics
 
 
 def test_a_table_is_aligned_markdown():
@@ -28,8 +28,8 @@ def test_json_of_arrays_and_of_numbers_json_lacks(tmp_path):
 def test_spread_averages_within_bins_and_ranks_infinities():
     losses = np.tile(np.arange(1.0, 1001.0), (5, 1))
     losses[4] = np.inf
-    steps, low, middle, high = report.spread(losses)
-    assert steps[0] == 1 and steps[-1] == 1000 and len(steps) <= report.POINTS
+    steps, low, middle, high = figures.spread(losses)
+    assert steps[0] == 1 and steps[-1] == 1000 and len(steps) <= figures.POINTS
     assert low[0] == middle[0] == 1.0 and np.isnan(high).all()
     # The last bin: steps 956 to 1000, say; its mean lies in it.
     assert steps[-2] < middle[-1] < 1000 and np.isfinite(middle).all()
@@ -39,10 +39,10 @@ def test_a_figure_is_drawn_even_of_diverged_runs(tmp_path):
     fine = np.exp(-np.arange(50) / 10)[None] * np.asarray([[1.0], [2.0]])
     lost = np.full((2, 50), np.nan)
     panels = {f"panel {i}": {"fine": fine, "lost": lost, "short": fine[:, :1]} for i in range(4)}
-    path = report.figure(panels, tmp_path / "curves.png")
+    path = figures.curves(panels, tmp_path / "curves.png")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     with pytest.raises(ValueError, match="at least one panel"):
-        report.figure({}, path)
+        figures.curves({}, path)
 
 
 @pytest.mark.parametrize("level, scale", [(-5.0, "linear"), (0.0, "linear"), (1.0, "log")])
@@ -50,7 +50,7 @@ def test_the_scale_of_losses_is_one_they_have(level, scale):
     from matplotlib.figure import Figure
 
     axis = Figure().subplots()
-    report._scale(axis, np.asarray([level, level, np.nan]))
+    figures._scale(axis, np.asarray([level, level, np.nan]))
     assert axis.get_yscale() == scale
 
 
@@ -58,7 +58,7 @@ def test_figures_of_losses_without_a_logarithm(tmp_path):
     below = np.linspace(1.0, -3.0, 50)[None]
     nothing = np.full((2, 50), np.nan)
     panels = {"below": {"a": below}, "zero": {"a": 0 * below}, "nothing": {"a": nothing}}
-    path = report.figure(panels, tmp_path / "curves.png")
+    path = figures.curves(panels, tmp_path / "curves.png")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -74,14 +74,18 @@ def test_what_has_no_ratio_is_not_drawn_as_if_it_were_better(tmp_path, monkeypat
     monkeypatch.setattr(Axes, "plot", spy)
     nan = (math.nan,) * 3
     point = {"cell": "a", "kind": "k", "steps": 1, "ratio": nan, "sooner": (2.0, 1.0, 4.0)}
-    report.scorecard([point], tmp_path / "s.png", "title")
+    figures.scorecard([point], tmp_path / "s.png", "title")
     assert drawn == [2.0, [1.0, 4.0]]
 
 
 def test_the_geometric_mean():
-    assert math.isnan(report.geometric_mean([1.0, -1.0]))
-    assert math.isnan(report.geometric_mean([1.0, math.nan]))
-    assert report.geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
-    assert report.geometric_mean([1.0, math.inf]) == math.inf
-    assert report.geometric_mean([0.0, 1.0]) == 0.0
-    assert math.isnan(report.geometric_mean([]))
+    assert statistics.geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
+    assert statistics.geometric_mean([1.0, math.inf]) == math.inf
+    assert statistics.geometric_mean([0.0, 1.0]) == 0.0
+    assert math.isnan(statistics.geometric_mean([]))
+    assert math.isnan(statistics.geometric_mean([1.0, -1.0]))
+    assert math.isnan(statistics.geometric_mean([1.0, math.nan]))
+    assert statistics.geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
+    assert statistics.geometric_mean([1.0, math.inf]) == math.inf
+    assert statistics.geometric_mean([0.0, 1.0]) == 0.0
+    assert math.isnan(statistics.geometric_mean([]))

@@ -15,10 +15,11 @@ import pytest
 
 from l2l.console.errors import UserError
 from l2l.storage import exports, files
-from l2l.training import ahead_of_time as preflight
-from l2l.training import experiment as build
-from l2l.training import finish as outcome
-from l2l.training import loop as train
+from l2l.training import ahead_of_time, finish
+from l2l.training.callbacks import DONE, NOT_FINITE, TERMINATED
+from l2l.training.experiment import build_experiment
+from l2l.training.loop import start
+from l2l.training.run import train
 from l2l.training.run_directory import lock
 
 
@@ -27,12 +28,12 @@ def no_comparison(monkeypatch):
     """The final comparison with tuned Adam costs more than all else here, and has its own tests."""
 
     def conclude(experiment, theta, directory, key, snapshot):
-        about = outcome.about(experiment, snapshot)
+        about = finish.about(experiment, snapshot)
         path = exports.export(directory / exports.EXPORT, experiment.specification, theta, about)
-        files.write(directory / outcome.SUMMARY, b"concluded")
+        files.write(directory / finish.SUMMARY, b"concluded")
         return str(path)
 
-    monkeypatch.setattr(outcome, "conclude", conclude)
+    monkeypatch.setattr(finish, "conclude", conclude)
 
 
 def theta_of(directory):
@@ -44,34 +45,30 @@ def rows_of(directory):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def stop_after(monkeypatch, step):
-    """Makes the loop receive a signal in the group of meta-steps that ends at `step`."""
-    summary = train._summary
+def stop_after(step):
+    """A callback: a signal comes in the group of meta-steps that ends at `step`."""
 
-    def interrupt(metrics, state, *rest):
-        if int(state.step) == step:
+    def interrupt(loop, group):
+        if loop.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return summary(metrics, state, *rest)
 
-    monkeypatch.setattr(train, "_summary", interrupt)
+    return interrupt
 
 
-def crash_after(monkeypatch, step):
-    """Makes the process die, as far as files can tell, in the group that ends at `step`."""
-    summary = train._summary
+def crash_after(step):
+    """A callback: the process dies, as far as files can tell, in the group that ends at `step`."""
 
-    def crash(metrics, state, *rest):
-        if int(state.step) == step:
+    def crash(loop, group):
+        if loop.step == step:
             raise RuntimeError("killed")
-        return summary(metrics, state, *rest)
 
-    monkeypatch.setattr(train, "_summary", crash)
+    return crash
 
 
 @pytest.fixture
 def whole(tiny, tmp_path):
     directory = tmp_path / "whole"
-    assert train.run(build.experiment(tiny), directory) == train.DONE
+    assert train(build_experiment(tiny), directory) == DONE
     return directory
 
 
@@ -82,31 +79,45 @@ STAGES = {"name": "stages", "horizons": (4, 8, 16), "every": 3, "patience": 1, "
 def test_a_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch, horizon):
     if horizon:
         tiny["horizon"] = horizon
-    experiment = build.experiment(tiny)
+    experiment = build_experiment(tiny)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train.run(experiment, whole) == train.DONE
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        assert train.run(experiment, parts) == train.TERMINATED
-    with monkeypatch.context() as patch:
-        crash_after(patch, 12)  # Between saves: meta-step 9 is on the disk, 12 is not.
-        with pytest.raises(RuntimeError):
-            train.run(experiment, parts)
-    assert train.run(experiment, parts) == train.DONE
+    assert train(experiment, whole) == DONE
+    assert train(experiment, parts, extra=[stop_after(6)]) == TERMINATED
+    with pytest.raises(RuntimeError):  # Between saves: meta-step 9 is on the disk, 12 is not.
+        train(experiment, parts, extra=[crash_after(12)])
+    assert train(experiment, parts) == DONE
     jax.tree.map(np.testing.assert_array_equal, theta_of(whole), theta_of(parts))
     assert rows_of(whole) == rows_of(parts)
+
+
+def test_the_loop_by_itself_is_the_same_training(tiny, whole):
+    """Without directory, logs and checkpoints, to the bit."""
+    loop = start(build_experiment(tiny))
+    while loop.step < loop.experiment.running.steps:
+        assert loop.advance().metrics["finite"].shape == (3, 8)
+    jax.tree.map(np.testing.assert_array_equal, loop.result(), theta_of(whole))
+
+
+def test_a_callback_ends_a_run(tiny, tmp_path):
+    met = []
+
+    def end(loop, group):
+        met.append((loop.step, group.metrics["meta_loss"].shape))
+        return 7 if loop.step == 6 else None
+
+    assert train(build_experiment(tiny), tmp_path, extra=[end]) == 7
+    assert met == [(3, (3, 8)), (6, (3, 8))]
 
 
 @pytest.mark.parametrize("saved, resumed", [(8, 1), (1, 8), (4, 2)])
 def test_a_run_goes_on_with_other_devices(tiny, whole, tmp_path, monkeypatch, saved, resumed):
     """And ends as one that had eight throughout. The pairs with two processes, which are equal to
     the bit, are in `test_cluster.py`."""
-    experiment, devices = build.experiment(tiny), jax.devices()
+    experiment, devices = build_experiment(tiny), jax.devices()
     assert len(devices) == 8
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        assert train.run(experiment, tmp_path / "other", devices[:saved]) == train.TERMINATED
-    assert train.run(experiment, tmp_path / "other", devices[:resumed]) == train.DONE
+    other, stop = tmp_path / "other", [stop_after(6)]
+    assert train(experiment, other, devices[:saved], stop) == TERMINATED
+    assert train(experiment, other, devices[:resumed]) == DONE
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6),
         theta_of(whole),
@@ -118,7 +129,7 @@ def test_a_run_goes_on_with_other_devices(tiny, whole, tmp_path, monkeypatch, sa
 
 def test_the_meta_step_is_compiled_once_and_told_of_before_it_runs(tiny, tmp_path, capsys):
     """Over stages, saves and a resumption in the same directory: once a run."""
-    experiment, traced = build.experiment(tiny | {"horizon": STAGES}), []
+    experiment, traced = build_experiment(tiny | {"horizon": STAGES}), []
     family = experiment.meta.estimator
 
     def estimate(*arguments):
@@ -126,7 +137,7 @@ def test_the_meta_step_is_compiled_once_and_told_of_before_it_runs(tiny, tmp_pat
         return family.estimate(*arguments)
 
     meta = experiment.meta._replace(estimator=family._replace(estimate=estimate))
-    train.run(experiment._replace(meta=meta), tmp_path)
+    train(experiment._replace(meta=meta), tmp_path)
     assert len(traced) == 1
     compiled, first = capsys.readouterr().err.splitlines()[1:3]
     assert re.search(r"Compiled in .* s. Estimated memory: \S+ [kM]B a device", compiled)
@@ -135,12 +146,12 @@ def test_the_meta_step_is_compiled_once_and_told_of_before_it_runs(tiny, tmp_pat
 
 def test_a_run_that_goes_on_knows_the_time_left_before_its_first_step():
     # 30 s for 10 of 40 steps: 90 s for the other 30.
-    assert preflight.remaining(30.0, 10, 40) == " 0:01:30 left at the pace so far."
-    assert preflight.remaining(0.0, 0, 40) == ""
+    assert ahead_of_time.remaining(30.0, 10, 40) == " 0:01:30 left at the pace so far."
+    assert ahead_of_time.remaining(0.0, 0, 40) == ""
 
 
 def test_a_finished_run_says_so(tiny, whole, capsys):
-    assert train.run(build.experiment(tiny), whole) == train.DONE
+    assert train(build_experiment(tiny), whole) == DONE
     assert "concluded" in capsys.readouterr().out
 
 
@@ -148,21 +159,21 @@ def test_a_run_may_begin_with_the_theta_of_another(tiny, whole, tmp_path):
     tiny["start"] = str(whole)
     # A rate of 0 leaves theta where it began.
     tiny["meta"]["optimizer"]["learning_rate"] = 0.0
-    assert train.run(build.experiment(tiny), tmp_path / "on") == train.DONE
+    assert train(build_experiment(tiny), tmp_path / "on") == DONE
     jax.tree.map(np.testing.assert_array_equal, theta_of(tmp_path / "on"), theta_of(whole))
     before, now = (exports.read(path / exports.EXPORT)[2] for path in (whole, tmp_path / "on"))
     assert now["training_before"] == [before["training"]]
     tiny["optimizer"]["hidden_size"] = 3
     with pytest.raises(ValueError, match=r"another optimizer \(optimizer.hidden_size is 2 there"):
-        train.run(build.experiment(tiny), tmp_path / "other")
+        train(build_experiment(tiny), tmp_path / "other")
 
 
 def test_the_end_lies_between_the_first_theta_and_the_trained_one(tiny, whole, tmp_path):
     tiny["meta"]["blend"] = 0.25
-    assert train.run(build.experiment(tiny), tmp_path / "blended") == train.DONE
+    assert train(build_experiment(tiny), tmp_path / "blended") == DONE
     tiny["meta"]["optimizer"]["learning_rate"] = 0.0
     tiny["meta"]["blend"] = 1.0
-    assert train.run(build.experiment(tiny), tmp_path / "first") == train.DONE
+    assert train(build_experiment(tiny), tmp_path / "first") == DONE
     parts = (whole, tmp_path / "blended", tmp_path / "first")
     trained, blended, first = (
         jax.flatten_util.ravel_pytree(theta_of(directory))[0] for directory in parts
@@ -171,29 +182,29 @@ def test_the_end_lies_between_the_first_theta_and_the_trained_one(tiny, whole, t
     np.testing.assert_allclose(blended, 0.75 * first + 0.25 * trained, rtol=1e-5, atol=1e-6)
     tiny["meta"]["blend"] = 0.0
     with pytest.raises(ValueError, match=r"meta\.blend=0\.0 is no part of the way"):
-        build.experiment(tiny)
+        build_experiment(tiny)
 
 
 def test_another_configuration_is_refused_with_the_keys(tiny, whole):
     tiny["optimizer"]["hidden_size"] = 3
     with pytest.raises(ValueError, match=r"optimizer.hidden_size is 2 there, 3 here"):
-        train.run(build.experiment(tiny), whole)
+        train(build_experiment(tiny), whole)
 
 
 def test_two_runs_in_one_directory_are_refused(tiny, tmp_path):
     with lock(tmp_path), pytest.raises(ValueError, match="Another run is at work"):
-        train.run(build.experiment(tiny), tmp_path)
+        train(build_experiment(tiny), tmp_path)
 
 
 def test_problems_must_fit_the_devices(tiny, tmp_path):
     tiny["meta"]["num_problems"] = 12
     with pytest.raises(ValueError, match="Try num_problems=8 or 16"):
-        train.run(build.experiment(tiny), tmp_path)
+        train(build_experiment(tiny), tmp_path)
 
 
 def test_a_storm_of_nan_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys):
     # The curriculum reaches a stage in which every meta-gradient is infinite.
-    experiment = build.experiment(tiny | {"meta": tiny["meta"] | {"max_bad": 5}})
+    experiment = build_experiment(tiny | {"meta": tiny["meta"] | {"max_bad": 5}})
     calm = experiment.curriculum.stage
 
     def stage(memory, step):
@@ -211,7 +222,7 @@ def test_a_storm_of_nan_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path,
         curriculum=experiment.curriculum._replace(stage=stage),
         meta=experiment.meta._replace(estimator=family._replace(estimate=estimate)),
     )
-    assert train.run(storm, tmp_path) == train.NOT_FINITE
+    assert train(storm, tmp_path) == NOT_FINITE
     said = capsys.readouterr().err
     assert "Meta-step 7 skipped" in said and "6 meta-gradients were not finite" in said
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == ["3", "6"]
@@ -237,15 +248,15 @@ def test_signals_are_left_alone_outside_the_main_thread(tiny, tmp_path):
     codes = []
 
     def run():
-        codes.append(train.run(build.experiment(tiny), tmp_path))
+        codes.append(train(build_experiment(tiny), tmp_path))
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert codes == [train.DONE]
+    assert codes == [DONE]
 
 
 def test_an_unwritable_directory_is_an_error_of_the_system(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError):
-        train.run(build.experiment(tiny), tmp_path / "file" / "run")
+        train(build_experiment(tiny), tmp_path / "file" / "run")

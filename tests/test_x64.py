@@ -11,7 +11,7 @@ import pytest
 
 import l2l
 from l2l.core import base
-from l2l.training.experiment import experiment
+from l2l.training.experiment import build_experiment
 from l2l.training.meta_step import meta_init, meta_step
 
 OPTIMIZERS = {
@@ -60,7 +60,7 @@ def test_a_meta_step_keeps_its_dtypes(optimizer, estimator):
     if (optimizer, estimator) == ("learned_adam", "first_order"):
         pytest.skip("it has no rule")
     with jax.enable_x64(True):
-        whole = experiment(config(OPTIMIZERS[optimizer], ESTIMATORS[estimator]))
+        whole = build_experiment(config(OPTIMIZERS[optimizer], ESTIMATORS[estimator]))
         stage = base.Stage(*(jnp.float32(x) for x in (4, 8, 0.1)))
         state = jax.eval_shape(lambda key: meta_init(key, whole.meta, stage), jax.random.key(0))
         after, _ = jax.eval_shape(lambda s: meta_step(whole.meta, s, whole.data()), state)

@@ -14,7 +14,7 @@ import numpy as np
 
 import l2l
 from l2l.storage import exports
-from l2l.training import experiment as build
+from l2l.training.experiment import build_experiment
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -125,7 +125,7 @@ def experiment(steps: int):
     exec(CONFIG, names)
     config = names["get_config"]()
     config.meta["steps"] = steps
-    return build.experiment(config)
+    return build_experiment(config)
 
 
 def assert_same_theta(directory, other) -> None:

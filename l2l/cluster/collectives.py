@@ -85,7 +85,7 @@ def told(value):
     return json.loads(largest(padded)[:length].tobytes())
 
 
-def together(action: Callable[[], Any]):
+def together(action: Callable[[], Any]) -> Any:
     """What `action` returns, JSON-able, when process 0 calls it, however long that takes; where it
     fails, all fail.
 

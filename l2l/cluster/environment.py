@@ -15,7 +15,7 @@ def prepare(num_problems: int | None = None, member: dict | None = None) -> None
     alone: it is the whole process that is set up."""
     global prepared
     prepared = True
-    processes = (member or {}).get("num_processes", 1)  # As `joining.find` found them.
+    processes = (member or {}).get("num_processes", 1)  # As `initialize.find` found them.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     devices = max(n for n in range(1, cores + 1) if (num_problems or n) // processes % n == 0)

@@ -3,7 +3,7 @@
     arguments = find({"num_processes": 2, "process_id": 0, "coordinator_address": "host:1234"})
     join(arguments)  # Before any other use of JAX; None joins nothing.
 
-Afterwards the processes agree through `cluster.py`.
+Afterwards the processes agree through `collectives.py`.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l2l.cluster import collectives as cluster
+from l2l.cluster import collectives
 from l2l.console.errors import UserError
 
 # JAX reads the first of these variables itself; the others follow the names of its arguments.
@@ -45,8 +45,7 @@ def find(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
             found[name] = value if name == "coordinator_address" else _whole(name, value)
     if not found:
         return {} if _on_tpu(environment) else None
-    count, number = found.get("num_processes"), found.get("process_id")
-    if count == 1 and not number:
+    if found.get("num_processes") == 1 and not found.get("process_id"):
         return None
     known = {"SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri"} & set(environment) if launcher else ()
     missing = [name for name in VARIABLES if name not in found]
@@ -58,6 +57,7 @@ def find(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
             + ", ".join(f"--{name} (or {VARIABLES[name]})" for name in missing)
             + "."
         )
+    count, number = found["num_processes"], found["process_id"]
     if not 0 <= number < count:
         raise UserError(
             f"process_id={number} is not one of num_processes={count}: give each process its own "
@@ -126,7 +126,7 @@ def join(arguments: Mapping | None) -> None:
 
     def give_up():  # JAX itself would end the process with a stack trace and no advice.
         print("l2l:", failed, file=sys.stderr, flush=True)
-        os._exit(cluster.LOST)
+        os._exit(collectives.LOST)
 
     watch = threading.Timer(JOIN_SECONDS, give_up)
     watch.daemon = True

@@ -206,7 +206,7 @@ def _is_dict(text: str | None) -> bool:
 def _print_help(values: flags.FlagValues, about: str) -> None:
     print(about.strip(), "\n\nflags:\n")
     print("  --config: A file of configs/, or one of your own.")
-    print("  --config.section.key=value: Changes it; README.md lists sections and settings.")
+    print("  --config.section.key=value: Changes it; docs/choosing.md lists the sections.")
     for name in sorted(values):
         flag = values[name]
         default = "" if flag.default in (None, []) else f" Default: {flag.default_as_str}."

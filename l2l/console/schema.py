@@ -117,7 +117,7 @@ def _tuple(value) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
-def fits(where: str, key: str, value, hint):
+def fits(where: str, key: str, value, hint) -> Any:
     """The value in the type of `hint`; UserError where it is of another."""
     if _is(value, hint):
         return tuple(value) if isinstance(value, list) else value
@@ -139,7 +139,7 @@ def unknown(kind: str, name, valid, where: str = "") -> str:
     return f"Unknown {kind} {name!r}{place}. {hint}There is {', '.join(valid) or 'none'}."
 
 
-def plain(config):
+def plain(config) -> Any:
     """A configuration as dicts, tuples, strings and numbers alone."""
     if hasattr(config, "to_dict"):
         config = config.to_dict()

@@ -15,6 +15,8 @@ import numpy as np
 import optax
 
 PyTree = Any
+Device = Any  # jax.Device, which type checkers take for a variable.
+Scalar = jax.Array | np.ndarray | float
 
 
 class TaskFamily(NamedTuple):
@@ -180,9 +182,9 @@ class Stage(NamedTuple):
     """What the curriculum sets: the range of horizons [shortest, longest] drawn log-uniformly, and
     the weight of the imitation of Adam. Traced scalars, so that a new stage compiles nothing."""
 
-    shortest: jax.Array
-    longest: jax.Array
-    imitation: jax.Array
+    shortest: Scalar
+    longest: Scalar
+    imitation: Scalar
 
 
 class MetaGradient(NamedTuple):

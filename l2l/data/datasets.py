@@ -33,8 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l2l.console.errors import UserError
-from l2l.data import image_files as layouts
-from l2l.data import table_files as tabular
+from l2l.data import image_files, table_files
 
 
 class Split(NamedTuple):
@@ -69,9 +68,9 @@ SPECS = {
     "mnist14": Spec((14, 14, 1), 10),
     "fashion_mnist": Spec((28, 28, 1), 10),
     "fashion_mnist14": Spec((14, 14, 1), 10),
-    "adult": Spec((tabular.ADULT,), 2),
-    "housing": Spec((tabular.HOUSING,), 0),
-    "winequality": Spec((tabular.WINE,), 0),
+    "adult": Spec((table_files.ADULT,), 2),
+    "housing": Spec((table_files.HOUSING,), 0),
+    "winequality": Spec((table_files.WINE,), 0),
     "cifar10": Spec((32, 32, 3), 10),
     "pydoc": Spec((), 128),
     "tinyshakespeare": Spec((), 128),
@@ -125,7 +124,7 @@ def present(name: str) -> bool:
     if name in _FOLDERS:
         kept = (root / _FOLDERS[name][0] / "openml.npz").is_file()
         return kept or any((root / folder).is_dir() for folder in _FOLDERS[name])
-    if name in tabular.READERS:
+    if name in table_files.READERS:
         return (root / "reserved" / name).is_dir()
     return name != "tinyshakespeare" or (root / name / "input.txt").is_file()
 
@@ -157,7 +156,7 @@ def _load(name: str, root: Path) -> Dataset:
         dataset = _text(name, root)
     elif name in _HALVED:
         dataset = Dataset(*(Split(_halve(x), y) for x, y in _load(_HALVED[name], root)))
-    elif name in tabular.READERS:
+    elif name in table_files.READERS:
         dataset = _table(name, root / "reserved" / name)
     else:
         dataset = _images(name, root)
@@ -204,12 +203,16 @@ def _table(name: str, folder: Path) -> Dataset:
     """A reserved table; see `table_files.py`."""
     classes = SPECS[name].classes
     if name == "adult":
-        (inputs, labels), test = (tabular.adult(folder / f"adult.{p}") for p in ("data", "test"))
+        (inputs, labels), test = (
+            table_files.adult(folder / f"adult.{p}") for p in ("data", "test")
+        )
         order = _stratified(labels)
         inputs = np.concatenate([inputs[order], test[0]])
         labels = np.concatenate([labels[order], test[1]])
         return _standardised(inputs, labels, -(-len(order) // 5), len(test[1]), classes)
-    inputs, labels = tabular.READERS[name](folder / "housing.csv" if name == "housing" else folder)
+    inputs, labels = table_files.READERS[name](
+        folder / "housing.csv" if name == "housing" else folder
+    )
     order = _stratified(np.zeros_like(labels))
     fifth = -(-len(order) // 5)
     return _standardised(inputs[order], labels[order], fifth, fifth, classes)
@@ -235,18 +238,13 @@ def _cut(inputs: np.ndarray, labels: np.ndarray, validation: int, test: int) -> 
 
 def _images(name: str, root: Path) -> Dataset:
     read = _cifar if name == "cifar10" else _mnist
-    parts = [None, None]
-    for folder in (root / folder for folder in _FOLDERS[name]):
-        parts = read(folder)
-        if any(parts):
-            break
-    else:
-        parts = _openml(name, root)
-    train, test = parts
+    found = (read(root / folder) for folder in _FOLDERS[name])
+    train, test = next(filter(any, found), None) or _openml(name, root)
     if train and test:
-        whole = Split(*map(np.concatenate, zip(train, test, strict=True)))
-        return _cut(*whole, min(5000, len(train.labels) // 10), len(test.labels))
+        inputs, labels = map(np.concatenate, zip(train, test, strict=True))
+        return _cut(inputs, labels, min(5000, len(train.labels) // 10), len(test.labels))
     only = train or test
+    assert only is not None  # What is downloaded is one table.
     tenth = len(only.labels) // 10
     return _cut(*only, min(5000, tenth), tenth)
 
@@ -262,7 +260,7 @@ def _mnist(folder: Path) -> list[Split | None]:
 
 def _mnist_part(folder: Path, part: str) -> Split | None:
     stems = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
-    images, labels = (layouts.find(folder, stem) for stem in stems)
+    images, labels = (image_files.find(folder, stem) for stem in stems)
     if images is None and labels is None:
         return None
     if images is None or labels is None:
@@ -271,21 +269,21 @@ def _mnist_part(folder: Path, part: str) -> Split | None:
             f"{folder} holds {images or labels} but not {missing}[.gz], and one is of no use "
             "without the other: put the missing file beside it."
         )
-    pixels = layouts.read_idx(images, 3)
+    pixels = image_files.read_idx(images, 3)
     if pixels.shape[1:] != (28, 28):
         size = f"{pixels.shape[1]}×{pixels.shape[2]}"
-        raise layouts.broken(images, f"holds images of {size}, not 28×28")
-    return Split(*layouts.checked(labels, pixels[..., None], layouts.read_idx(labels, 1)))
+        raise image_files.broken(images, f"holds images of {size}, not 28×28")
+    return Split(*image_files.checked(labels, pixels[..., None], image_files.read_idx(labels, 1)))
 
 
 def _cifar(folder: Path) -> list[Split | None]:
-    train = [layouts.find(folder, f"data_batch_{i}.bin") for i in range(1, 6)]
-    test = [layouts.find(folder, "test_batch.bin")]
+    train = [image_files.find(folder, f"data_batch_{i}.bin") for i in range(1, 6)]
+    test = [image_files.find(folder, "test_batch.bin")]
     return [_cifar_part([path for path in paths if path]) for paths in (train, test)]
 
 
 def _cifar_part(paths: list[Path]) -> Split | None:
-    splits = [Split(*layouts.read_cifar(path)) for path in paths]
+    splits = [Split(*image_files.read_cifar(path)) for path in paths]
     return Split(*map(np.concatenate, zip(*splits, strict=True))) if splits else None
 
 
@@ -317,9 +315,9 @@ def _openml(name: str, root: Path) -> list[Split | None]:
         with kept.open("rb") as file, np.load(file) as arrays:
             inputs, labels = arrays["inputs"], arrays["labels"]
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise layouts.broken(kept, f"is not a whole .npz file ({error})") from error
-    images = layouts.planes(inputs) if name == "cifar10" else inputs.reshape(-1, 28, 28, 1)
-    whole = Split(*layouts.checked(kept, images, labels))
+        raise image_files.broken(kept, f"is not a whole .npz file ({error})") from error
+    images = image_files.planes(inputs) if name == "cifar10" else inputs.reshape(-1, 28, 28, 1)
+    whole = Split(*image_files.checked(kept, images, labels))
     # OpenML appends the published 10,000 test images to the training images.
     return [Split(*(a[:-10_000] for a in whole)), Split(*(a[-10_000:] for a in whole))]
 
@@ -340,9 +338,9 @@ def _text(name: str, root: Path) -> Dataset:
                 f"{path} is not there and is not fetched by itself: put Karpathy's char-rnn file "
                 "tinyshakespeare/input.txt there, or use 'pydoc', which comes with Python."
             )
-        content = layouts.read(path)
+        content = image_files.read(path)
         if len(content) < 1000:
-            raise layouts.broken(path, f"has only {len(content)} characters")
+            raise image_files.broken(path, f"has only {len(content)} characters")
     characters = np.minimum(np.frombuffer(content, np.uint8), 127)
     tenth = (len(characters) - 1) // 10
     # Copies, so that `labels` is a row of its own rather than a view one byte on.

@@ -1,4 +1,1 @@
-"""Estimators of the meta-gradient, one a file.
-
->>> from l2l.estimators import autodiff, first_order, mixture, pes
-"""
+"""Estimators of the meta-gradient, one a file, and the meta-losses they differentiate."""

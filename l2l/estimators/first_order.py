@@ -89,7 +89,7 @@ class Seen(NamedTuple):
         following = jnp.concatenate([self.gradient[1:], self.last[None]])
         pulls = self.weights[:, None] * following
         if not isinstance(self.held_out, tuple):
-            pulls += self.held_out_weights[:, None] * self.held_out
+            pulls += jnp.asarray(self.held_out_weights)[:, None] * self.held_out
         return pulls
 
 
@@ -104,7 +104,7 @@ def first_order(
     Raises:
       UserError: the optimizer has no rule.
     """
-    rule, family = inner.optimizer.rule, inner.family
+    rule = inner.optimizer.rule
     if rule is None:
         raise UserError(
             "This optimizer has no rule that acts coordinate by coordinate, which the first-order "
@@ -112,45 +112,54 @@ def first_order(
         )
     if isinstance(rule, base.PerTensorRule):
         return first_order_per_tensor(inner, objective, teacher, over_problems)
+    engine = _Engine(inner, rule, objective, teacher, block)
 
     def init(keys, theta, stage):
-        def one(key):
-            state = first(inner, key, theta, stage)
-            moments = ()
-            if teacher is not None:
-                dtype = coordinates.dtype_of(theta)
-                moments = features.zero_moments(1, base.count(state.params), dtype)
-            return FirstOrderState(state, moments)
+        return jax.vmap(lambda key: engine.begin(key, theta, stage))(keys)
 
-        return jax.vmap(one)(keys)
+    def estimate(theta, state, data, stage):
+        return over_problems(lambda s: engine.estimate(theta, s, data, stage), state)
 
-    def forward(theta, state, data):
+    return base.MetaGradient(init, estimate)
+
+
+class _Engine(NamedTuple):
+    """The estimator for one problem."""
+
+    inner: Inner
+    rule: base.Rule
+    objective: Objective
+    teacher: Teacher | None
+    block: int | None
+
+    def begin(self, key, theta, stage) -> FirstOrderState:
+        state, moments = first(self.inner, key, theta, stage), ()
+        if self.teacher is not None:
+            dtype = coordinates.dtype_of(theta)
+            moments = features.zero_moments(1, base.count(state.params), dtype)
+        return FirstOrderState(state, moments)
+
+    def estimate(self, theta, state: FirstOrderState, data, stage):
+        """(the meta-gradient of the next window, the state after it, metrics)."""
+        run = renew(self.inner, state.inner, theta, stage)
+        moments = state.teacher
+        if self.teacher is not None:
+            moments = jax.tree.map(lambda x: jnp.where(run.step == 0, 0, x), moments)
+        after, seen, metrics = self.forward(theta, run, data)
+        gradient, moments = self.backward(theta, run, seen, moments, stage.imitation)
+        return gradient, FirstOrderState(after, moments), metrics
+
+    def forward(self, theta, state: base.InnerState, data):
         """K steps: (the state after them, what the backward pass needs, metrics)."""
-        dtype = coordinates.dtype_of(theta)
-        gradient_of = jax.value_and_grad(family.loss)
+        objective, family = self.objective, self.inner.family
         on_train, on_validation = objective.shares(state.step, state.num_steps)
-        emphases = objective.emphases(state.step, state.num_steps, inner.length)
-
-        def step(state, _):
-            loss, gradient = gradient_of(state.params, state.problem, batch_at(family, state, data))
-            g, p = (coordinates.flatten(tree, dtype) for tree in (gradient, state.params))
-            shapes = coordinates.shapes_of(state.params)
-            updates, opt_state, seen = coordinates.advance(
-                rule, theta, g, p, state.opt_state, state.told, shapes, block
-            )
-            change = coordinates.unflatten(updates, state.params)
-            params = optax.apply_updates(state.params, change)
-            state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
-            value, pull = (), ()
-            if objective.reads_validation:
-                batch = batch_at(family, state, data, VALIDATION)
-                value, pull = gradient_of(params, state.problem, batch)
-                pull = coordinates.flatten(pull, dtype)
-            return state, (loss, g, p, value, pull, seen)
-
-        state, out = jax.lax.scan(step, state, None, inner.length)
+        emphases = objective.emphases(state.step, state.num_steps, self.inner.length)
+        state, out = jax.lax.scan(
+            lambda state, _: self.step(theta, state, data), state, None, self.inner.length
+        )
         losses, g, p, values, held_out, whole = out
-        last, pull = gradient_of(state.params, state.problem, batch_at(family, state, data, TRAIN))
+        batch = batch_at(family, state, data, TRAIN)
+        last, pull = jax.value_and_grad(family.loss)(state.params, state.problem, batch)
         following = jnp.concatenate([losses[1:], last[None]])
         slope = jax.grad(objective.value)
         seen = Seen(
@@ -158,7 +167,7 @@ def first_order(
             params=p,
             directions=whole.directions,
             held_out=held_out,
-            last=coordinates.flatten(pull, dtype),
+            last=coordinates.flatten(pull, coordinates.dtype_of(theta)),
             weights=jnp.zeros_like(losses),
             held_out_weights=(),
             tensors=whole.tensors,
@@ -178,70 +187,49 @@ def first_order(
         )
         return state, seen, metrics
 
-    def backward(theta, start, told, seen, moments, imitation, shapes):
-        """(the window's meta-gradient, the teacher's moments after it), block by block."""
+    def step(self, theta, state: base.InnerState, data):
+        """A training step: (the state after it, what is kept of it)."""
+        family, dtype = self.inner.family, coordinates.dtype_of(theta)
+        gradient_of = jax.value_and_grad(family.loss)
+        loss, gradient = gradient_of(state.params, state.problem, batch_at(family, state, data))
+        g, p = (coordinates.flatten(tree, dtype) for tree in (gradient, state.params))
+        shapes = coordinates.shapes_of(state.params)
+        updates, opt_state, seen = coordinates.advance(
+            self.rule, theta, g, p, state.opt_state, state.told, shapes, self.block
+        )
+        change = coordinates.unflatten(updates, state.params)
+        params = optax.apply_updates(state.params, change)
+        state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+        value, pull = (), ()
+        if self.objective.reads_validation:
+            batch = batch_at(family, state, data, VALIDATION)
+            value, pull = gradient_of(params, state.problem, batch)
+            pull = coordinates.flatten(pull, dtype)
+        return state, (loss, g, p, value, pull, seen)
+
+    def backward(self, theta, run: base.InnerState, seen: Seen, moments, imitation):
+        """(the window's meta-gradient, the teacher's moments after it), block by block.
+
+        run: the state before the window.
+        """
+        start = run.opt_state
         size = seen.last.size
-        blocks = coordinates.blocks_of(size, block or coordinates.width(start.hidden))
-        steps = start.step + jnp.arange(inner.length)
-
-        def tensor_signals(theta):
-            """What the network for whole tensors says at each step: [K, O, G], or ()."""
-            if rule.tensors is None:
-                return ()
-
-            def step(hidden, xs):
-                seen, step = xs
-                context = rule.context(step, told).astype(seen.dtype)
-                signals, hidden = rule.tensors.propose(theta, seen, context, hidden)
-                return hidden, signals
-
-            return jax.lax.scan(step, start.tensors[1], (seen.tensors, steps))[1]
-
-        signals, back_to_theta = jax.vjp(tensor_signals, theta)
-
-        def block_loss(both, statistics, hidden, moments, seen, fresh, first):
-            theta, signals = both
-
-            def step(carry, xs):
-                statistics, hidden, moments, moved = carry
-                g, p, directions, pull, signals, step = xs
-                rows, statistics = rule.observe(g, statistics, p, step)
-                rows = coordinates.below(rows, directions, signals, shapes, first)
-                context = rule.context(step, told).astype(g.dtype)
-                updates, hidden = rule.propose(theta, rows, context, hidden)
-                # Σₜ ⟨λₜ, uₜ⟩ = Σₛ ⟨pullₛ, Σ_{t≤s} uₜ⟩: the sums λ come out of the backward pass.
-                moved = moved + updates
-                out = jnp.vdot(pull, moved)
-                if teacher is not None:
-                    taught, moments = _teach(teacher, g, moments, step)
-                    off = jnp.where(fresh, updates - taught, 0) / teacher.learning_rate
-                    out += imitation * jnp.vdot(off, off) / (size * inner.length)
-                return (statistics, hidden, moments, moved), out
-
-            def scan(carry, xs, length):
-                if length > 2 * SEGMENT:
-                    return in_segments(scan, carry, xs, length, SEGMENT)
-                return jax.lax.scan(step, carry, xs, length)
-
-            pulls = jnp.where(fresh, seen.pulls(), 0)
-            xs = (seen.gradient, seen.params, seen.directions, pulls, signals, steps)
-            carry = (statistics, hidden, moments, jnp.zeros_like(seen.last))
-            (*_, moments, _), out = scan(carry, xs, inner.length)
-            return jnp.sum(out), moments
-
-        gradient_of = jax.grad(block_loss, has_aux=True)
+        blocks = coordinates.blocks_of(size, self.block or coordinates.width(start.hidden))
+        signals, back_to_theta = jax.vjp(lambda t: self.tensor_signals(t, run, seen), theta)
+        window = _Window(self, run, imitation / (size * self.inner.length))
+        gradient_of = jax.grad(window.loss, has_aux=True)
         state, both = (start.statistics, start.hidden), (theta, signals)
 
         def one_block(i, carry):
             total, moments = carry
             arrays = (*blocks.cut(state, i), blocks.cut(moments, i))
-            arrays += (seen.on(blocks, i), blocks.fresh(i), blocks.start(i))
-            gradient, after = gradient_of(both, *arrays)
+            place = (seen.on(blocks, i), blocks.fresh(i), blocks.start(i))
+            gradient, after = gradient_of(both, arrays, *place)
             total = jax.tree.map(jnp.add, total, gradient)
             return total, blocks.put(moments, after, i)
 
         if blocks.count == 1:
-            total, moments = gradient_of(both, *state, moments, seen, True, None)
+            total, moments = gradient_of(both, (*state, moments), seen, True, None)
         else:
             zeros = jax.tree.map(jnp.zeros_like, both)
             total, moments = jax.lax.fori_loop(0, blocks.count, one_block, (zeros, moments))
@@ -249,22 +237,73 @@ def first_order(
         (indirect,) = back_to_theta(by_signals)
         return jax.tree.map(jnp.add, direct, indirect), moments
 
-    def one_problem(theta, state, data, stage):
-        run = renew(inner, state.inner, theta, stage)
-        moments = state.teacher
+    def tensor_signals(self, theta, run: base.InnerState, seen: Seen):
+        """What the network for whole tensors says at each step: [K, O, G], or ()."""
+        whole = self.rule.tensors
+        if whole is None:
+            return ()
+
+        def step(hidden, xs):
+            seen, step = xs
+            context = self.rule.context(step, run.told).astype(seen.dtype)
+            signals, hidden = whole.propose(theta, seen, context, hidden)
+            return hidden, signals
+
+        steps = run.opt_state.step + jnp.arange(self.inner.length)
+        return jax.lax.scan(step, run.opt_state.tensors[1], (seen.tensors, steps))[1]
+
+
+class _Window(NamedTuple):
+    """The window again, for a block of coordinates at a time, as a function of theta.
+
+    run: the state before it. imitation: weight of a coordinate's squared distance from the teacher.
+    """
+
+    engine: _Engine
+    run: base.InnerState
+    imitation: jax.Array
+
+    def loss(self, both, state, seen: Seen, fresh, first):
+        """(a number with the gradient of the block's part of the meta-loss, the teacher's moments).
+
+        both:  (theta, the signals of the tensors), which it is differentiated by.
+        state: (statistics, hidden, the teacher's moments) of the block before the window.
+        fresh: which of its coordinates no other block has. first: the number of the first.
+        """
+        theta, signals = both
+        length = self.engine.inner.length
+
+        def step(carry, xs):
+            return self.step(theta, fresh, first, carry, xs)
+
+        def scan(carry, xs, length):
+            if length > 2 * SEGMENT:
+                return in_segments(scan, carry, xs, length, SEGMENT)
+            return jax.lax.scan(step, carry, xs, length)
+
+        pulls = jnp.where(fresh, seen.pulls(), 0)
+        steps = self.run.opt_state.step + jnp.arange(length)
+        xs = (seen.gradient, seen.params, seen.directions, pulls, signals, steps)
+        (*_, moments, _), out = scan((*state, jnp.zeros_like(seen.last)), xs, length)
+        return jnp.sum(out), moments
+
+    def step(self, theta, fresh, first, carry, xs):
+        rule, teacher = self.engine.rule, self.engine.teacher
+        statistics, hidden, moments, moved = carry
+        g, p, directions, pull, signals, step = xs
+        rows, statistics = rule.observe(g, statistics, p, step)
+        shapes = coordinates.shapes_of(self.run.params)
+        rows = coordinates.below(rows, directions, signals, shapes, first)
+        context = rule.context(step, self.run.told).astype(g.dtype)
+        updates, hidden = rule.propose(theta, rows, context, hidden)
+        # Σₜ ⟨λₜ, uₜ⟩ = Σₛ ⟨pullₛ, Σ_{t≤s} uₜ⟩: the sums λ come out of the backward pass.
+        moved = moved + updates
+        out = jnp.vdot(pull, moved)
         if teacher is not None:
-            moments = jax.tree.map(lambda x: jnp.where(run.step == 0, 0, x), moments)
-        after, seen, metrics = forward(theta, run, data)
-        shapes = coordinates.shapes_of(run.params)
-        gradient, moments = backward(
-            theta, run.opt_state, run.told, seen, moments, stage.imitation, shapes
-        )
-        return gradient, FirstOrderState(after, moments), metrics
-
-    def estimate(theta, state, data, stage):
-        return over_problems(lambda s: one_problem(theta, s, data, stage), state)
-
-    return base.MetaGradient(init, estimate)
+            taught, moments = _teach(teacher, g, moments, step)
+            off = jnp.where(fresh, updates - taught, 0) / teacher.learning_rate
+            out += self.imitation * jnp.vdot(off, off)
+        return (statistics, hidden, moments, moved), out
 
 
 def in_segments(steps: Callable, carry, xs, length: int, size: int):

@@ -1,6 +1,6 @@
 """Meta-losses: what is to be small along a window of inner training."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class Objective(NamedTuple):
         limits = jnp.finfo(dtype)
         return -(float(limits.eps) ** 0.5) if self.floor else float(limits.tiny)
 
-    def value(self, losses: jax.Array, emphases: jax.Array) -> jax.Array:
+    def value(self, losses: Any, emphases: jax.Array) -> jax.Array:
         """L of losses [K] after each update, in float32 at least. It is not finite if one of them
         is NaN or −∞, or below `least`; +∞ is above the cap."""
         least = self.least(losses.dtype)
@@ -95,7 +95,7 @@ class Objective(NamedTuple):
     def lowest(self, training: jax.Array, validation: jax.Array | tuple) -> jax.Array:
         """The lowest of the losses that the meta-loss of a window reads, NaN left out: a scalar,
         for the caller to hold against `least`."""
-        read = [training] * self.reads_train + [validation] * self.reads_validation
+        read: list = [training] * self.reads_train + [validation] * self.reads_validation
         losses = jnp.concatenate(read)
         return jnp.min(jnp.where(jnp.isnan(losses), jnp.inf, losses))
 

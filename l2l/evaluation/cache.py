@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from l2l.evaluation import curves as evaluate
+from l2l.evaluation import curves
+from l2l.evaluation.curves import Curves, Problems
 from l2l.storage import files
 
 
@@ -41,8 +42,8 @@ def program(optimizer, family, theta, checkpoints, key, data) -> str:
     and checkpoints, and the version of JAX that compiles it."""
 
     def run(theta, key, data):
-        start = evaluate.beginning(family, key)
-        return evaluate.one_run(optimizer.bind(theta), family, start, data, checkpoints)
+        start = curves.beginning(family, key)
+        return curves.one_run(optimizer.bind(theta), family, start, data, checkpoints)
 
     text = jax.jit(run).lower(theta, key, data).as_text()
     return _checksum(f"{jax.__version__}\n{text}")
@@ -57,29 +58,23 @@ def digest(tree) -> str:
     return found.hexdigest()
 
 
-def curves(
-    key: jax.Array,
-    optimizer,
-    theta,
-    family,
-    data,
-    num_problems: int,
-    num_steps: int,
-    directory: str | os.PathLike | None,
-) -> evaluate.Curves:
-    """What `evaluate.evaluate` gives of a `LearnedOptimizer` and its theta, kept."""
+def trained(
+    optimizer, theta, family, data, problems: Problems, num_steps: int, directory
+) -> Curves:
+    """What `evaluate` gives of a `LearnedOptimizer` and its theta, kept in a directory, if any."""
+    key, count = problems
 
     def compute():
-        run = evaluate.compile_evaluation(optimizer, family, num_problems, num_steps)
+        run = curves.compile_evaluation(optimizer, family, count, num_steps)
         return {name: _packed(x) for name, x in run(theta, key, data)._asdict().items()}
 
     inputs = ()
     if directory is not None:
         name = program(optimizer, family, theta, (num_steps,), key, data)
         own = np.asarray(jax.random.key_data(key)).tolist()
-        inputs = ("curves", name, digest(data), digest(theta), num_problems, own)
+        inputs = ("curves", name, digest(data), digest(theta), count, own)
     found = kept(directory, inputs, compute)
-    return evaluate.Curves(**{name: _unpacked(x) for name, x in found.items()})
+    return Curves(**{name: _unpacked(x) for name, x in found.items()})
 
 
 def _checksum(text: str) -> str:

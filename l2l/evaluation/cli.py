@@ -21,15 +21,17 @@ from typing import Any
 import jax
 from absl import flags
 
-from l2l.cluster import environment as host
+from l2l.cluster import environment
 from l2l.console import configuration, modules, schema
 from l2l.console.commands import command
 from l2l.console.configuration import split
 from l2l.console.errors import UserError
-from l2l.evaluation import baselines, scoring
-from l2l.evaluation import comparison as scorecard
-from l2l.evaluation import suites as suite
+from l2l.console.progress import Bar
+from l2l.evaluation import baselines, comparison, report, suites
 from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.curves import Problems
+from l2l.evaluation.suites import Suite
+from l2l.evaluation.tuning import Grid
 from l2l.storage import exports, files
 from l2l.tasks import registry
 
@@ -75,7 +77,7 @@ def read_cells(section: dict, vary: str | None) -> list[Cell]:
         values = values if isinstance(values, tuple) else (values,)
         sections = {str(value): {**section, name: value} for value in values}
     families = {name: registry.task(_wrapped(s, registry.TASKS)) for name, s in sections.items()}
-    return [Cell(" ".join((f.name, name)).strip(), f, f.data()) for name, f in families.items()]
+    return [Cell(" ".join((f.name, name)).strip(), f) for name, f in families.items()]
 
 
 def _wrapped(section: dict, tasks: dict) -> dict:
@@ -120,7 +122,7 @@ def _flags() -> flags.FlagValues:
         "Released names, paths of exports or of runs, or optax expressions like "
         "'sgd(0.1, momentum=0.9)'; comma-separated or repeated.",
     )
-    text("suite", None, f"Score on the cells of a suite: {', '.join(suite.SUITES)}.")
+    text("suite", None, f"Score on the cells of a suite: {', '.join(suites.SUITES)}.")
     text("task", "mlp", f"One of {', '.join(registry.TASKS)}, or path/to/file.py:function.")
     several("set", [], "A setting of the task, like hidden=64,64.")
     text("vary", None, "One task for each value, like activations=relu,tanh,sigmoid.")
@@ -140,7 +142,8 @@ _OWN = ("task", "set", "vary", "baseline", "eps_root")
 
 def _sections(values, config, known) -> list[dict]:
     if config is not None and not values["task"].present:
-        found = {**(known((), {}) or {}), **schema.plain(config)}["task"]
+        plain: Any = schema.plain(config)
+        found = {**(known((), {}) or {}), **plain}["task"]
         sections = [found] if isinstance(found, dict) else list(found)
         # What belongs to the mixture is not the task's.
         sections = [{k: v for k, v in s.items() if k not in _MIXTURE} for s in sections]
@@ -158,75 +161,85 @@ def main(argv, known: configuration.Known) -> int:
     """known: what may stand in which section of a configuration."""
     typed = configuration.parse(argv, _flags(), lambda: known, __doc__)
     values = typed.values
-    host.prepare()  # JAX is imported already, but reads this at its first use.
+    environment.prepare()  # JAX is imported already, but reads this at its first use.
     entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
-    output = files.local(values.output, "--output")
-    if values.suite is not None:
-        return _suite(values, entries, output, typed.config)
-    sections = _sections(values, typed.config, known)
-    cells = [cell for section in sections for cell in read_cells(section, values.vary)]
-    return _tasks(values, entries, output, cells)
-
-
-def _tasks(values, entries, output, cells) -> int:
-    kinds = [kind for kind in values.baseline if kind not in ("", "none")]
-    files.folder(output, "--output")  # Before hours of work that it could not keep.
-    began, seeds = time.monotonic(), values.seeds or 10
-    result = scorecard.score(
-        *(jax.random.key(values.seed), entries, cells, _horizons(values, (500, 1000)), seeds),
-        kinds=kinds,
-        eps_roots=(0.0, values.eps_root),
-        cache_dir=output / "cache",
-        progress=scorecard.watch(),
+    if values.suite is None:
+        sections = _sections(values, typed.config, known)
+        cells = [cell for section in sections for cell in read_cells(section, values.vary)]
+        chosen, notes = Suite(tuple(cells), (500, 1000), 10, _grids(values)), []
+    else:
+        chosen, notes = _suite(values, typed.config)
+    chosen = chosen._replace(
+        horizons=_horizons(values, chosen.horizons), seeds=values.seeds or chosen.seeds
     )
-    print(scorecard.write(output, result, _about(values, seeds, began)))
-    return 0
+    # Before hours of work that it could not keep.
+    output = files.folder(values.output, "--output")
+    for note in notes:
+        print(note, file=sys.stderr)
+    if values.suite is not None:
+        _announce(chosen, len(entries), output)
+    return _measure(values, entries, chosen, notes, output)
 
 
-def _suite(values, entries, output, config) -> int:
+def _grids(values) -> tuple[Grid, ...]:
+    kinds = [kind for kind in values.baseline if kind not in ("", "none")]
+    return tuple(Grid(kind, eps_roots=(0.0, values.eps_root)) for kind in kinds)
+
+
+def _suite(values, config) -> tuple[Suite, list[str]]:
+    """The suite that was named, of cells whose data are here, and sentences about the others."""
     given = [f"--{name}" for name in _OWN if values[name].present]
     if given := [*given, *(["--config"] if config is not None else [])]:
         raise UserError(
             f"--suite={values.suite} decides its own tasks and baselines: "
             f"leave out {', '.join(given)}."
         )
-    chosen = suite.find(values.suite)
-    horizons = _horizons(values, chosen.horizons)
-    files.folder(output, "--output")
-    began, seeds = time.monotonic(), values.seeds or chosen.seeds
-    cells, notes = suite.available(chosen.cells)
-    parts = suite.plan(cells, horizons)
-    for note in notes:
-        print(note, file=sys.stderr)
-    seconds = sum(suite.estimate(part, chosen, seeds, len(entries)) for part in parts)
+    chosen = suites.find(values.suite)
+    cells, notes = suites.available(chosen.cells)
+    return chosen._replace(cells=cells), notes
+
+
+def _announce(chosen: Suite, entries: int, output) -> None:
+    parts = comparison.plan(chosen.cells, chosen.horizons)
+    seconds = sum(comparison.estimate(p, chosen.grids, chosen.seeds, entries) for p in parts)
     print(
-        f"{len(cells)} cells × {len(horizons)} horizons × {seeds} problems: some "
-        f"{suite.duration(seconds)} of CPU time on one core, less what {output / 'cache'} holds.",
+        f"{len(chosen.cells)} cells × {len(chosen.horizons)} horizons × {chosen.seeds} problems: "
+        f"some {suites.duration(seconds)} of CPU time on one core, less what {output / 'cache'} "
+        "holds.",
         file=sys.stderr,
     )
-    results = []
 
-    def write(figures):
-        about = _about(values, seeds, began)
-        return scoring.write(
-            output, results, chosen, cells, horizons, notes, about, figures=figures
-        )
 
-    measured = suite.measure(
-        *(jax.random.key(values.seed), entries, chosen, parts, seeds),
+def _measure(values, entries, chosen: Suite, notes, output) -> int:
+    """Measures, and writes what there is after every cell: a run that is killed leaves tables."""
+    began, rows, bar = time.monotonic(), [], Bar(1.0)
+
+    def write(draw):
+        about = _about(values, chosen.seeds, began)
+        where = (output, rows, chosen.cells, chosen.horizons)
+        return report.write(*where, notes=notes, about=about, draw=draw)
+
+    measured = comparison.measure(
+        *(entries, chosen.cells, chosen.horizons),
+        Problems(jax.random.key(values.seed), chosen.seeds),
+        grids=chosen.grids,
+        timed=True,
         cache_dir=output / "cache",
-        progress=scorecard.watch(unit="s"),
+        progress=bar.show,
     )
+    code, field = 0, len(entries) + len(chosen.grids)
     try:
-        for result in measured:
-            results.append(result)
-            write(figures=False)  # A run that is killed leaves its tables.
+        for row in measured:
+            rows.append(row)
+            if len(rows) % field == 0:
+                write(draw=False)
     except KeyboardInterrupt:
-        print(write(figures=True))
+        code = 130
+    bar.close()
+    print(write(draw=True))
+    if code:
         print("l2l: interrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
-    print(write(figures=True))
-    return 0
+    return code
 
 
 def _horizons(values, default) -> tuple[int, ...]:

@@ -1,23 +1,32 @@
-"""Optimizers beside tuned baselines on tasks of one's own: rows, table, JSON and figure."""
+"""Optimizers beside tuned baselines on the same problems: `measure`, cell by cell.
+
+The comparison after a training, `python -m l2l.evaluate` and its suites all come through here. What
+a row's numbers mean is in `report.LEGEND`.
+"""
 
 import math
 import os
-import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from l2l.core import base
-from l2l.evaluation import baselines, report, tuning
-from l2l.evaluation import curves as evaluate
-from l2l.storage import files
+from l2l.evaluation import baselines, cache, curves, statistics, timing, tuning
+from l2l.evaluation.curves import Curves, Problems
+from l2l.evaluation.tuning import Grid
+from l2l.tasks import registry
+
+TOGETHER = 1_000  # Horizons up to here are measured together, and in all cells before longer ones.
+COMPILING = 4.0  # CPU seconds a program.
+LEARNED = 5.0  # Steps of Adam that a step of a learned optimizer is taken for, in the estimate.
+TUNING = 0.9  # Of the work on a cell, the part that is spent on its grids.
 
 
 class Entry(NamedTuple):
-    """An optimizer to be scored; theta only where it is a `LearnedOptimizer`."""
+    """An optimizer to be measured; theta only where it is a `LearnedOptimizer`."""
 
     name: str
     optimizer: Any
@@ -25,197 +34,248 @@ class Entry(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A family to score on, and its data."""
+    """What is measured on: a task. Its problems differ as the task has it.
+
+    task:    a family, or the section `task` of a configuration that makes one.
+    kind:    in what it differs from the training of the released optimizers, of `suites.KINDS`.
+    cost:    CPU microseconds a training step of one problem in a sweep of Adam's rates, measured
+             on one core of an EPYC: for the estimate, and for what comes first.
+    whole:   likewise, CPU milliseconds a run for its measurements over whole splits.
+    rows:    so many of each split are used; None for all.
+    instead: the cell that is measured where this one's data are absent; None for none.
+    """
 
     name: str
-    family: base.TaskFamily
-    data: Any
+    task: base.TaskFamily | Mapping[str, Any]
+    kind: str = ""
+    cost: float = 50.0
+    whole: float = 3.0
+    rows: int | None = None
+    instead: str | None = None
+
+    def load(self) -> tuple[base.TaskFamily, Any]:
+        """The family and its data, cut to `rows` and placed once."""
+        task = self.task
+        family = task if isinstance(task, base.TaskFamily) else registry.task(task)
+        data = family.data()
+        if self.rows is not None:
+            data = jax.tree.map(lambda x: x[: self.rows], data)
+        return family, jax.device_put(data)
 
 
-class Score(NamedTuple):
-    """rows: a dict an optimizer, task and horizon, means over problems, for `report.table`.
-    summary: a dict an optimizer and horizon, over all tasks.
-    curves: {(task, horizon): {optimizer: evaluate.Curves}}.
-    notes: sentences for the reader."""
+class Row(NamedTuple):
+    """One optimizer in one cell at one horizon; the numbers are those of `report.LEGEND`.
 
-    rows: list[dict]
-    summary: list[dict]
-    curves: dict
-    notes: list[str]
+    setting:  of a tuned baseline, as `baselines.parse` reads it; None of others.
+    interval: (low, high) of `ratio`.
+    seconds:  of a training step of one problem; NaN where steps are not timed.
+    sooner:   {kind of tuned baseline: {"steps", "interval", "time"}}.
+    notes:    of a tuned baseline, sentences about its grid.
+    """
+
+    cell: str
+    kind: str
+    steps: int
+    optimizer: str
+    setting: str | None
+    train: float
+    ratio: float
+    interval: tuple[float, float]
+    test: float
+    test_ratio: float
+    accuracy: float
+    points: float
+    area: float
+    diverged: int
+    runs: int
+    seconds: float
+    sooner: dict[str, dict]
+    notes: tuple[str, ...]
+    curves: Curves
 
 
-def score(
-    key: jax.Array,
+def measure(
     entries: Sequence[Entry],
-    cells: Iterable[Cell],
+    cells: Sequence[Cell],
     horizons: Sequence[int],
-    num_problems: int,
+    problems: Problems,
     *,
-    kinds: Sequence[str] = ("adam",),
-    eps_roots: Sequence[float] = (0.0, 1e-8),
+    grids: Sequence[Grid] = (Grid("adam"),),
+    timed: bool = False,
     cache_dir: str | os.PathLike | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
-) -> Score:
-    """Scores optimizers and the best of each baseline's grid on the same problems.
-
-    A row's `loss ratio` is its mean training loss over that of the first baseline, chosen by
-    training loss; NaN, and a note, where such losses are not positive. `points` is its mean test
-    accuracy less that of the first baseline chosen by test accuracy, in percentage points. A
-    summary has the geometric mean of the former and the mean of the latter over tasks.
+    progress: Callable[[float, str], None] = lambda share, text: None,
+) -> Iterator[Row]:
+    """Measures optimizers and the best of each grid, in the order of `plan`. The rows of a cell at
+    a horizon come as soon as they are there, the entries' before the baselines'.
 
     Args:
-      key: decides the problems.
-      cells: taken one after another; each one's data are let go before the next.
       horizons: training steps; every run is told its own.
-      num_problems: runs of each optimizer on each task at each horizon.
-      kinds, eps_roots, cache_dir: of the baselines' grids; see `tuning.tune`.
+      problems: of each cell; all optimizers meet the same ones.
+      grids: baselines, tuned for each cell and horizon. Ratios are taken to the first.
+      timed: whether to measure the seconds of a training step too.
+      cache_dir: where everything is kept as it comes, the timings too: the same call goes on where
+        another was interrupted.
+      progress: called with (the part of the work that is done, what is being done).
     """
-    rows, curves, notes = [], {}, []
-    for cell in cells:
-        cell = cell._replace(data=jax.device_put(cell.data))  # Once, not at every call.
+    entries = [_bindable(entry) for entry in entries]
+    parts = plan(cells, horizons)
+    costs = [estimate(part, grids, problems.count, len(entries)) for part in parts]
+    for i, (part, cost) in enumerate(zip(parts, costs, strict=True)):
+        steps = ", ".join(f"{h:,}" for h in part.horizons)
+        before, label = sum(costs[:i]), f"{part.cell.name}, {steps} steps"
 
-        def told(done, total, text, cell=cell):
-            progress(done, total, f"{cell.name}: {text}")
+        def told(share, text, before=before, cost=cost, label=label):
+            progress((before + share * cost) / sum(costs), f"{label}: {text}")
 
-        tuned = {
-            kind: tuning.tune(
-                *(key, kind, cell.family, cell.data, num_problems, horizons),
-                eps_roots=eps_roots,
-                cache_dir=cache_dir,
-                progress=told,
-            )
-            for kind in kinds
-        }
-        for result in tuned.values():
-            notes += [f"{cell.name}: {note}" for note in result.notes]
-        for i, horizon in enumerate(sorted(set(horizons))):
-            field, reference = list(entries), (math.nan, math.nan)
-            for kind, result in tuned.items():
-                best = result.by_train_loss[horizon]
-                field.append(
-                    Entry(f"{kind}, tuned", baselines.grid(kind), tuning.point_setting(best))
-                )
-                if kind == kinds[0]:
-                    accurate = result.by_test_accuracy.get(horizon)
-                    reference = (
-                        float(np.mean(best.train_loss)),
-                        float(np.mean(accurate.test_accuracy)) if accurate else math.nan,
-                    )
-            here = curves[cell.name, horizon] = {}
+        yield from _Field(part, entries, problems, grids, cache_dir, told).rows(timed)
+        curves.forget()  # No cell has a program that another can use.
+    progress(1.0, "done")
+
+
+class Part(NamedTuple):
+    """What is measured in one go: a cell at several horizons."""
+
+    cell: Cell
+    horizons: tuple[int, ...]
+
+
+def plan(cells: Sequence[Cell], horizons: Sequence[int]) -> list[Part]:
+    """The parts in the order of measuring. Of several cells, the short horizons in all of them
+    first, then each longer one, always from the cheapest cell on, so that what was done when it
+    ends early is of use. A single cell is one part: its grids share their runs."""
+    steps = tuple(sorted(set(horizons)))
+    short = tuple(h for h in steps if h <= TOGETHER)
+    groups = [short] * bool(short) + [(h,) for h in steps if h > TOGETHER]
+    if len(cells) == 1:
+        groups = [steps]
+    cheapest = sorted(cells, key=lambda cell: cell.cost)
+    return [Part(cell, group) for group in groups for cell in cheapest]
+
+
+def estimate(part: Part, grids: Sequence[Grid], count: int, entries: int) -> float:
+    """CPU seconds of one part, without extensions of the grids."""
+    cell, horizons = part
+    points = sum(len(grid.roots) * grid.limits[2] for grid in grids)
+    swept = points * (max(horizons) + sum(horizons))
+    runs = points * (1 + len(horizons))
+    single = sum(horizons) * (len(grids) + LEARNED * entries)
+    programs = (len(grids) * 2 + entries) * (len(horizons) + 1)
+    steps, whole = cell.cost * 1e-6 * (swept + single), cell.whole * 1e-3 * runs
+    return count * (steps + whole) + COMPILING * programs
+
+
+class _Field:
+    """All that meet in a part: the entries, and the best of each grid."""
+
+    def __init__(self, part, entries, problems, grids, cache_dir, told):
+        self.cell, self.horizons = part
+        self.entries, self.problems, self.grids = entries, problems, grids
+        self.cache_dir, self.told = cache_dir, told
+        self.family, self.data = self.cell.load()
+        self.tuned = [self._tune(i, grid) for i, grid in enumerate(grids)]
+
+    def _tune(self, i: int, grid: Grid) -> tuning.Tuned:
+        def progress(share, text):
+            self.told(TUNING * (i + share) / len(self.grids), text)
+
+        return tuning.tune(
+            *(grid, self.family, self.data, self.problems, self.horizons),
+            cache_dir=self.cache_dir,
+            progress=progress,
+        )
+
+    def rows(self, timed: bool) -> Iterator[Row]:
+        seconds = self._seconds() if timed else {}
+        for horizon in self.horizons:
+            best = [t.by_train_loss[horizon] for t in self.tuned]
+            field = self.entries + [
+                Entry(tuned_name(g.kind), g.optimizer(), tuning.point_setting(point))
+                for g, point in zip(self.grids, best, strict=True)
+            ]
+            runs = {}
             for entry in field:
-                told(i, len(set(horizons)), f"{entry.name}, {horizon} steps")
-                run = here[entry.name] = evaluate.evaluate(
-                    *(key, entry.optimizer, cell.family, cell.data, num_problems, horizon),
-                    theta=entry.theta,
+                self.told((1 + TUNING) / 2, f"{entry.name} at {horizon:,}")
+                runs[entry.name] = cache.trained(
+                    *(entry.optimizer, entry.theta, self.family, self.data),
+                    *(self.problems, horizon, self.cache_dir),
                 )
-                rows.append(_row(cell.name, horizon, entry.name, run, reference))
-                if isinstance(entry.theta, baselines.Setting):
-                    kind = entry.name.split(",")[0]
-                    rows[-1]["setting"] = baselines.expression(kind, entry.theta)
-        evaluate.forget()  # No cell has a program that another can use.
-        if kinds:
-            notes += _without_ratio([row for row in rows if row["task"] == cell.name])
-    return Score(rows, summarise(rows), curves, notes)
+            for entry in field:
+                yield self._row(entry, horizon, runs, seconds)
+
+    def _row(self, entry, horizon: int, runs: Mapping[str, Curves], seconds: Mapping) -> Row:
+        own, duration = runs[entry.name], seconds.get(entry.name, math.nan)
+        final = own.train_loss[:, -1]
+        test = float(np.mean(statistics.or_infinite(own.test_loss[:, -1])))
+        accuracy = float(np.mean(own.test_accuracy[:, -1], dtype=float))
+        middle, low, high = (math.nan,) * 3
+        test_ratio = points = math.nan
+        if self.grids:
+            reference = runs[tuned_name(self.grids[0].kind)].train_loss[:, -1]
+            if np.isfinite(final).any() or np.isfinite(reference).any():
+                middle, low, high = statistics.interval(statistics.ratio(final, reference))
+            tuned = self.tuned[0]
+            best_test = np.mean(tuned.by_test_loss[horizon].test_loss)
+            test_ratio = float(statistics.ratio(test, best_test))
+            if accurate := tuned.by_test_accuracy.get(horizon):
+                points = 100 * (accuracy - float(np.mean(accurate.test_accuracy)))
+        sooner, setting, notes = {}, None, ()
+        for grid, tuned in zip(self.grids, self.tuned, strict=True):
+            name = tuned_name(grid.kind)
+            steps = statistics.interval(statistics.speed_up(own.losses, runs[name].losses))
+            time = 1.0 if name == entry.name else seconds.get(name, math.nan) / duration
+            sooner[grid.kind] = {"steps": steps[0], "interval": steps[1:], "time": steps[0] * time}
+            if name == entry.name:
+                setting = baselines.expression(grid.kind, entry.theta, **grid.settings)
+                # The notes are those of the whole search; they are told once.
+                notes = tuple(tuned.notes) if horizon == self.horizons[-1] else ()
+        return Row(
+            cell=self.cell.name,
+            kind=self.cell.kind,
+            steps=horizon,
+            optimizer=entry.name,
+            setting=setting,
+            train=float(np.mean(statistics.or_infinite(final))),
+            ratio=middle,
+            interval=(low, high),
+            test=test,
+            test_ratio=test_ratio,
+            accuracy=accuracy,
+            points=points,
+            area=float(np.mean(statistics.or_infinite(own.losses))),
+            diverged=int(own.diverged[:, -1].sum()),
+            runs=len(final),
+            seconds=duration,
+            sooner=sooner,
+            notes=notes,
+            curves=own,
+        )
+
+    def _seconds(self) -> dict[str, float]:
+        """`timing.step_seconds` of all, in one go: kept together, since they are compared."""
+        field = {e.name: (e.optimizer, e.theta) for e in self.entries}
+        for grid in self.grids:
+            field[tuned_name(grid.kind)] = grid.optimizer(), baselines.setting(1e-3)
+        inputs, key = (), self.problems.key
+        if self.cache_dir is not None:
+            programs = {
+                name: cache.program(optimizer, self.family, theta, (1,), key, self.data)
+                for name, (optimizer, theta) in field.items()
+            }
+            inputs = ("seconds", programs, platform.node(), jax.devices()[0].device_kind)
+
+        def compute():
+            return timing.step_seconds(key, field, self.family, self.data)
+
+        return cache.kept(self.cache_dir, inputs, compute)
 
 
-def _without_ratio(rows) -> list[str]:
-    """A sentence on the rows of a task whose losses are such that a ratio of them says nothing."""
-    if not any(math.isnan(row["loss ratio"]) for row in rows):
-        return []
-    if all(row["train loss"] == math.inf for row in rows):
-        return [f"{rows[0]['task']}: no run has a finite training loss, so there are no ratios."]
-    if any(row["train loss"] <= 0 for row in rows):
-        return [
-            f"{rows[0]['task']}: a training loss is 0 or negative, and such losses have no ratio: "
-            "compare the losses themselves."
-        ]
-    return []
+def tuned_name(kind: str) -> str:
+    """What the tuned baseline of a kind is called."""
+    return f"{kind}, tuned"
 
 
-def _row(task, horizon, name, run, reference):
-    loss = evaluate.or_infinite(run.train_loss[:, -1])
-    accuracy = float(np.mean(run.test_accuracy[:, -1], dtype=float))
-    return {
-        "task": task,
-        "steps": horizon,
-        "optimizer": name,
-        "train loss": float(loss.mean()),
-        "loss ratio": evaluate.ratio(loss.mean(), reference[0]),
-        "test loss": float(run.test_loss[:, -1].mean()),
-        "test accuracy": accuracy,
-        "points": 100 * (accuracy - reference[1]),
-        "diverged": f"{int(run.diverged[:, -1].sum())}/{len(loss)}",
-    }
-
-
-def summarise(rows: Sequence[dict]) -> list[dict]:
-    """One row an optimizer and horizon over all tasks; see `score`."""
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["steps"], row["optimizer"]), []).append(row)
-    return [
-        {
-            "steps": steps,
-            "optimizer": name,
-            "tasks": len(group),
-            "loss ratio": report.geometric_mean([row["loss ratio"] for row in group]),
-            "points": float(np.mean([row["points"] for row in group])),
-            "diverged": sum(int(row["diverged"].split("/")[0]) for row in group),
-        }
-        for (steps, name), group in groups.items()
-    ]
-
-
-def write(directory: str | os.PathLike, result: Score, about: dict | None = None) -> str:
-    """Writes table.md, results.json and curves.png; returns the tables and the paths, as text.
-
-    about: what else results.json should say, as plain data.
-    """
-    directory = files.folder(directory, "--output")
-    several = len({row["task"] for row in result.rows}) > 1
-    text = report.table(result.rows)
-    if several:
-        text += "\nOver all tasks:\n\n" + report.table(result.summary)
-    text += "".join(f"\n{note}\n" for note in result.notes)
-    paths = [directory / "table.md"]
-    files.write(paths[0], text.encode())
-    runs = [
-        {"task": task, "steps": steps, "optimizer": name, **run._replace(losses=None)._asdict()}
-        for (task, steps), field in result.curves.items()
-        for name, run in field.items()
-    ]
-    content = dict(about or {}, rows=result.rows, summary=result.summary, notes=result.notes)
-    paths.append(report.write_json(directory / "results.json", dict(content, runs=runs)))
-    panels = {
-        f"{task}, {steps} steps": {name: run.losses for name, run in field.items()}
-        for (task, steps), field in result.curves.items()
-    }
-    paths.append(report.figure(panels, directory / "curves.png"))
-    return text + "\n" + "\n".join(map(str, paths))
-
-
-def watch(stream=None, unit: str = "step") -> Callable[[int, int, str], None]:
-    """Makes `progress`: a bar on a terminal, elsewhere a dated line at most every 10 seconds.
-
-    unit: what is counted."""
-    stream = sys.stderr if stream is None else stream
-    if stream.isatty():
-        import tqdm
-
-        bar = tqdm.tqdm(file=stream, dynamic_ncols=True, unit=unit, unit_scale=True)
-
-        def show(done, total, text):
-            bar.total = total
-            bar.set_description(text, refresh=False)
-            bar.update(done - bar.n)
-
-        return show
-    last = [-math.inf]
-
-    def tell(done, total, text):
-        if time.monotonic() - last[0] >= 10:
-            last[0] = time.monotonic()
-            when = time.strftime("%Y-%m-%d %H:%M:%S")
-            print(f"{when} {text} ({done / max(total, 1):.0%})", file=stream, flush=True)
-
-    return tell
+def _bindable(entry: Entry) -> Entry:
+    """An entry whose optimizer is a `LearnedOptimizer`."""
+    if isinstance(entry.optimizer, base.LearnedOptimizer):
+        return entry
+    return Entry(entry.name, base.fixed(entry.optimizer), ())

@@ -19,6 +19,13 @@ from l2l.console.errors import UserError
 from l2l.core import base, unroll
 
 
+class Problems(NamedTuple):
+    """Which problems of a family: `count` of them, decided by `key`, whatever the optimizer."""
+
+    key: jax.Array
+    count: int
+
+
 class Curves(NamedTuple):
     """What `num_problems` training runs came to, as numpy arrays: n runs, T steps, c checkpoints.
 
@@ -76,7 +83,7 @@ def compile_evaluation(
     num_steps: int,
     *,
     checkpoints: Sequence[int] = (),
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[base.Device] | None = None,
     batch: int | None = None,
     blowup: float = 2.0,
     sweep: bool = False,
@@ -134,7 +141,7 @@ def compile_evaluation(
 
     # Axes are spelt out leaf by leaf: jax 0.10 takes (None, 0, None) for those of the leaves, not
     # of the arguments, whenever all arguments together happen to have three leaves.
-    axes = (None, Beginning(0, 0, 0), None)
+    axes = (None, Beginning._make(0 for _ in Beginning._fields), None)
     mapped = jax.pmap(on_device, in_axes=axes, devices=devices)
     # A program of its own: half of what there is to compile, and the same for every horizon.
     begin = _begin(family)
@@ -165,15 +172,15 @@ def beginning(family: base.TaskFamily, key: jax.Array) -> Beginning:
 
 def opened(optimizer, run: Beginning, horizon: int) -> base.InnerState:
     """A run before its first step, with an optimizer that is told the horizon."""
-    horizon = jnp.asarray(horizon, jnp.int32)
+    known = jnp.asarray(horizon, jnp.int32)
     return base.InnerState(
         params=run.params,
         opt_state=optimizer.init(run.params),
         problem=run.problem,
         key=run.key,
         step=jnp.zeros((), jnp.int32),
-        num_steps=horizon,
-        told=horizon,
+        num_steps=known,
+        told=known,
     )
 
 
@@ -198,20 +205,6 @@ def one_run(transform, family, run: Beginning, data, steps, blowup=2.0) -> Curve
         measured.append((train, test, accuracy, ~(finite & kept)))
     curves = Curves(jnp.concatenate(losses), (), *map(jnp.stack, zip(*measured, strict=True)))
     return base.single(curves)  # What reads them knows no half precision.
-
-
-def ratio(loss: float, reference: float) -> float:
-    """loss / reference of losses that are not negative, the reference positive; NaN for all others,
-    which have no ratio, and for two infinities."""
-    if not (loss >= 0 and reference > 0) or loss == reference == np.inf:
-        return np.nan
-    return float(loss / reference)
-
-
-def or_infinite(losses) -> np.ndarray:
-    """Losses as float64, infinite where they are not finite."""
-    losses = np.asarray(losses, float)
-    return np.where(np.isfinite(losses), losses, np.inf)
 
 
 def _whole(measure, family, state, data, split):

@@ -1,23 +1,48 @@
-"""Tables, figures and JSON of what was measured: plain data in, text and files out."""
+"""Tables and JSON of what was measured, and what every column means (`LEGEND`)."""
 
-import io
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from l2l.console.errors import UserError
+from l2l.evaluation import figures, statistics
 from l2l.storage import files
 
-# Okabe and Ito (2008), without yellow, which is faint on white: told apart by the colour-blind.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-LINES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "D", "^")
-# Points a curve is drawn with: batch losses are averaged within steps of a logarithmic axis.
-POINTS = 150
+if TYPE_CHECKING:  # Tables need no JAX.
+    from l2l.evaluation.comparison import Cell, Row
+
+LEGEND = """\
+Every optimizer was told the horizon and met the same problems; a cell's problems differ in their
+initial values and batches, and in what else its task draws. A tuned baseline is the best of its
+grid (by default 15 rates × {constant, cosine}, grown where the best sat at its edge) by mean final
+training loss, for this cell and horizon, chosen on the very problems it is compared on.
+
+- *train*, *test*: loss over the whole training and test split after the last step, mean over
+  problems; infinite if one is not finite.
+- *ratio*: train over that of the first tuned baseline, geometric mean over problems, and its 95 %
+  interval (Student's, over the logarithms; losses below 1e-8 count as that; no interval where a
+  loss is infinite, and no ratio of losses that are negative or all infinite).
+- *test ratio*: test over that of the setting of the same grid that is best by mean test loss.
+- *accuracy*: on the test split, mean over problems. *points*: that less the accuracy of the setting
+  of the grid that is best by it, in percentage points.
+- *area*: under the training curve, as the mean batch loss over all steps and problems.
+- *diverged*: runs with a batch or final training loss that is not finite, or a final training loss
+  that is above the initial one by more than its size, of all runs.
+- *steps/…*: how many times fewer steps than that tuned baseline. Training losses are smoothed (mean
+  of the batch losses of the last twentieth of the horizon). Of the two, the one that ends higher
+  sets the target, and the factor is the horizon over the first step at which the other is there;
+  below 1 where it is the baseline that is there sooner. It is between 1/horizon and horizon, 1 for
+  a baseline against itself; geometric mean over problems.
+- *time/…*: the same in time: steps/… times the seconds of a training step of the baseline over
+  those of this optimizer (*µs*), both measured in turns in the same run, medians.
+
+In the summary: *steps/…* and *time/…*, medians over cells; *ratio*, geometric mean over cells;
+*train no worse*, the share of cells with a ratio of at most 1; *test within 2 %*, the share with a
+test ratio of at most 1.02; *points*, the mean over cells.
+"""
 
 
 def table(rows: Sequence[Mapping]) -> str:
@@ -38,144 +63,113 @@ def table(rows: Sequence[Mapping]) -> str:
     return "\n".join([line(columns), line(rule), *map(line, cells)]) + "\n"
 
 
-def figure(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike) -> Path:
-    """Draws loss curves, one panel a title, and writes them as PNG. Steps are on a log axis, and so
-    are losses, save where some are negative or none is positive.
+def write(
+    directory: str | os.PathLike,
+    rows: Sequence["Row"],
+    cells: Sequence["Cell"],
+    horizons: Sequence[int],
+    *,
+    notes: Sequence[str] = (),
+    about: Mapping = MappingProxyType({}),
+    draw: bool = True,
+) -> str:
+    """Writes table.md and results.json; and if `draw`, curves-….png, a figure a horizon, and for
+    several cells scorecard.png. Returns what a terminal is shown: of several cells the summary, of
+    one its rows, and the paths.
 
     Args:
-      panels: {title: {optimizer: losses [num_problems, num_steps]}}. Lines are medians over
-        problems, bands reach from the first to the ninth decile; what is not finite is left out.
-      path: of the file; its directory must exist.
-
-    Raises:
-      UserError: no panels.
+      rows: what was measured; of `cells` × `horizons`, what is not among it is said to be missing.
+      notes: further sentences for the reader.
+      about: what else results.json should say, as plain data.
     """
-    # Imported here: matplotlib takes a second, which tables do not need. No display is touched.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if not panels:
-        raise UserError("There are no curves to draw: give at least one panel.")
-    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    canvas = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(canvas)
-    axes = canvas.subplots(rows, columns, squeeze=False)
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        drawn = []
-        for name, losses in curves.items():
-            style = dict(
-                color=PALETTE[names.index(name) % len(PALETTE)],
-                linestyle=LINES[names.index(name) // len(PALETTE) % len(LINES)],
-            )
-            steps, low, middle, high = spread(losses)
-            axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
-            axis.plot(steps, middle, label=name, linewidth=1.6, **style)
-            drawn += [low, middle, high]
-        axis.set(title=title, xlabel="step", ylabel="training loss")
-        _scale(axis, np.concatenate(drawn))
-        axis.grid(True, which="major", alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    axes[0, 0].legend(fontsize="small")
-    image = io.BytesIO()
-    canvas.savefig(image, format="png", dpi=150)
-    files.write(path, image.getvalue())
-    return Path(path)
+    directory = files.folder(directory, "--output")
+    order = [cell.name for cell in cells]
+    rows = sorted(rows, key=lambda row: (row.steps, order.index(row.cell)))
+    summary, lacking = statistics.summarise(rows), missing(rows, cells, horizons)
+    notes = [*lacking, *notes, *statistics.without_ratio(rows)]
+    notes += [f"{row.cell}: {note}" for row in rows for note in row.notes]
+    tables = {steps: _at(steps, rows, cells) for steps in sorted(set(horizons))}
+    whole = "".join(f"\n## {steps:,} steps\n\n{text}" for steps, text in tables.items())
+    overall = table([_joined(row) for row in summary]) if rows else ""
+    short = overall if len(cells) > 1 else whole
+    said = "".join(f"\n{note}\n" for note in (notes if len(cells) == 1 else lacking))
+    text = f"# Scorecard\n\n{overall}\n{LEGEND}{whole}"
+    text += "\n## Notes\n\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
+    paths = [directory / "table.md"]
+    files.write(paths[0], text.encode())
+    content = dict(about, summary=summary, rows=[_stored(row) for row in rows], notes=notes)
+    content["cells"] = [_described(cell) for cell in cells]
+    paths.append(write_json(directory / "results.json", content))
+    if draw and rows:
+        paths += figures.all_of(directory, rows)
+    return f"{short}{said}\n" + "\n".join(map(str, paths))
 
 
-def _scale(axis, losses) -> None:
-    """Sets the scales of the axes of a panel; where no loss is finite, there are none to set."""
-    finite = losses[np.isfinite(losses)]
-    if not finite.size:
-        middle = dict(ha="center", va="center", transform=axis.transAxes)
-        axis.text(0.5, 0.5, "no finite loss", **middle)
-        axis.set(xticks=[], yticks=[])
-        return
-    axis.set_xscale("log")
-    if finite.min() >= 0 and finite.max() > 0:
-        axis.set_yscale("log")
+def missing(rows: Sequence["Row"], cells: Sequence["Cell"], horizons: Sequence[int]) -> list[str]:
+    """A sentence a horizon for the cells that should have been measured and were not."""
+    have = {(row.cell, row.steps) for row in rows}
+    sentences = []
+    for steps in sorted(set(horizons)):
+        if lacking := [cell.name for cell in cells if (cell.name, steps) not in have]:
+            sentences.append(f"Not yet measured at {steps:,} steps: {', '.join(lacking)}.")
+    return sentences
 
 
-def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) -> Path:
-    """Draws ratios of losses and speed-ups, side by side on log axes, a line a cell, and writes
-    them as PNG. Left of 1 on the one side and right of 1 on the other is better.
-
-    Args:
-      points: dicts of "cell", "kind" (its colour), "steps" (its marker), and "ratio" and "sooner",
-        both (value, low, high). An infinity or a zero is drawn at the edge as an arrow, and NaN,
-        which is neither better nor worse, not at all.
-      path: of the file; its directory must exist.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    kinds = list(dict.fromkeys(point["kind"] for point in points))
-    cells = [c for k in kinds for c in dict.fromkeys(p["cell"] for p in points if p["kind"] == k)]
-    horizons = sorted({point["steps"] for point in points})
-    canvas = Figure(figsize=(9, 1.6 + 0.3 * len(cells)), layout="constrained")
-    FigureCanvasAgg(canvas)
-    axes = canvas.subplots(1, 2, sharey=True)
-    labels = ("final training loss / tuned Adam's", "times fewer steps to the same loss")
-    for axis, key, label in zip(axes, ("ratio", "sooner"), labels, strict=True):
-        fine = [x for p in points for x in p[key] if math.isfinite(x) and x > 0] or [1.0]
-        low, high = min(0.5, *fine) / 1.3, max(2.0, *fine) * 1.3
-        for point in points:
-            middle, *ends = point[key]
-            if math.isnan(middle):
-                continue
-            step = horizons.index(point["steps"])
-            y = cells.index(point["cell"]) + 0.22 * (step - (len(horizons) - 1) / 2)
-            color = PALETTE[kinds.index(point["kind"]) % len(PALETTE)]
-            marker = MARKERS[step % len(MARKERS)]
-            if not (math.isfinite(middle) and middle > 0):
-                edge, marker = (high, ">") if middle > 0 else (low, "<")
-                middle = edge
-            axis.plot(middle, y, marker, color=color, markersize=4.5, clip_on=False)
-            if all(map(math.isfinite, ends)):
-                axis.plot(ends, [y, y], color=color, linewidth=1.1)
-        axis.axvline(1, color="0.4", linewidth=0.8)
-        axis.set(xscale="log", xlim=(low, high), xlabel=label)
-        if high / low < 1e3:  # Few decades: matplotlib would label every digit, or none.
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e2 else (1,)))
-            axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.grid(True, axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(cells)), cells, fontsize="small")
-    axes[0].set_ylim(len(cells) - 0.4, -0.6)
-    handles = [
-        Line2D([], [], color=PALETTE[i % len(PALETTE)], marker="o", label=kind)
-        for i, kind in enumerate(kinds)
-    ] + [
-        Line2D([], [], color="0.3", linestyle="", marker=MARKERS[i % len(MARKERS)], label=f"{h:,}")
-        for i, h in enumerate(horizons)
+def _at(steps: int, rows: Sequence["Row"], cells: Sequence["Cell"]) -> str:
+    """The table of one horizon, without the columns that say nothing in any row."""
+    here = [_shown(row) for row in rows if row.steps == steps]
+    done = {row["cell"] for row in here}
+    here += [
+        {"cell": cell.name, "kind": cell.kind or None, "optimizer": "not yet measured"}
+        for cell in cells
+        if cell.name not in done
     ]
-    canvas.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
-    canvas.suptitle(title, fontsize="medium")
-    image = io.BytesIO()
-    canvas.savefig(image, format="png", dpi=150)
-    files.write(path, image.getvalue())
-    return Path(path)
+    empty = {c for row in here for c in row} - {
+        c for row in here for c, value in row.items() if _text(value) != "–"
+    }
+    return table([{c: v for c, v in row.items() if c not in empty} for row in here])
 
 
-def spread(losses) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """[num_problems, num_steps] to (steps, first decile, median, ninth decile) over problems, each
-    [at most POINTS]; steps count from 1 and are the last of those averaged."""
-    losses = np.asarray(losses, float)
-    ends = np.unique(np.geomspace(1, losses.shape[1], POINTS).round().astype(int))
-    starts = np.concatenate([[0], ends[:-1]])
-    means = np.add.reduceat(losses, starts, axis=1) / (ends - starts)
-    means[~np.isfinite(means)] = np.inf
-    # Quantiles by rank: halfway between a number and an infinity there is none.
-    low, middle, high = np.quantile(means, (0.1, 0.5, 0.9), axis=0, method="nearest")
+def _shown(row: "Row") -> dict:
+    """A row as the table has it."""
+    low, high = row.interval
+    shown = {
+        "cell": row.cell,
+        "kind": row.kind or None,
+        "optimizer": row.optimizer,
+        "train": row.train,
+        "ratio": row.ratio,
+        "95 %": None if math.isnan(low) else f"{low:.2g} … {high:.2g}",
+        "test": row.test,
+        "test ratio": row.test_ratio,
+        "accuracy": row.accuracy,
+        "points": row.points,
+        "area": row.area,
+        "diverged": f"{row.diverged}/{row.runs}",
+    }
+    for measure in ("steps", "time"):
+        for kind, sooner in row.sooner.items():
+            shown[f"{measure}/{kind}"] = sooner[measure]
+    return shown | {"µs": 1e6 * row.seconds}
 
-    def fine(x):
-        return np.where(np.isfinite(x), x, np.nan)
 
-    return ends, fine(low), fine(middle), fine(high)
+def _joined(row: Mapping) -> dict:
+    """A row of the summary as the table has it."""
+    shown = {key: value for key, value in row.items() if key not in ("diverged", "runs")}
+    return shown | {"diverged": f"{row['diverged']}/{row['runs']}"}
+
+
+def _stored(row: "Row") -> dict:
+    """A row as results.json has it: the numbers of each problem, but no curves."""
+    each = row.curves._replace(losses=None)._asdict()
+    del each["losses"]
+    return {key: value for key, value in row._asdict().items() if key != "curves"} | {"each": each}
+
+
+def _described(cell: "Cell") -> dict:
+    """A cell as results.json has it: of a family its name alone."""
+    task = getattr(cell.task, "name", cell.task)
+    return {"name": cell.name, "kind": cell.kind, "task": task, "rows": cell.rows}
 
 
 def write_json(path: str | os.PathLike, content) -> Path:
@@ -197,14 +191,6 @@ def plain(content):
     if isinstance(content, float) and not math.isfinite(content):
         return None if math.isnan(content) else str(content)
     return content
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """exp(mean(log)); infinite if any value is, NaN if there are none or one is negative or NaN."""
-    if not len(values) or not min(values) >= 0 or any(map(math.isnan, values)):
-        return math.nan
-    with np.errstate(divide="ignore"):
-        return float(np.exp(np.mean(np.log(values))))
 
 
 def _text(value) -> str:

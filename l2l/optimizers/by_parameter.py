@@ -23,6 +23,8 @@ def by_parameter(
     All parts see every coordinate and the label picks whose update counts: the cost is that of all
     parts together, which for networks this small buys one loop over all coordinates.
 
+    >>> from l2l.optimizers.adam import adam
+    >>> from l2l.optimizers.lstm import lstm
     >>> optimizer = by_parameter({"matrices": lstm(), "rest": adam(1e-3)},
     ...                          [("*/w", "matrices"), ("*", "rest")])
 
@@ -41,8 +43,9 @@ def by_parameter(
         raise UserError(
             f"No pattern gives a parameter to {idle}: add one to labels, or drop the optimizer."
         )
-    rules = {name: optimizers[name].rule for name in names}
-    if lacking := [name for name, r in rules.items() if r is None or r.tensors or r.matrices]:
+    found = {name: optimizers[name].rule for name in names}
+    rules = {n: r for n, r in found.items() if r and not r.tensors and not r.matrices}
+    if lacking := [name for name in names if name not in rules]:
         raise UserError(
             f"Optimizers {lacking} have no coordinatewise rule, so they cannot share parameters: "
             "use adam(...) of l2l.optimizers.adam, or optax.partition of bound optimizers."

@@ -33,7 +33,7 @@ LANES = 16
 def platform() -> str:
     """That of the device which JAX computes on: of `jax.default_device` where it is set, which code
     that is given devices does while it traces; else of the default backend."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
@@ -71,8 +71,8 @@ class Seen(NamedTuple):
     directions: [E, P], or () without a preconditioner. tensors: [S, G], or ().
     """
 
-    directions: jax.Array | tuple
-    tensors: jax.Array | tuple
+    directions: base.PyTree
+    tensors: base.PyTree
 
 
 class Blocks(NamedTuple):

@@ -88,7 +88,7 @@ def lstm(
         matrices = whitening.whitening(
             largest=matrix_size, decay=decays[0], second_decay=second_decay, eps_root=eps_root
         )
-    num_matrix = len(matrices.names) if matrix_size else 0
+    num_matrix = len(matrices.names) if matrices else 0
     if tensor_size:
         whole, whole_init = tensors.tensor_rule(
             hidden_size=tensor_size,
@@ -153,7 +153,7 @@ def lstm(
         inputs = len(seen) + num_matrix + (tensors.SIGNALS - 2 if tensor_size else 0)
         rows = jnp.zeros((inputs, 1), jnp.float32)
         weights = network.init(key, rows, context, _zeros(hidden_size, layers, 1, jnp.float32))
-        own = {"tensors": whole_init(jax.random.fold_in(key, 1), context)} if tensor_size else {}
+        own = {"tensors": whole_init(jax.random.fold_in(key, 1), context)} if whole_init else {}
         if anneal:
             own["anneal"] = jnp.asarray(anneal, jnp.float32)
         return own | {

@@ -13,6 +13,7 @@ on the axes of the mesh, of which JAX has three kinds:
 """
 
 import jax
+from jax.core import Tracer
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -67,7 +68,7 @@ def _explicit(x):
     if AxisType.Explicit not in mesh.axis_types:
         return None
     # Outside of a compiled function a type does not know the devices, and the array does.
-    return mesh if isinstance(x, jax.core.Tracer) else x.sharding.mesh
+    return mesh if isinstance(x, Tracer) else x.sharding.mesh
 
 
 def beside(state: base.PyTree, params: base.PyTree) -> base.PyTree:

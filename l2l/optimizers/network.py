@@ -36,7 +36,7 @@ class FeatureMajorLSTM(hk.RNNCore):
             init=hk.initializers.TruncatedNormal(1.0 / jnp.sqrt(rows)),
         )
         b = hk.get_parameter("b", [4 * size], inputs.dtype, init=jnp.zeros)
-        if num_context:
+        if context is not None:
             b = b + context @ w[num_inputs : num_inputs + num_context]
             w = jnp.concatenate([w[:num_inputs], w[num_inputs + num_context :]])
         b = b + jnp.repeat(jnp.asarray([0, 0, 1, 0], b.dtype), size)

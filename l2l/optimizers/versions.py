@@ -109,8 +109,8 @@ def earlier(section: Mapping) -> dict:
 
 
 def rules_of(section: Mapping) -> dict[str, int]:
-    """{kind: version} of the rules that a section uses."""
-    return {part["name"]: VERSIONS[part["name"]] for part in _walk(section)}
+    """{kind: version} of the rules that a section uses; 1 for one that a user has registered."""
+    return {part["name"]: VERSIONS.get(part["name"], 1) for part in _walk(section)}
 
 
 def check_rules(section: Mapping, rules: Mapping[str, int]) -> None:

@@ -47,7 +47,7 @@ class Whitening(NamedTuple):
     """bases: a pair a shape, of the rows and of the columns, () for a side left as it is. nu: [P],
     the second moment in the eigenbasis, each tensor as the matrix it is taken for."""
 
-    bases: tuple[tuple[Basis | tuple, Basis | tuple], ...]
+    bases: tuple[tuple[Basis | tuple, ...], ...]
     nu: jax.Array
 
 

@@ -7,7 +7,6 @@ end is an export (`exports.py`).
 
 import contextlib
 import errno
-import functools
 import itertools
 import logging
 import os
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from l2l.cluster import collectives as cluster
+from l2l.cluster import collectives
 from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.core import base
@@ -39,22 +38,6 @@ _FORMAT = (ValueError, LookupError, AttributeError, TypeError, EOFError)
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
-class Saver(NamedTuple):
-    """Checkpoints of one directory.
-
-    save:    (step, tree) -> None. Returns once the arrays are copied; they are written behind.
-    restore: (like, shardings) -> (tree, step) or None where there is no checkpoint. `like` and
-             `shardings` are pytrees of jax.ShapeDtypeStruct and of NamedShardings. A damaged
-             checkpoint, that is one whose format or checksum is wrong, is set aside (renamed) and
-             the one before it is taken.
-    close:   () -> None, when all is on the disk; more than once if you like.
-    """
-
-    save: Callable[[int, Any], None]
-    restore: Callable[[Any, Any], tuple[Any, int] | None]
-    close: Callable[[], None]
-
-
 class _Stored(NamedTuple):
     tree: Any
     checksum: Any
@@ -67,81 +50,91 @@ class _Damaged(Exception):
 _FINE, _DAMAGED, _REFUSED, _FAILED = range(4)  # How a process fared with a read, best to worst.
 
 
-def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning) -> Saver:
-    """Opens (or creates) a directory of checkpoints, of which the last `keep` are kept.
+class Saver:
+    """The checkpoints of one directory, which is made if need be; the last `keep` are kept.
+
+    Args:
+      say: takes a sentence on what was set aside.
 
     Raises:
       UserError: the directory cannot be written; from `save` and `close` too, which is where it is
-        heard that an earlier checkpoint could not be written. From `restore`, where there are
-        checkpoints and all are damaged, or if the system refuses several times to read one, which
-        says nothing of what is in it: nothing is renamed then.
+        heard that an earlier checkpoint could not be written.
     """
-    import orbax.checkpoint as ocp  # A second and a half, which `load` does not need.
 
-    # Orbax tells every file it writes, and its threads every error that `_writing` tells as well.
-    silence = contextlib.ExitStack()
-    silence.enter_context(_silenced(str(Path(ocp.__file__).parent.parent)))
-    directory = Path(directory).absolute()
-    with errors.naming(directory):
-        directory.mkdir(exist_ok=True)
-    opened = os.stat(directory)
-    policies = ocp.checkpoint_managers
-    options = ocp.CheckpointManagerOptions(
-        save_decision_policy=policies.FixedIntervalPolicy(1),  # The loop decides.
-        preservation_policy=policies.LatestN(keep),
-        enable_async_checkpointing=True,
-        # Else a thread of Orbax waits five minutes for a folder that could not be made.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-    )
+    def __init__(self, directory, keep: int = 3, say: Callable[[str], None] = logging.warning):
+        import orbax.checkpoint as ocp  # A second and a half, which `load` does not need.
 
-    def _set_times_aside():
-        for file in directory.glob(f"*/{_TIMES}"):
-            file.rename(file.with_name("damaged" + _TIMES))
+        self.directory, self.say = Path(directory).absolute(), say
+        self.orbax, self.closed = ocp, False
+        with errors.naming(self.directory):
+            self.directory.mkdir(exist_ok=True)
+        self.identity = os.stat(self.directory)
+        policies = ocp.checkpoint_managers
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=policies.FixedIntervalPolicy(1),  # The loop decides.
+            preservation_policy=policies.LatestN(keep),
+            enable_async_checkpointing=True,
+            # Else a thread of Orbax waits five minutes for a folder that could not be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        with contextlib.ExitStack() as silence:
+            # Orbax tells every file it writes, its threads every error that `_writing` tells too.
+            silence.enter_context(_silenced(str(Path(ocp.__file__).parent.parent)))
+            try:
+                self.manager = ocp.CheckpointManager(self.directory, options=options)
+            except OSError as error:
+                raise errors.about(self.directory, error) from error
+            except _FORMAT:  # Of the times in any of these files; it opens them without as well.
+                collectives.together(self._set_times_aside)
+                self.manager = ocp.CheckpointManager(self.directory, options=options)
+            self.silence = silence.pop_all()  # Until it is closed.
 
-    with silence:
-        try:
-            manager = ocp.CheckpointManager(directory, options=options)
-        except OSError as error:
-            raise errors.about(directory, error) from error
-        except _FORMAT:  # Of the times in any of these files; without it opens them as well.
-            cluster.together(_set_times_aside)
-            manager = ocp.CheckpointManager(directory, options=options)
-        silence = silence.pop_all()  # Until it is closed.
-
-    def save(step, tree):
+    def save(self, step: int, tree) -> None:
+        """Returns once the arrays are copied; they are written behind."""
         tree = jax.tree.map(jnp.asarray, base.raw(tree))
         stored = _Stored(tree, checksum(tree))
-        # Orbax knows a NamedTuple by its keys; a plain list needs no class to be read.
-        with _writing(directory):
+        with _writing(self.directory):
             # Orbax would make it anew, without what else the run had there.
-            if not os.path.samestat(opened, os.stat(directory)):
-                raise FileNotFoundError(errno.ENOENT, "another is in its place", str(directory))
-            manager.save(step, args=ocp.args.StandardSave(_leaves(stored)))
+            if not os.path.samestat(self.identity, os.stat(self.directory)):
+                place = str(self.directory)
+                raise FileNotFoundError(errno.ENOENT, "another is in its place", place)
+            # Orbax knows a NamedTuple by its keys; a plain list needs no class to be read.
+            self.manager.save(step, args=self.orbax.args.StandardSave(_leaves(stored)))
 
-    def restore(like, shardings):
+    def restore(self, like, shardings) -> tuple[Any, int] | None:
+        """(tree, step) of the last checkpoint, or None where there is none. A damaged one, that is
+        one whose format or checksum is wrong, is set aside (renamed), and the one before it taken.
+
+        Args:
+          like, shardings: pytrees of `jax.ShapeDtypeStruct` and of NamedShardings.
+
+        Raises:
+          UserError: there are checkpoints and all are damaged, or the system refuses several times
+            to read one, which says nothing of what is in it: nothing is renamed then.
+        """
         failed: dict[int, Exception] = {}
         # Process 0's list: another host may see a new directory later, or an old one longer.
-        for step in cluster.together(lambda: sorted(manager.all_steps(), reverse=True)):
+        for step in collectives.together(lambda: sorted(self.manager.all_steps(), reverse=True)):
             try:
-                tree = _open(step, like, shardings)
+                tree = self._open(step, like, shardings)
             except _Damaged as error:
                 failed[step] = error
                 continue
             # Moved only now that another is found to be good: where none is, nothing is touched.
-            cluster.together(lambda: [_set_aside(step) for step in failed] and None)
+            collectives.together(lambda: [self._set_aside(step) for step in failed] and None)
             for bad, reason in failed.items():
-                say(f"Checkpoint {bad} is damaged ({reason}): set aside for that of {step}.")
+                self.say(f"Checkpoint {bad} is damaged ({reason}): set aside for that of {step}.")
             if failed:
-                manager.reload()
+                self.manager.reload()
             return tree, step
         if failed:
             raise UserError(
-                f"No checkpoint under {directory} can be read ({failed[max(failed)]}). "
+                f"No checkpoint under {self.directory} can be read ({failed[max(failed)]}). "
                 "Choose another --workdir, or move that directory away to start again."
             ) from failed[max(failed)]
         return None
 
-    def _open(step, like, shardings):
+    def _open(self, step: int, like, shardings):
         data = jax.eval_shape(base.raw, like)
         where = jax.tree.leaves(shardings)
         same = NamedSharding(where[0].mesh, PartitionSpec())
@@ -151,53 +144,61 @@ def saver(directory, keep: int = 3, say: Callable[[str], None] = logging.warning
             for x, s in zip(jax.tree.leaves(data), where, strict=True)
         ]
         target = {str(i): x for i, x in enumerate([*target, number])}
-        leaves = _read(directory / str(step) / "default", target)
+        leaves = self._read(self.directory / str(step) / "default", target)
         *leaves, expected = (leaves[str(i)] for i in range(len(target)))
         tree = jax.tree.unflatten(jax.tree.structure(data), leaves)
         if int(checksum(tree)) != int(expected):
             raise _Damaged("its checksum is wrong")
         return base.typed(tree)
 
-    def _read(folder, target):
+    def _read(self, folder: Path, target) -> dict[str, Any]:
         # Not through the manager: its processes wait for one another, also for one that failed.
-        handler, arguments = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target)
+        handler = self.orbax.StandardCheckpointHandler()
+        arguments = self.orbax.args.StandardRestore(target)
         for wait in (*WAITS, None):
-            leaves, failure = {}, None
+            leaves, failure = None, None
             try:
                 leaves = handler.restore(folder, args=arguments)
             except Exception as error:
                 failure = _judged(error, folder)
             # The worst that any process met decides for all of them.
-            worst = int(cluster.largest(np.int32(_severity(failure))))
+            worst = int(collectives.largest(np.int32(_severity(failure))))
+            if worst == _FINE:
+                return dict(leaves or {})
             if worst == _REFUSED and wait is not None:
                 time.sleep(wait)
                 continue
-            if worst:
-                if worst == _severity(failure) == _REFUSED:
+            if failure is not None and worst == _severity(failure):
+                if isinstance(failure, OSError):
                     raise _refusal(folder, failure) from failure
-                if worst == _severity(failure):
-                    raise failure
-                if worst == _DAMAGED:
-                    raise _Damaged("another process cannot read its part")
-                raise cluster.Elsewhere("Another process cannot read its part, and says why.")
-            return leaves
+                raise failure
+            if worst == _DAMAGED:
+                raise _Damaged("another process cannot read its part")
+            break
+        raise collectives.Elsewhere("Another process cannot read its part, and says why.")
 
-    def _set_aside(step):
+    def _set_aside(self, step: int) -> None:
         name = f"damaged-{step}"  # Of a step that was damaged before, damaged-3-2 and so on.
-        others = (directory / f"{name}-{i}" for i in itertools.count(2))
-        free = (path for path in itertools.chain([directory / name], others) if not path.exists())
-        (directory / str(step)).rename(next(free))
+        others = (self.directory / f"{name}-{i}" for i in itertools.count(2))
+        places = itertools.chain([self.directory / name], others)
+        free = next(path for path in places if not path.exists())
+        (self.directory / str(step)).rename(free)
 
-    @functools.cache
-    def close():
+    def _set_times_aside(self) -> None:
+        for file in self.directory.glob(f"*/{_TIMES}"):
+            file.rename(file.with_name("damaged" + _TIMES))
+
+    def close(self) -> None:
+        """Returns when all is on the disk; more than once if you like."""
+        if self.closed:
+            return
         try:
-            with _writing(directory):
-                manager.wait_until_finished()
-                manager.close()
+            with _writing(self.directory):
+                self.manager.wait_until_finished()
+                self.manager.close()
+            self.closed = True
         finally:
-            silence.close()
-
-    return Saver(save, restore, close)
+            self.silence.close()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ checked (`export_header.py`) before memory is taken.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ import jax
 import numpy as np
 import optax
 
-from l2l.console import errors, modules
-from l2l.console import schema as checks
+from l2l.console import errors, modules, schema
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.optimizers import binding, coordinates, leaves, registry, versions
-from l2l.storage import export_header as strangers
-from l2l.storage import files
+from l2l.storage import export_header, files
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
 # 2 holds every setting and the versions of its rules; 1 held the settings its configuration named.
@@ -69,7 +66,7 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     }
     content = save(tensors, {"l2l": json.dumps(header)})
     read_bytes = 8 + int.from_bytes(content[:8], "little")
-    if read_bytes > strangers.LARGEST_HEADER:
+    if read_bytes > export_header.LARGEST_HEADER:
         raise UserError(f"The metadata of {path} take {read_bytes} bytes: leave some out.")
     files.write(path, content)
     return Path(path)
@@ -105,10 +102,11 @@ def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any
 def _metadata(file) -> dict:
     """The metadata of an open export, with every setting of its optimizer and `FORMAT`'s keys,
     whatever its format."""
-    check = strangers.check
-    about = strangers.header(file).get("__metadata__")
+    check = export_header.check
+    about = export_header.header(file).get("__metadata__")
     check(isinstance(about, dict), "it has no metadata")
-    metadata = strangers.table(about["l2l"])
+    assert about is not None
+    metadata = export_header.table(about["l2l"])
     known = metadata["format"] in (1, FORMAT)
     check(known, f"its format is {metadata['format']}, and this l2l reads those up to {FORMAT}")
     stored = metadata["optimizer"]
@@ -127,12 +125,12 @@ def _metadata(file) -> dict:
 def _read(path, metadata):
     from safetensors import safe_open
 
-    check = strangers.check
+    check = export_header.check
     with safe_open(path, framework="numpy") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
         shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
         types = {name: x.get_dtype() for name, x in slices.items()}
-        strangers.plausible(metadata["optimizer"]["settings"], len(shapes))
+        export_header.plausible(metadata["optimizer"]["settings"], len(shapes))
         optimizer = registry.optimizer(specification_of(metadata))
         expected, treedef = _like(optimizer)
         check(set(expected) == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
@@ -235,7 +233,7 @@ def locate(name_or_path):
             f"are {', '.join(names)}."
         )
     raise UserError(
-        checks.unknown("optimizer", name_or_path, names)
+        schema.unknown("optimizer", name_or_path, names)
         + " A path to an export or to a run directory will do as well."
     )
 
@@ -258,7 +256,7 @@ def _like(optimizer: base.LearnedOptimizer):
     return {_name(path): x for path, x in paths}, treedef
 
 
-def _name(path: Sequence) -> str:
+def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

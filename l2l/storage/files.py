@@ -91,7 +91,7 @@ def reached(path):
     try:
         yield
     except ImportError as error:
-        kind = scheme(path)
+        kind = scheme(path) or ""
         raise UserError(
             f"{path} is remote and reading it needs a package that is not installed ({error}): "
             f"pip install {PACKAGES.get(kind, kind)}, or download the file and name it."

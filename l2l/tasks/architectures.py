@@ -120,7 +120,7 @@ def row_lstm(
         outputs, _ = hk.dynamic_unroll(
             hk.LSTM(width, name="lstm"), rows, start, time_major=False, return_all_states=False
         )
-        return hk.Linear(classes, name="linear")(outputs[:, -1])
+        return hk.Linear(classes, name="linear")(jnp.asarray(outputs)[:, -1])
 
     name = f"row-lstm-{dataset}-{width}"
     return _family(name, network, dataset, shape, ("tanh",), initial_scale, subset, batch_size)

@@ -123,7 +123,7 @@ def noise(family: TaskFamily, *, scale: float | tuple[float, float] = (1e-3, 1e-
     Returns:
       A family. Problem: `Augmented`, drawn = the scale. Batch: `Noisy`.
     """
-    limits = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
+    limits = scale if isinstance(scale, (tuple, list)) else (scale, scale)
     supervised.check_range("scale", limits)
 
     def sample(key):

@@ -52,7 +52,7 @@ def _named(function: Callable, key: str, task: str) -> Callable:
         _check(out, key, task)
         return out
 
-    call.own = function
+    call.own = function  # pyright: ignore[reportAttributeAccessIssue]
     return call
 
 

@@ -33,7 +33,7 @@ def _squares(name, names):
         sample=lambda key: (),
         init=lambda key, problem: {x: jnp.ones(()) for x in names},
         batch=_nothing,
-        loss=lambda params, problem, batch: sum(params[x] ** 2 for x in names),
+        loss=lambda params, problem, batch: jnp.sum(jnp.stack([params[x] for x in names]) ** 2),
         name=name,
     )
 

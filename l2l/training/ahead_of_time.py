@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from l2l.training.run_log import clock
+from l2l.console.progress import clock
 
 
 def prepare(steps: Callable, *arguments) -> tuple[Callable, str]:

@@ -65,7 +65,8 @@ def explainer(
         # On one device: the states of a run may be spread over several.
         device = min(state.step.devices(), key=lambda device: device.id)
         with jax.default_device(device):
-            return on_one(*jax.device_put((state, data), device), steps)
+            state, data = jax.device_put((state, data), device)
+            return on_one(state, data, steps)
 
     def on_one(state, data, steps):
         found = _replay(step, state, data, steps)

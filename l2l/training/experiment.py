@@ -13,10 +13,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l.console import schema as checks
+from l2l.console import schema
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.core.unroll import Inner
@@ -166,19 +167,19 @@ SECTIONS: Mapping[str, Any] = MappingProxyType(
 )
 
 
-def experiment(config: Mapping) -> Experiment:
+def build_experiment(config: Mapping) -> Experiment:
     """Builds everything that a configuration (a ConfigDict or dict) describes.
 
     Raises:
       UserError: a key or name that is not known (with the nearest that is), or a value of the
         wrong type or out of range.
     """
-    config = checks.plain(config)
+    config = dict(schema.plain(config))
     for key in config:
         if key not in SECTIONS:
-            raise UserError(checks.unknown("section", key, SECTIONS, "config"))
+            raise UserError(schema.unknown("section", key, SECTIONS, "config"))
     whole = {**SECTIONS, **config}
-    running = checks.fill("meta", Running, whole["meta"])
+    running = schema.fill("meta", Running, whole["meta"])
     # Every call of the compiled program takes the same number of meta-steps.
     running = running._replace(group=math.gcd(running.steps, running.group))
     if not 0.0 < running.blend <= 1.0:
@@ -188,11 +189,11 @@ def experiment(config: Mapping) -> Experiment:
         )
     specification = whole["optimizer"]
     learned = optimizer(specification)
-    imitation = checks.fill("imitation", curriculum.Imitation, whole["imitation"])
-    evaluation = checks.fill("evaluation", Evaluation, whole["evaluation"])
+    imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"])
+    evaluation = schema.fill("evaluation", Evaluation, whole["evaluation"])
     families, weights = _mixture(whole)
     losses = objective.objective(
-        **checks.check("objective", objective.objective, whole["objective"])
+        **schema.check("objective", objective.objective, whole["objective"])
     )
     estimators, inners = zip(
         *(_estimator(whole, family, learned, losses, imitation) for family in families),
@@ -204,12 +205,12 @@ def experiment(config: Mapping) -> Experiment:
     return Experiment(
         config=config,
         specification=specification,
-        seed=checks.fits("config", "seed", whole["seed"], int),
+        seed=schema.fits("config", "seed", whole["seed"], int),
         families=families,
         weights=weights,
         reads=reads,
         objective=losses,
-        start=checks.fits("config", "start", whole["start"], str),
+        start=schema.fits("config", "start", whole["start"], str),
         judged=_judged(whole, evaluation.tasks),
         optimizer=learned,
         inners=inners,
@@ -220,12 +221,12 @@ def experiment(config: Mapping) -> Experiment:
             running.num_problems,
             running.clip,
         ),
-        curriculum=checks.make(
+        curriculum=schema.make(
             "horizon", HORIZONS, horizons, {"steps": running.steps, "imitation": imitation}
         ),
         running=running,
         evaluation=evaluation,
-        saving=checks.fill("checkpoint", Saving, whole["checkpoint"]),
+        saving=schema.fill("checkpoint", Saving, whole["checkpoint"]),
     )
 
 
@@ -238,10 +239,10 @@ def _mixture(config):
     families, weights = [], []
     for section in sections:
         section = dict(section)
-        weights.append(checks.fits("task", "weight", section.pop("weight", 1.0), float))
+        weights.append(schema.fits("task", "weight", section.pop("weight", 1.0), float))
         own = section.pop("augmentations", ())
         families.append(
-            task(section, (*checks.several(own), *checks.several(config["augmentations"])))
+            task(section, (*schema.several(own), *schema.several(config["augmentations"])))
         )
     return tuple(families), tuple(weights)
 
@@ -276,21 +277,21 @@ def _equal(one, other) -> bool:
 def _array(x):
     if not hasattr(x, "dtype"):
         return np.asarray(x)
-    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
 def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
     """The plain families of section `task`, each with each of the changes of settings."""
     sections = config["task"]
     out = []
-    for section in checks.several(sections):
+    for section in schema.several(sections):
         plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
-        for change in checks.several(changes):
+        for change in schema.several(changes):
             family = task({**plain, **change})
             values = " ".join(
                 "-".join(map(str, v if isinstance(v, tuple | list) else [v]))
                 for k, v in change.items()
-                if sum(change[k] != other.get(k) for other in checks.several(changes))
+                if sum(change[k] != other.get(k) for other in schema.several(changes))
             )
             out.append((" ".join(filter(None, (family.name, values))), family))
     return tuple(out)
@@ -299,9 +300,9 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
 def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGradient, Inner]:
     settings = {"length": LENGTH, **config["inner"]}
     hidden = ("family", "optimizer")  # The program's, not the user's.
-    inner = Inner(family, learned, **checks.check("inner", Inner, settings, hidden))
+    inner = Inner(family, learned, **schema.check("inner", Inner, settings, hidden))
     section = config["estimator"]
-    factory, _ = checks.factory_of("estimator", ESTIMATORS, section)
+    factory, _ = schema.factory_of("estimator", ESTIMATORS, section)
     if learned.rule is None and factory is first_order.first_order:
         raise UserError(
             "Estimator 'first_order' works coordinate by coordinate, which this optimizer does "
@@ -315,7 +316,7 @@ def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGra
                 "set imitation.weight and imitation.final to 0."
             )
         given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
-    return checks.make("estimator", ESTIMATORS, section, given), inner
+    return schema.make("estimator", ESTIMATORS, section, given), inner
 
 
 def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
@@ -328,14 +329,14 @@ def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
         if not isinstance(value, Mapping):
             return value
         length = next((k for k in ("decay_steps", "transition_steps") if _has(value, k)), None)
-        return checks.make("schedule", SCHEDULES, {**({length: steps} if length else {}), **value})
+        return schema.make("schedule", SCHEDULES, {**({length: steps} if length else {}), **value})
 
     settings = {key: resolve(value) for key, value in settings.items()}
-    return checks.make("meta-optimizer", META_OPTIMIZERS, settings)
+    return schema.make("meta-optimizer", META_OPTIMIZERS, settings)
 
 
 def _has(settings: Mapping, key: str) -> bool:
-    factory = SCHEDULES.get(settings.get("name"))
+    factory = SCHEDULES.get(settings.get("name", ""))
     return factory is not None and key in inspect.signature(factory).parameters
 
 
@@ -346,9 +347,9 @@ def settings_of(path: tuple[str, ...], config: Mapping) -> Mapping[str, Any] | N
     if not path:
         return SECTIONS
     if path == ("inner",):
-        return {**checks.settings_of(Inner, ("family", "optimizer")), "length": LENGTH}
+        return {**schema.settings_of(Inner, ("family", "optimizer")), "length": LENGTH}
     if len(path) == 1 and path[0] in _RECORDS:
-        return checks.settings_of(_RECORDS[path[0]])
+        return schema.settings_of(_RECORDS[path[0]])
     section: Any = config
     for key in path:
         section = section.get(key) if hasattr(section, "get") else None
@@ -360,7 +361,7 @@ def settings_of(path: tuple[str, ...], config: Mapping) -> Mapping[str, Any] | N
     if factory is None:
         return None
     given = ("steps", "imitation", "inner", "objective", "teacher", "family")  # By the program.
-    return {"name": section["name"], **checks.settings_of(factory, given)}
+    return {"name": section["name"], **schema.settings_of(factory, given)}
 
 
 _RECORDS = {

@@ -11,21 +11,23 @@ import numpy as np
 
 from l2l.console import errors
 from l2l.console.errors import UserError
+from l2l.console.progress import Bar
 from l2l.core import base
-from l2l.evaluation import comparison as scorecard
-from l2l.evaluation import curves as evaluate
-from l2l.evaluation import tuning
+from l2l.evaluation import comparison, curves, report, statistics, tuning
+from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.curves import Problems
+from l2l.evaluation.tuning import Grid
 from l2l.optimizers import versions
 from l2l.storage import exports, files
-from l2l.training import experiment as build
+from l2l.training.experiment import LENGTH, Experiment
 from l2l.training.run_directory import differences
 from l2l.version import __version__
 
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
 
 
-def comparison(
-    experiment: build.Experiment, directory, key: jax.Array, say: Callable[[str], None]
+def comparing(
+    experiment: Experiment, directory, key: jax.Array, say: Callable[[str], None]
 ) -> Callable:
     """Makes (theta) -> (numbers for the log, a phrase), at the shortest horizon of section
     `evaluation` and on the first of its tasks. At the first call its data are read and Adam is
@@ -37,25 +39,25 @@ def comparison(
     def make():
         own = jax.device_put(family.data())
         say(f"Tuning Adam on {name}, {horizon} steps, to compare with.")
+        problems = Problems(key, settings.num_problems)
         tuned = tuning.tune(
-            *(key, "adam", family, own, settings.num_problems, (horizon,)),
-            eps_roots=eps_roots(experiment),
+            *(grid(experiment), family, own, problems, (horizon,)),
             cache_dir=Path(directory) / "cache",
         )
-        run = evaluate.compile_evaluation(
+        run = curves.compile_evaluation(
             experiment.optimizer, family, settings.num_problems, horizon
         )
         return run, own, float(np.mean(tuned.by_train_loss[horizon].train_loss))
 
     def compare(theta):
         run, own, adam = make()
-        curves = run(theta, key, own)
-        loss = float(np.mean(evaluate.or_infinite(curves.train_loss[:, -1])))
-        ratio = evaluate.ratio(loss, adam)
+        found = run(theta, key, own)
+        loss = float(np.mean(statistics.or_infinite(found.train_loss[:, -1])))
+        ratio = float(statistics.ratio(loss, adam))
         numbers = {"comparison/loss_ratio": ratio, "comparison/adam_loss": adam}
         numbers["comparison/loss"] = loss
         if family.accuracy is not None:
-            numbers["comparison/test_accuracy"] = float(np.mean(curves.test_accuracy[:, -1]))
+            numbers["comparison/test_accuracy"] = float(np.mean(found.test_accuracy[:, -1]))
         if math.isnan(ratio):
             return numbers, f"loss {loss:.3g}, tuned Adam's {adam:.3g} at {horizon}"
         return numbers, f"{ratio:.3g} × tuned Adam's loss at {horizon}"
@@ -63,7 +65,7 @@ def comparison(
     return compare
 
 
-def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> str:
+def conclude(experiment: Experiment, theta, directory, key, snapshot) -> str:
     """Exports theta, scores it beside tuned Adam and writes table, JSON and figure; returns the
     summary that a user is shown."""
     directory = Path(directory)
@@ -72,19 +74,19 @@ def conclude(experiment: build.Experiment, theta, directory, key, snapshot) -> s
     path = exports.export(
         directory / exports.EXPORT, experiment.specification, theta, about(experiment, snapshot)
     )
-    # One after another, so that only one's data are in memory.
-    cells = (scorecard.Cell(name, family, family.data()) for name, family in experiment.judged)
-    score = scorecard.score(
-        key,
-        [scorecard.Entry(experiment.specification["name"], experiment.optimizer, theta)],
-        cells,
-        experiment.evaluation.horizons,
-        experiment.evaluation.num_problems,
-        eps_roots=eps_roots(experiment),
+    cells = [Cell(name, family) for name, family in experiment.judged]
+    entry = Entry(experiment.specification["name"], experiment.optimizer, theta)
+    horizons, bar = experiment.evaluation.horizons, Bar(1.0)
+    rows = comparison.measure(
+        *([entry], cells, horizons, Problems(key, experiment.evaluation.num_problems)),
+        grids=(grid(experiment),),
         cache_dir=directory / "cache",
-        progress=scorecard.watch(),
+        progress=bar.show,
     )
-    text = scorecard.write(directory, score, about(experiment, snapshot))
+    text = report.write(
+        *(directory, list(rows), cells, horizons), about=about(experiment, snapshot)
+    )
+    bar.close()
     text += f"\n{directory / 'metrics.jsonl'}\n{path}\n"
     files.write(directory / SUMMARY, text.encode())
     return text
@@ -109,7 +111,7 @@ def finished(directory) -> str | None:
         return path.read_text(encoding="utf-8") if path.exists() else None
 
 
-def about(experiment: build.Experiment, snapshot) -> dict:
+def about(experiment: Experiment, snapshot) -> dict:
     """Where an optimizer comes from, as plain data: what exports and results say of it."""
     running, inner = experiment.running, experiment.config.get("inner", {})
     windows = running.steps * running.num_problems * len(experiment.families)
@@ -126,7 +128,7 @@ def about(experiment: build.Experiment, snapshot) -> dict:
             "seconds": round(float(snapshot.seconds), 1),
             "devices": jax.device_count(),
             "platform": jax.devices()[0].device_kind,
-            "inner_steps": runs * windows * inner.get("length", build.LENGTH),
+            "inner_steps": runs * windows * inner.get("length", LENGTH),
             "data": [family.name for family in experiment.families],
         },
         # Of the optimizer that this one went on from, and of those before it.
@@ -137,6 +139,6 @@ def about(experiment: build.Experiment, snapshot) -> dict:
     }
 
 
-def eps_roots(experiment: build.Experiment) -> tuple[float, ...]:
-    """What Adam is tuned with: none, and the optimizer's own."""
-    return (0.0, experiment.specification.get("eps_root", 1e-8))
+def grid(experiment: Experiment) -> Grid:
+    """The Adams that a run is compared with, without eps_root and with the optimizer's own."""
+    return Grid("adam", eps_roots=(0.0, experiment.specification.get("eps_root", 1e-8)))

@@ -29,7 +29,7 @@ class Meta(NamedTuple):
     clip: float = 1.0
 
 
-def devices_for(num_problems: int, devices: Sequence[jax.Device] | None = None) -> list:
+def devices_for(num_problems: int, devices: Sequence[base.Device] | None = None) -> list:
     """All devices, checked to divide the problems; UserError names the nearest that fit."""
     devices = list(jax.devices() if devices is None else devices)
     n = len(devices)
@@ -120,7 +120,7 @@ def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x
     return state, dict(metrics, gradient_norm=norms, finite=fine)
 
 
-def compile_steps(meta: Meta, group: int, devices: Sequence[jax.Device]) -> Callable:
+def compile_steps(meta: Meta, group: int, devices: Sequence[base.Device]) -> Callable:
     """(state, data) -> (state, metrics [group, num_problems]): `group` meta-steps in one pmapped
     call, the estimator's state split over `devices` and everything else replicated, metrics too.
     The state is in the layout of `spread`. Once compiled (`.lower(…).compile()`) the call takes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from l2l.cluster import collectives as cluster
+from l2l.cluster import collectives
 from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.evaluation import report
@@ -89,9 +89,9 @@ def shared(directory: Path, config: dict) -> None:
     Raises:
       UserError: on all of them.
     """
-    if cluster.count() == 1:
+    if collectives.count() == 1:
         return
-    cluster.alike(
+    collectives.alike(
         [json.dumps(config, sort_keys=True).encode()],
         "The processes were started with different configurations: give all the same command.",
     )
@@ -99,7 +99,7 @@ def shared(directory: Path, config: dict) -> None:
     deadline = time.monotonic() + 20
     while not (seen := (directory / "config.json").exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    if cluster.largest(np.int32(not seen)):
+    if collectives.largest(np.int32(not seen)):
         raise UserError(
             f"Not every process sees what process 0 wrote in {directory}: choose a --workdir on a "
             "file system that all hosts share."

@@ -1,157 +1,118 @@
 """What a run says while it runs: a bar on a terminal, dated lines elsewhere, and two logs."""
 
 import json
-import math
 import os
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from l2l.console import errors
+from l2l.console.progress import Bar
 from l2l.evaluation import report
 from l2l.storage import files
 
 FLUSH = 10  # Seconds between writes of TensorBoard's file, which waits for the disk.
 
 
-class Progress(NamedTuple):
-    """say:   (sentence) -> None, at once.
-    start: (step) -> None. The first meta-step begins: the pace is told from here.
-    log:   (step, numbers) -> None, to metrics.jsonl (NaN as null, infinities as text) and
-           TensorBoard.
-    show:  (step, meta-loss, stage, comparison) -> None: moves the bar, or prints a line.
-    close: () -> None; more than once if you like.
+class RunLog:
+    """The logs of a run of `steps` meta-steps that goes on from `begun`: metrics.jsonl, events of
+    TensorBoard, and a `Bar`.
+
+    Rows of metrics.jsonl beyond `begun` are dropped: they will come again.
     """
 
-    say: Callable[[str], None]
-    start: Callable[[int], None]
-    log: Callable[[int, dict], None]
-    show: Callable[[int, float, str, str], None]
-    close: Callable[[], None]
+    def __init__(self, directory, steps: int, begun: int = 0, stream=None):
+        directory = Path(directory)
+        self.path = directory / "metrics.jsonl"
+        with errors.naming(self.path):
+            _rewind(self.path, begun)
+            self.rows = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self.board = _Board(directory, begun)
+        self.bar = Bar(steps, "meta-step", begun, stream)
 
+    def say(self, sentence: str) -> None:
+        """Says a sentence at once."""
+        self.bar.say(sentence)
 
-def progress(directory, steps: int, start: int = 0, stream=None) -> Progress:
-    """Opens the logs of a run of `steps` meta-steps that goes on from `start`.
+    def start(self, step: int) -> None:
+        """The first meta-step begins: the pace is told from here."""
+        self.bar.resume(step)
 
-    Rows of metrics.jsonl beyond `start` are dropped: they will come again. On a terminal there is
-    a bar; elsewhere a dated line at most every ten seconds.
-    """
-    import tqdm
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Adds a row to metrics.jsonl (NaN as null, infinities as text) and to TensorBoard."""
+        row = report.plain({"step": step, **numbers})  # JSON has no NaN.
+        with errors.naming(self.path):
+            self.rows.write(json.dumps(row, allow_nan=False) + "\n")
+            self.rows.flush()
+        self.board.add(step, numbers)
 
-    stream = sys.stderr if stream is None else stream
-    directory = Path(directory)
-    path = directory / "metrics.jsonl"
-    with errors.naming(path):
-        _rewind(path, start)
-        rows = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    board = _board(directory, start)
-    terminal = stream.isatty()
-    bar = None
-    if terminal:
-        bar = tqdm.tqdm(total=steps, initial=start, unit="step", file=stream, dynamic_ncols=True)
-    began = [time.monotonic(), start]
-    last = [-math.inf]
+    def show(self, step: int, meta_loss: float, stage: str, comparison: str) -> None:
+        """Moves the bar, or prints a line."""
+        self.bar.show(step, f"meta-loss {meta_loss:.4f}, horizon {stage}, {comparison}")
 
-    def say(sentence):
-        if bar is not None:
-            bar.write(sentence, file=stream)
-        else:
-            print(time.strftime("%Y-%m-%d %H:%M:%S ") + sentence, file=stream, flush=True)
-
-    def begin(step):
-        began[:] = time.monotonic(), step
-        if bar is not None:
-            bar.unpause()
-
-    def log(step, numbers):
-        with errors.naming(path):
-            row = report.plain({"step": step, **numbers})  # JSON has no NaN.
-            rows.write(json.dumps(row, allow_nan=False) + "\n")
-            rows.flush()
-        board.add(step, numbers)
-
-    def show(step, meta_loss, stage, comparison):
-        if bar is not None:
-            bar.set_postfix_str(f"meta-loss {meta_loss:.4f}, horizon {stage}, {comparison}")
-            bar.update(step - bar.n)
+    def close(self) -> None:
+        """Puts everything on the disk; more than once if you like."""
+        if self.rows.closed:
             return
-        now = time.monotonic()
-        if now - last[0] < 10 and step < steps:
-            return
-        last[0] = now
-        left = f", {clock((now - began[0]) / (step - began[1]) * (steps - step))} left"
-        numbers = f"meta-loss {meta_loss:.4f}, horizon {stage}, {comparison}{left}"
-        say(f"meta-step {step}/{steps}, {numbers}")
-
-    def close():
-        if rows.closed:
-            return
-        if bar is not None:
-            bar.close()
-        with errors.naming(path):
+        self.bar.close()
+        with errors.naming(self.path):
             try:
-                rows.flush()
-                os.fsync(rows.fileno())
+                self.rows.flush()
+                os.fsync(self.rows.fileno())
             finally:
-                rows.close()
-        board.close()
-
-    return Progress(say, begin, log, show, close)
+                self.rows.close()
+        self.board.close()
 
 
-class _Board(NamedTuple):
-    """add:   (step, numbers) -> None. close: () -> None."""
+class Silence:
+    """The log of a process that has another to speak for it."""
 
-    add: Callable[[int, dict], None]
-    close: Callable[[], None]
+    def __init__(self, directory, steps: int, begun: int = 0):
+        del directory, steps, begun
+
+    def _nothing(self, *_) -> None:
+        pass
+
+    say = start = log = show = close = _nothing
 
 
-def _board(directory: Path, start: int) -> _Board:
+class _Board:
     """TensorBoard's events, written by the caller's own thread: that of tensorboardX dies of a full
     disk in silence, and then whoever adds to its queue waits for ever."""
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.summary import scalar
 
-    # The name has the second of the clock, which may have been that of an earlier run too.
-    before = len(list(directory.glob("events.out.tfevents.*")))
-    flushed = [time.monotonic()]
-    with errors.naming(directory):
-        writer = EventsWriter(str(directory / "events"), f".{before}")
-        if start:  # What earlier runs said of later steps is hidden.
-            log = SessionLog(status=SessionLog.START)
-            writer.write_event(Event(wall_time=time.time(), step=start + 1, session_log=log))
-        writer.flush()
+    def __init__(self, directory: Path, begun: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
-    def add(step, numbers):
+        self.directory = directory
+        self.events: Any = event_pb2  # Made by protobuf, which type checkers cannot read.
+        # The name has the second of the clock, which may have been that of an earlier run too.
+        before = len(list(directory.glob("events.out.tfevents.*")))
         with errors.naming(directory):
+            self.writer = EventsWriter(str(directory / "events"), f".{before}")
+            if begun:  # What earlier runs said of later steps is hidden.
+                log = self.events.SessionLog(status=self.events.SessionLog.START)
+                self._write(step=begun + 1, session_log=log)
+            self.writer.flush()
+        self.flushed = time.monotonic()
+
+    def _write(self, **content) -> None:
+        self.writer.write_event(self.events.Event(wall_time=time.time(), **content))
+
+    def add(self, step: int, numbers: dict[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
+        with errors.naming(self.directory):
             for name, value in numbers.items():
                 if isinstance(value, int | float):
-                    summary = scalar(name, value)
-                    writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-            if time.monotonic() - flushed[0] > FLUSH:
-                flushed[0] = time.monotonic()
-                writer.flush()
+                    self._write(step=step, summary=scalar(name, value))
+            if time.monotonic() - self.flushed > FLUSH:
+                self.flushed = time.monotonic()
+                self.writer.flush()
 
-    def close():
-        with errors.naming(directory):
-            writer.close()
-
-    return _Board(add, close)
-
-
-def silence(directory, steps: int, start: int = 0) -> Progress:
-    """The progress of a process that has another to speak for it."""
-    del directory, steps, start
-    return Progress(*(lambda *_: None for _ in Progress._fields))
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    def close(self) -> None:
+        with errors.naming(self.directory):
+            self.writer.close()
 
 
 def _rewind(path: Path, step: int) -> None:

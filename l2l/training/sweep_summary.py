@@ -8,7 +8,7 @@ import numpy as np
 
 from l2l.console import errors
 from l2l.console.errors import UserError
-from l2l.evaluation import report
+from l2l.evaluation import report, statistics
 from l2l.storage import files
 
 TABLE, CONTENT = "fleet.md", "fleet.json"
@@ -17,10 +17,10 @@ TABLE, CONTENT = "fleet.md", "fleet.json"
 def finished(directory: Path) -> bool:
     """Whether a directory holds a run that has ended."""
     from l2l.training import (
-        finish as outcome,  # It imports JAX, which the caller prepares for first.
+        finish,  # It imports JAX, which the caller prepares for first.
     )
 
-    return outcome.finished(directory) is not None
+    return finish.finished(directory) is not None
 
 
 def write(root: Path, members: Sequence, codes: Mapping[Path, int]) -> str:
@@ -51,7 +51,7 @@ def write(root: Path, members: Sequence, codes: Mapping[Path, int]) -> str:
     table = [{key: value for key, value in row.items() if key != "each"} for row in rows]
     text = report.table(table) + "\n" if rows else ""
     text += report.table(states)
-    text += "\nloss ratio: geometric mean over seeds; points: mean ± standard deviation.\n"
+    text += "\nratio: geometric mean over seeds; points: mean ± standard deviation.\n"
     files.write(root / TABLE, text.encode())
     report.write_json(root / CONTENT, {"members": states, "results": rows})
     return f"{text}\n{root / TABLE}\n{root / CONTENT}"
@@ -65,7 +65,8 @@ def _results(directory: Path) -> list[dict]:
     try:
         content = json.loads(text)
         name = content["rows"][0]["optimizer"]  # Tuned Adam's come after it.
-        return [row for row in content["summary"] if row["optimizer"] == name]
+        summary = (row for row in content["summary"] if row["steps"] != "all")
+        return [row for row in summary if row["optimizer"] == name]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({errors.printable(str(error))[:100]}): remove summary.txt beside "
@@ -74,11 +75,11 @@ def _results(directory: Path) -> list[dict]:
 
 
 def _spread(own) -> dict:
-    ratios = [_number(row["loss ratio"]) for _, row in own]
+    ratios = [_number(row["ratio"]) for _, row in own]
     points = [_number(row["points"]) for _, row in own]
     return {
         "seeds": len(own),
-        "loss ratio": report.geometric_mean(ratios),
+        "ratio": statistics.geometric_mean(ratios),
         "lowest": float(np.min(ratios)),  # NaN if any is, as of losses that are not positive.
         "highest": float(np.max(ratios)),
         "points": float(np.mean(points)),

@@ -1,0 +1,191 @@
+"""Figures: loss curves, and the scorecard of ratios and speed-ups cell by cell."""
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from l2l.console.errors import UserError
+from l2l.storage import files
+
+if TYPE_CHECKING:  # Tables need no JAX.
+    from l2l.evaluation.comparison import Row
+
+# Okabe and Ito (2008), without yellow, which is faint on white: told apart by the colour-blind.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "D", "^")
+# Points a curve is drawn with: batch losses are averaged within steps of a logarithmic axis.
+POINTS = 150
+
+
+def curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike) -> Path:
+    """Draws loss curves, one panel a title, and writes them as PNG. Steps are on a log axis, and so
+    are losses, save where some are negative or none is positive.
+
+    Args:
+      panels: {title: {optimizer: losses [num_problems, num_steps]}}. Lines are medians over
+        problems, bands reach from the first to the ninth decile; what is not finite is left out.
+      path: of the file; its directory must exist.
+
+    Raises:
+      UserError: no panels.
+    """
+    # Imported here: matplotlib takes a second, which tables do not need. No display is touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise UserError("There are no curves to draw: give at least one panel.")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    canvas = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(rows, columns, squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        drawn = []
+        for name, losses in lines.items():
+            style = dict(
+                color=PALETTE[names.index(name) % len(PALETTE)],
+                linestyle=LINES[names.index(name) // len(PALETTE) % len(LINES)],
+            )
+            steps, low, middle, high = spread(losses)
+            axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            axis.plot(steps, middle, label=name, linewidth=1.6, **style)
+            drawn += [low, middle, high]
+        axis.set(title=title, xlabel="step", ylabel="training loss")
+        _scale(axis, np.concatenate(drawn))
+        axis.grid(True, which="major", alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    axes[0, 0].legend(fontsize="small")
+    image = io.BytesIO()
+    canvas.savefig(image, format="png", dpi=150)
+    files.write(path, image.getvalue())
+    return Path(path)
+
+
+def _scale(axis, losses) -> None:
+    """Sets the scales of the axes of a panel; where no loss is finite, there are none to set."""
+    finite = losses[np.isfinite(losses)]
+    if not finite.size:
+        middle = dict(ha="center", va="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "no finite loss", **middle)
+        axis.set(xticks=[], yticks=[])
+        return
+    axis.set_xscale("log")
+    if finite.min() >= 0 and finite.max() > 0:
+        axis.set_yscale("log")
+
+
+def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) -> Path:
+    """Draws ratios of losses and speed-ups, side by side on log axes, a line a cell, and writes
+    them as PNG. Left of 1 on the one side and right of 1 on the other is better.
+
+    Args:
+      points: dicts of "cell", "kind" (its colour), "steps" (its marker), and "ratio" and "sooner",
+        both (value, low, high). An infinity or a zero is drawn at the edge as an arrow, and NaN,
+        which is neither better nor worse, not at all.
+      path: of the file; its directory must exist.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    kinds = list(dict.fromkeys(point["kind"] for point in points))
+    cells = [c for k in kinds for c in dict.fromkeys(p["cell"] for p in points if p["kind"] == k)]
+    horizons = sorted({point["steps"] for point in points})
+    canvas = Figure(figsize=(9, 1.6 + 0.3 * len(cells)), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(1, 2, sharey=True)
+    labels = ("final training loss / tuned Adam's", "times fewer steps to the same loss")
+    for axis, key, label in zip(axes, ("ratio", "sooner"), labels, strict=True):
+        fine = [x for p in points for x in p[key] if math.isfinite(x) and x > 0] or [1.0]
+        low, high = min(0.5, *fine) / 1.3, max(2.0, *fine) * 1.3
+        for point in points:
+            middle, *ends = point[key]
+            if math.isnan(middle):
+                continue
+            step = horizons.index(point["steps"])
+            y = cells.index(point["cell"]) + 0.22 * (step - (len(horizons) - 1) / 2)
+            color = PALETTE[kinds.index(point["kind"]) % len(PALETTE)]
+            marker = MARKERS[step % len(MARKERS)]
+            if not (math.isfinite(middle) and middle > 0):
+                edge, marker = (high, ">") if middle > 0 else (low, "<")
+                middle = edge
+            axis.plot(middle, y, marker, color=color, markersize=4.5, clip_on=False)
+            if all(map(math.isfinite, ends)):
+                axis.plot(ends, [y, y], color=color, linewidth=1.1)
+        axis.axvline(1, color="0.4", linewidth=0.8)
+        axis.set(xscale="log", xlim=(low, high), xlabel=label)
+        if high / low < 1e3:  # Few decades: matplotlib would label every digit, or none.
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e2 else (1,)))
+            axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(True, axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(cells)), cells, fontsize="small")
+    axes[0].set_ylim(len(cells) - 0.4, -0.6)
+    handles = [
+        Line2D([], [], color=PALETTE[i % len(PALETTE)], marker="o", label=kind)
+        for i, kind in enumerate(kinds)
+    ] + [
+        Line2D([], [], color="0.3", linestyle="", marker=MARKERS[i % len(MARKERS)], label=f"{h:,}")
+        for i, h in enumerate(horizons)
+    ]
+    canvas.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
+    canvas.suptitle(title, fontsize="medium")
+    image = io.BytesIO()
+    canvas.savefig(image, format="png", dpi=150)
+    files.write(path, image.getvalue())
+    return Path(path)
+
+
+def all_of(directory: Path, rows: Sequence["Row"]) -> list[Path]:
+    """Draws curves-….png, a figure a horizon, and for several cells with a baseline a scorecard an
+    optimizer; the paths."""
+    paths = []
+    names = list(dict.fromkeys(row.optimizer for row in rows if row.setting is None))
+    several = len({row.cell for row in rows}) > 1
+    for i, name in enumerate(names):
+        own = [row for row in rows if row.optimizer == name]
+        reference = next(iter(own[0].sooner), None)
+        if not several or reference is None:
+            continue
+        points = []
+        for row in own:
+            sooner = row.sooner[reference]
+            where = {"cell": row.cell, "kind": row.kind or "all", "steps": row.steps}
+            ratio, speed = (row.ratio, *row.interval), (sooner["steps"], *sooner["interval"])
+            points.append(where | {"ratio": ratio, "sooner": speed})
+        path = directory / ("scorecard.png" if i == 0 else f"scorecard-{i + 1}.png")
+        paths.append(scorecard(points, path, f"{name} beside tuned {reference}"))
+    for steps in sorted({row.steps for row in rows}):
+        panels: dict[str, dict] = {}
+        for row in rows:
+            if row.steps == steps:
+                panels.setdefault(row.cell, {})[row.optimizer] = row.curves.losses
+        paths.append(curves(panels, directory / f"curves-{steps}.png"))
+    return paths
+
+
+def spread(losses) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """[num_problems, num_steps] to (steps, first decile, median, ninth decile) over problems, each
+    [at most POINTS]; steps count from 1 and are the last of those averaged."""
+    losses = np.asarray(losses, float)
+    ends = np.unique(np.geomspace(1, losses.shape[1], POINTS).round().astype(int))
+    starts = np.concatenate([[0], ends[:-1]])
+    means = np.add.reduceat(losses, starts, axis=1) / (ends - starts)
+    means[~np.isfinite(means)] = np.inf
+    # Quantiles by rank: halfway between a number and an infinity there is none.
+    low, middle, high = np.quantile(means, (0.1, 0.5, 0.9), axis=0, method="nearest")
+
+    def fine(x):
+        return np.where(np.isfinite(x), x, np.nan)
+
+    return ends, fine(low), fine(middle), fine(high)

@@ -1,0 +1,223 @@
+"""What a run does after every group of meta-steps: log, refuse, explain, validate, save, compare.
+
+A callback is called with the loop and its last group; what it returns other than None ends the run,
+as its exit code.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from l2l.cluster import collectives
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.training import curriculum, diagnose
+from l2l.training.loop import VALIDATE, Group, Loop
+
+Callback = Callable[[Loop, Group], int | None]
+# What a run ends with. Any other code is an error that a user can mend (2) or a bug (1).
+DONE, NOT_FINITE, INTERRUPTED, TERMINATED = 0, 3, 130, 143
+
+
+class Watch:
+    """Logs the group, refuses losses that the meta-loss cannot take, and says what was left out as
+    not finite and where it began; ends a run in which nothing else comes."""
+
+    def __init__(self, log):
+        self.log = log
+        self.explainer: Callable | None = None  # Made when it is first needed.
+
+    def __call__(self, loop: Loop, group: Group) -> int | None:
+        self.log.log(loop.step, summary(loop, group))
+        refuse(loop, group)
+        for sentence in left_out(loop, group):
+            self.log.say(sentence)
+        if sentence := self.explain(loop, group):
+            self.log.say(sentence)
+        running = loop.experiment.running
+        return NOT_FINITE if int(loop.state.bad) >= min(running.max_bad, running.steps) else None
+
+    def explain(self, loop: Loop, group: Group) -> str | None:
+        """Where a number that is not finite began, or None: for the first such group of a run, and
+        the first of each row in which no problem was fine."""
+        fine = group.metrics["finite"]
+        lacking, skipped = np.flatnonzero(~fine.all(1)), np.flatnonzero(~fine.any(1))
+        new_row = len(skipped) and int(loop.state.bad) <= len(fine)
+        if not len(lacking) or (self.explainer and not new_row):
+            return None
+        self.explainer = self.explainer or _explainer(loop.experiment)
+        # All take part in that.
+        whole = collectives.whole((loop.gather(group.before), loop.data), loop.layout.same)
+        return self.explainer(*whole, int(lacking[0]) + 1) if collectives.first() else None
+
+
+def _explainer(experiment) -> Callable:
+    """`diagnose.explainer`, whose compiled programs all explanations of a run share."""
+    return diagnose.explainer(
+        experiment.meta,
+        experiment.inners,
+        order=experiment.config.get("estimator", {}).get("order", "first"),
+        objective=experiment.objective,
+        reads=experiment.reads if len(experiment.families) > 1 else None,
+    )
+
+
+class Validate:
+    """Measures the validation loss when the curriculum asks for it, which then judges theta."""
+
+    def __init__(self, log):
+        self.log = log
+        self.judges: dict[int, list[Callable]] = {}  # By horizon: each is compiled once.
+
+    def __call__(self, loop: Loop, group: Group) -> None:
+        del group
+        plan = loop.experiment.curriculum
+        if not loop.passed(plan.every):
+            return
+        theta = loop.theta
+        loss, numbers = self.measure(loop, plan.test(loop.memory), theta)
+        loop.memory, theta, sentence = plan.judge(loop.memory, theta, loss)
+        self.log.log(loop.step, numbers)
+        if not math.isfinite(loss):
+            self.log.say(f"The validation loss is {loss}, which counts as no improvement.")
+        if sentence:
+            self.log.say(sentence)
+            loop.theta = theta
+
+    def measure(self, loop: Loop, horizon: int, theta) -> tuple[float, dict[str, float]]:
+        """(the validation loss, numbers for the log): the mean over families by the weights of the
+        mixture, each on problems of its own."""
+        experiment, same = loop.experiment, loop.layout.same
+        count = len(experiment.families)
+        key = jax.random.fold_in(loop.key, VALIDATE)
+        keys = [jax.random.fold_in(key, j) for j in range(count)] if count > 1 else [key]
+        own = [collectives.whole(experiment.data_of(loop.data, j), same) for j in range(count)]
+
+        def losses():
+            if horizon not in self.judges:
+                self.judges[horizon] = _judges(experiment, horizon)
+            judges = zip(self.judges[horizon], keys, own, strict=True)
+            found = [float(f(theta, *x)) for f, *x in judges]
+            each = {f"validation/{j}": x for j, x in enumerate(found)} if count > 1 else {}
+            loss = float(np.average(found, weights=np.asarray(experiment.weights)))
+            return loss, {"validation": loss, **each}
+
+        # One process's word: hosts of other hardware may differ in the last bit.
+        with jax.default_device(loop.layout.devices[0].platform):
+            return collectives.together(losses)
+
+
+def _judges(experiment, horizon: int) -> list[Callable]:
+    """The validation losses of the families."""
+    settings = (experiment.curriculum.num_problems, horizon, experiment.objective.form)
+    validation = curriculum.validation
+    return [validation(f, experiment.optimizer, *settings) for f in experiment.families]
+
+
+class Save:
+    """Saves checkpoints, and on a signal ends the run with one."""
+
+    def __init__(self, saver, signals, saved: int):
+        self.saver, self.signals, self.saved = saver, signals, saved
+
+    def __call__(self, loop: Loop, group: Group) -> int | None:
+        del group
+        running = loop.experiment.running
+        # While meta-gradients fail nothing is saved, so that good checkpoints stay.
+        due = loop.passed(loop.experiment.saving.every) and not int(loop.state.bad)
+        if due or loop.step >= running.steps:
+            self.save(loop)
+        if got := collectives.stopped(self.signals.got, loop.step // running.group):
+            self.save(loop)
+            return 128 + got
+        return None
+
+    def save(self, loop: Loop) -> None:
+        if self.saved < loop.step:
+            self.saver.save(loop.step, loop.snapshot())
+            self.saved = loop.step
+
+
+class Compare:
+    """Compares with tuned Adam on the way, and says how far the run is.
+
+    compare: (theta) -> (numbers for the log, a phrase).
+    """
+
+    def __init__(self, log, compare: Callable):
+        self.log, self.compare = log, compare
+        self.phrase = "not yet compared with Adam"
+
+    def __call__(self, loop: Loop, group: Group) -> None:
+        experiment = loop.experiment
+        if loop.passed(experiment.evaluation.every) and loop.step < experiment.running.steps:
+            theta = loop.theta
+            numbers, self.phrase = collectives.together(lambda: self.compare(theta))
+            self.log.log(loop.step, numbers)
+        self.log.show(loop.step, mean(group.metrics["meta_loss"]), group.name, self.phrase)
+
+
+def mean(x: np.ndarray) -> float:
+    """Over all, and of floats over the finite ones; NaN if there are none."""
+    x = base.single(x)
+    x = x[np.isfinite(x)] if x.dtype.kind == "f" else x
+    return float(x.mean()) if x.size else math.nan
+
+
+def summary(loop: Loop, group: Group) -> dict[str, float]:
+    """One row of the log: means over the group and the problems, finite ones where some are not."""
+    hidden = ("finite", "lowest")
+    shown = {n: x for n, x in group.metrics.items() if n.partition("/")[0] not in hidden}
+    row: dict[str, float] = {name: mean(x) for name, x in shown.items()}
+    row |= {"stage/" + name: float(x) for name, x in group.stage._asdict().items()}
+    counts = {name: int(getattr(loop.state, name)) for name in ("skipped", "bad", "dropped")}
+    return row | counts | {"seconds": loop.seconds}
+
+
+def refuse(loop: Loop, group: Group) -> None:
+    """UserError where a loss is outside what the form of the meta-loss can take."""
+    experiment = loop.experiment
+    for j, family in enumerate(experiment.families):
+        lowest = group.metrics["lowest" if len(experiment.families) == 1 else f"lowest/{j}"]
+        if not (lowest < experiment.objective.least(lowest.dtype)).any():
+            continue
+        sentence = (
+            f"The loss of task {family.name} has come down to {float(lowest.min()):.6g} by "
+            f'meta-step {loop.step}, and objective.form="log" takes the logarithm of losses: set '
+            'objective.form to "plain" or "last", or give the task a loss that is positive, as by '
+            "adding a constant to it."
+        )
+        raise UserError(sentence) if collectives.first() else collectives.Elsewhere(sentence)
+
+
+def left_out(loop: Loop, group: Group) -> list[str]:
+    """Sentences on the meta-steps of a group in which problems were left out, or all of them."""
+    fine = group.metrics["finite"]  # [group, problems]
+    losses = np.isfinite(group.metrics["meta_loss"])
+    state, first, total = loop.state, loop.step - len(fine) + 1, fine.shape[1]
+    sentences = []
+    for i in np.flatnonzero(~fine.any(1))[:3]:
+        sentences.append(
+            f"Meta-step {first + i} skipped: of all {total} problems the "
+            f"{_cause(fine[i], losses[i])} ({int(state.skipped)} skipped so far)."
+        )
+    some = fine.any(1)
+    if missing := int((~fine[some]).sum()):
+        sentences.append(
+            f"Meta-steps {first} to {loop.step}: {missing} of {fine[some].size} meta-gradients "
+            f"left out, as the {_cause(fine[some], losses[some])} ({int(state.dropped)} left out "
+            "so far)."
+        )
+    return sentences
+
+
+def _cause(fine, losses) -> str:
+    """Whether what is not finite is the meta-losses already, or only their gradients."""
+    by_loss = int((~fine & ~losses).sum())
+    if not by_loss:
+        return "meta-gradient is not finite"
+    if by_loss == int((~fine).sum()):
+        return "losses are not finite"
+    return f"losses ({by_loss} times) or the meta-gradient are not finite"
