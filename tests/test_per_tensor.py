@@ -55,7 +55,9 @@ def test_untrained_it_is_soap_at_one_rate():
     directions = soap.scale_by_soap(soap.Settings(average_every=5, basis_every=20))
     theirs = run(optax.with_extra_args_support(optax.chain(directions, optax.scale(-0.02))), 5)
     for mine, wanted in zip(ours, theirs, strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), mine, wanted)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), mine, wanted
+        )
 
 
 def test_the_horizon_lowers_the_rate_as_the_cosine_does():
