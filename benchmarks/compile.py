@@ -6,8 +6,8 @@ Run it on one core (taskset -c 0) with the compilation cache off, as it is by de
 
 - compile: `init` and the trace and compilation of one update, cold, for 20, 100 and 400 tensors of
   one shape (kernels of 16 × 16 and biases) and for 100 kernels of different shapes;
-- step: whole training steps of dense networks and of one large embedding, as ratios to the same step
-  with `optax.adam`, medians over rounds in which each is timed in turn; and bytes of state.
+- step: whole training steps of dense networks and of one large embedding, as ratios to the same
+  step with `optax.adam`, medians over rounds in which each is timed in turn; and bytes of state.
 
 The optimizers are `optax.adam`, `l2l.soap` and an untrained `per_tensor` (what it has learned does
 not change its cost), or the one that --load names.
@@ -67,7 +67,7 @@ def compiling(transform, params) -> float:
 
 
 def dense(widths, batch_size, normalised):
-    """(params, loss): a classifier, or where the ends are equal an autoencoder, of random numbers."""
+    """(params, loss): a classifier, or where both ends are equal an autoencoder, of random data."""
     inputs = jax.random.normal(jax.random.key(1), (batch_size, widths[0]))
     labels = jax.random.randint(jax.random.key(2), (batch_size,), 0, 10)
 
@@ -103,7 +103,7 @@ def embedding():
 
 
 def stepping(transform, params, loss):
-    """(run, bytes of state a parameter); run(n) gives processor seconds of a step over n of them."""
+    """(run, bytes of state per parameter); run(n) gives a step's processor seconds over n of them."""
     params = jax.jit(params)()
     state = jax.jit(transform.init)(params)
 
