@@ -44,7 +44,7 @@ MISTAKES = [
     ({"meta": {"optimizer": {"name": "adam", "learning_rte": 1}}}, "Did you mean 'learning_rate'"),
     ({"checkpoint": {"every": 1.5}}, "every=1.5"),
     ({"seed": "a"}, "seed='a'"),
-    ({"seed": {1, 2}}, "is no text, number"),
+    ({"seed": {1, 2}}, "is not text, a number"),
 ]
 
 

@@ -344,7 +344,7 @@ def test_tables_as_published(folder):
     "name, file, change, message",
     [
         ("adult", "adult.data", lambda t: t.replace("State-gov", "Sate-gov"), "value 'Sate-gov'"),
-        ("adult", "adult.data", lambda t: t.replace("77516", "x"), "no number"),
+        ("adult", "adult.data", lambda t: t.replace("77516", "x"), "not a number"),
         ("adult", "adult.test", lambda t: "\n".join(t.split("\n")[:5]), "only 4 records"),
         ("housing", "housing.csv", lambda t: t[:-30], "values in record 20, not 10"),
         ("housing", "housing.csv", lambda t: "", "has only 0 records"),

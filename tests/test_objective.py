@@ -49,8 +49,8 @@ def test_nothing_is_gained_below_the_floor():
 @pytest.mark.parametrize(
     "settings, said",
     [
-        (dict(emphasis=-1.0), "emphasis=-1.0 is no weight"),
-        (dict(floor=float("nan")), "floor=nan is no weight"),
+        (dict(emphasis=-1.0), "emphasis=-1.0 is not a weight"),
+        (dict(floor=float("nan")), "floor=nan is not a weight"),
         (dict(share=1.5), "outside [0, 1]"),
         (dict(on="test"), "choose train, validation or both"),
         (dict(form="log10"), "choose plain, log or last"),

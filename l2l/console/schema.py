@@ -149,7 +149,7 @@ def plain(config) -> Any:
         return tuple(plain(value) for value in config)
     if config is None or isinstance(config, bool | int | float | str):
         return config
-    raise UserError(f"{config!r} in a configuration is no text, number, tuple or dict.")
+    raise UserError(f"{config!r} in a configuration is not text, a number, a tuple or a dict.")
 
 
 def _hints(factory) -> dict:

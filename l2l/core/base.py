@@ -193,7 +193,7 @@ class MetaGradient(NamedTuple):
     init:     (keys [n], theta, stage) -> state, every leaf [n, ...]. Key i alone decides all that
               is random about problem i, so the split over devices changes nothing.
     estimate: (theta, state, data, stage) -> (gradients, state, metrics), all with leading axis [n]:
-              one meta-gradient a problem (like theta, clipped by nobody yet), the next states, and
+              one meta-gradient for each problem (like theta, not clipped yet), the next states, and
               metrics of one number a problem: `meta_loss`; `loss`, at the end of the window; and
               `lowest`, of the losses that the meta-loss reads.
     """

@@ -91,7 +91,7 @@ def _rows(path: Path, delimiter: str) -> list[list[str]]:
         with errors.naming(path), path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file, delimiter=delimiter, skipinitialspace=True))
     except UnicodeDecodeError as error:
-        raise broken(path, f"is no text ({error.reason})") from None
+        raise broken(path, f"is not text ({error.reason})") from None
     return [row for row in rows if row]
 
 
@@ -115,7 +115,7 @@ def _numbers(path: Path, texts: Sequence[str]) -> np.ndarray:
     try:
         return np.asarray([float(text) if text else np.nan for text in texts])
     except ValueError as error:
-        raise broken(path, f"has a value that is no number ({error})") from None
+        raise broken(path, f"has a value that is not a number ({error})") from None
 
 
 def _one_of(path: Path, texts, values: Sequence[str], unknown: Sequence[str] = ()) -> np.ndarray:

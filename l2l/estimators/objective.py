@@ -13,7 +13,7 @@ FLOOR = 1e-7
 
 class Objective(NamedTuple):
     """The meta-loss of a window of K steps, L = Σₖ wₖ ρ(ℓₖ), over the losses ℓ₁ … ℓ_K that follow
-    each update (ℓ₀ is nobody's doing).
+    each update (no update has led to ℓ₀).
 
     on:   "train" (the batches the optimizer will see next), "validation" (held-out batches) or
           "both".
@@ -121,5 +121,5 @@ def objective(
             raise UserError(f"A share {value} of the validation losses is outside [0, 1].")
     for name, value in (("floor", floor), ("emphasis", emphasis)):
         if not 0.0 <= value < float("inf"):
-            raise UserError(f"{name}={value} is no weight: use 0 or a positive number.")
+            raise UserError(f"{name}={value} is not a weight: use 0 or a positive number.")
     return Objective(on, form, cap, share, late_share, floor, emphasis)

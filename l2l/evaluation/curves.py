@@ -93,12 +93,12 @@ def compile_evaluation(
     Args:
       checkpoints: steps before `num_steps` at which to measure as well.
       devices: the runs are split over them; by default all of this process.
-      batch: runs that go abreast on one device. By default one on a CPU, where a small network's
+      batch: runs at a time on one device. By default one on a CPU, where a small network's
         run stays in the cache, and all on an accelerator, which must be filled.
       blowup: see `Curves.diverged`.
       sweep: theta's leaves have a leading axis [s], of settings to be tried on the same problems,
         and so have the results (before [n]; the losses are left out, `()`). The settings
-        share each step's batch and go abreast, which is several times faster than one by one.
+        share each step's batch and run side by side, which is several times faster than one by one.
 
     Raises:
       UserError: no problems, no steps, or checkpoints outside [1, num_steps].
@@ -130,10 +130,10 @@ def compile_evaluation(
             return all_runs(theta, runs, data)
 
     def all_runs(theta, runs, data):
-        abreast = jax.vmap(one, (0, None, None)) if sweep else one
+        rates_at_once = jax.vmap(one, (0, None, None)) if sweep else one
 
         def each(run):
-            return abreast(theta, run, data)
+            return rates_at_once(theta, run, data)
 
         if batch >= share:
             return jax.vmap(each)(runs)

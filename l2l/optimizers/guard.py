@@ -120,15 +120,15 @@ def guard(
 
     It takes Adam's state and a copy of the parameters beside the learned state: 12 bytes a
     parameter in float32. Once the run is Adam's for good the learned optimizer costs no time.
-    It compiles in some 0.2 CPU seconds a tensor: a model of hundreds waits for it. Reverse-mode
-    derivatives do not pass through it.
+    Compiling it takes some 0.2 CPU seconds for each tensor, which is felt with hundreds of them.
+    Reverse-mode derivatives do not pass through it.
 
     What it returns has to be what is added to the parameters, or it cannot go back: put clipping
     and the like before it in a chain, not after. Where a run is split over devices, `value` must be
     the mean over them, as the gradients are.
 
     Args:
-      optimizer: any optax transformation. It is told all extra arguments.
+      optimizer: any optax transformation. It receives all extra arguments.
       adam: what to fall back on; `optax.adam(1e-3)` by default. Its schedule, if it has one, counts
         from the last fall.
       longest_step: in steps of Adam. The longest seen of a released optimizer on digits MLPs
@@ -141,7 +141,7 @@ def guard(
       max_falls: after which it is Adam for good.
 
     Raises:
-      UserError: an option out of range, or what is no optax transformation; from `update`, where
+      UserError: an option is out of range, or is not an optax transformation; from `update`, where
         `params` is None or `value` no scalar.
     """
     learned = _transformation("optimizer", optimizer, "l2l.load(…)")
@@ -323,7 +323,7 @@ def _no_losses() -> LossRecord:
 
 def _square(tree: base.PyTree) -> jax.Array:
     """The sum of squares in float32: not finite where any number is not."""
-    # End to end: a sum a tensor would be a program to compile each.
+    # Flattened first: a sum for each tensor would be as many programs to compile.
     return jnp.sum(jnp.square(coordinates.flatten(meshes.together(tree), jnp.float32)))
 
 

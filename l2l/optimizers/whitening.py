@@ -61,7 +61,7 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
     """The preconditioner of rules whose statistics are `features.Moments`.
 
     The direction is m̃/√ν in the basis, back among the coordinates, with m̃ = b1·m̂ + (1 − b1)·g
-    (Nesterov's, as in NAdam), times a number a tensor that gives it the length of m̃/√v̂: of what
+    (Nesterov's, as in NAdam), times one number per tensor that gives it the length of m̃/√v̂: of what
     was tried on tasks like those of the release, this lost least with one rate for all. It is
     bounded by the length of Adam's step, and does not change when the loss is multiplied.
 

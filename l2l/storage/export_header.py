@@ -28,7 +28,7 @@ def header(file) -> dict:
 
 def table(text) -> dict:
     """A JSON object. What has a key twice is refused: two readers could take it for two things."""
-    check(isinstance(text, str), "its metadata are no text")
+    check(isinstance(text, str), "its metadata are not text")
 
     def once(pairs):
         found = dict(pairs)
@@ -36,7 +36,7 @@ def table(text) -> dict:
         return found
 
     found = json.loads(text, object_pairs_hook=once)
-    check(isinstance(found, dict), "its metadata are no table")
+    check(isinstance(found, dict), "its metadata are not a table")
     return found
 
 

@@ -76,8 +76,8 @@ def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any
     """An export, local or remote, as (optimizer, theta, metadata). Executes nothing that it brings.
 
     Args:
-      other_rules: read it even if it was made for another version of its rule, so that its theta is
-        not to be had with the updates that it was trained for. `export` then declares it to be one
+      other_rules: read it even if it was made for another version of its rule, so that its theta
+        no longer gives the updates that it was trained for. `export` then declares it to be one
         of today's.
 
     Raises:
@@ -110,13 +110,13 @@ def _metadata(file) -> dict:
     known = metadata["format"] in (1, FORMAT)
     check(known, f"its format is {metadata['format']}, and this l2l reads those up to {FORMAT}")
     stored = metadata["optimizer"]
-    check(isinstance(stored, dict), "its optimizer is no table")
-    check(isinstance(stored["name"], str), "the optimizer's name is no text")
+    check(isinstance(stored, dict), "its optimizer is not a table")
+    check(isinstance(stored["name"], str), "the optimizer's name is not text")
     own = stored["settings"]
-    check(isinstance(own, dict) and "name" not in own, "its settings are no table")
+    check(isinstance(own, dict) and "name" not in own, "its settings are not a table")
     section = versions.earlier(specification_of(metadata))
     rules = stored["rules"] if metadata["format"] == FORMAT else dict.fromkeys(versions.VERSIONS, 1)
-    check(isinstance(rules, dict), "the versions of its rules are no table")
+    check(isinstance(rules, dict), "the versions of its rules are not a table")
     settings = {key: value for key, value in section.items() if key != "name"}
     metadata["optimizer"] = {"name": stored["name"], "rules": rules, "settings": settings}
     return metadata

@@ -67,7 +67,7 @@ def local(path, what: str = "--workdir") -> Path:
 
 
 def readable(path):
-    """What a path to read from is: a Path, or for remote ones etils' like of it.
+    """A path to read from: a Path, or for a remote one its counterpart of etils.epath.
 
     Raises:
       UserError: a kind of remote path that etils does not offer.

@@ -1,4 +1,4 @@
-"""What goes wrong inside a task is told with the function and the shapes it was called with."""
+"""An error inside a task says which function was called with which shapes."""
 
 import functools
 from collections.abc import Callable

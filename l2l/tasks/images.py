@@ -22,8 +22,8 @@ def mnist(
     stddev: float = 0.01,
 ) -> TaskFamily:
     """The MNIST problem of Andrychowicz et al. (2016, section 3.2): a 784-20-10 MLP of sigmoids,
-    weights and biases normal with `stddev`, 15,910 coordinates, no two problems alike in their
-    initial values alone. It is `mlp` with other settings."""
+    weights and biases normal with `stddev`, 15,910 coordinates. Problems differ in
+    their initial values alone. It is `mlp` with other settings."""
     return mlp(
         dataset="mnist",
         hidden=hidden,

@@ -64,7 +64,7 @@ def log_uniform(
     start: int | None = None,
     growth: float = 0.5,
 ) -> Curriculum:
-    """Horizons log-uniform in [shortest, longest of the day], which grows geometrically from
+    """Horizons drawn log-uniformly between `shortest` and a limit, which grows geometrically from
     `start` (by default twice the shortest) to `longest` over the first `growth` of the meta-steps.
 
     Raises:

@@ -60,13 +60,13 @@ class Running(NamedTuple):
 
     steps:        meta-steps of the whole run.
     num_problems: inner problems, split over the devices.
-    group:        meta-steps a call of the compiled program (and between signs of life).
+    group:        meta-steps in one call of the compiled program (and between lines of progress).
     clip:         the largest norm of one problem's meta-gradient.
     max_bad:      training stops after so many meta-steps in a row in which a family has no finite
                   meta-gradient.
-    blend:        the theta at the end is that of the beginning plus so much of the way to the
-                  trained one: between them lie optimizers that keep what the first does well on
-                  other tasks (as in WiSE-FT; Wortsman et al. 2022).
+    blend:        how far from its first theta to the trained one the result lies, 1 for all the
+                  way: between them are optimizers that keep what the first does well on other
+                  tasks (as in WiSE-FT; Wortsman et al. 2022).
     optimizer:    of the meta-optimizer: one section, or several that are chained.
     """
 

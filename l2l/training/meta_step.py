@@ -162,6 +162,6 @@ def gather(state: base.MetaState) -> base.MetaState:
 
 
 def split_of(same, problems) -> base.MetaState:
-    """What holds of a `MetaState`'s parts: `problems` of the inner problems, `same` of the rest."""
+    """A `MetaState` with `problems` as the part of the inner problems, and `same` as all others."""
     parts = base.MetaState(*[same] * len(base.MetaState._fields))
     return parts._replace(estimator=problems)

@@ -71,7 +71,7 @@ def claim(directory: Path, config: dict) -> None:
     try:
         theirs = json.loads(content)
         if not isinstance(theirs, dict):
-            raise UserError("it is no table")
+            raise UserError("it is not a table")
     except (RecursionError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}): restore it, or choose another directory."

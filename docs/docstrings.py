@@ -1,5 +1,5 @@
-"""Shows the lists of fields in the docstrings of NamedTuples ("name: what it is") as lists of
-attributes in the API reference. Loaded by `mkdocs.yml`; part of the build alone."""
+"""How the API reference shows docstrings: lists of fields ("name: what it is") as attributes, and
+doctests as code. Loaded by `mkdocs.yml`; part of the build alone."""
 
 import re
 
@@ -8,12 +8,17 @@ import griffe
 FIELD = re.compile(r"(?P<names>\w+(, \w+)*): +(?P<text>\S.*)")
 
 
-class FieldLists(griffe.Extension):
+class Docstrings(griffe.Extension):
     """An extension of griffe, which reads the docstrings for mkdocstrings."""
 
     def on_class_members(self, *, cls: griffe.Class, **others) -> None:
         if cls.docstring is not None:
-            cls.docstring.value = with_attributes(cls.docstring.value, set(cls.members))
+            text = with_attributes(cls.docstring.value, set(cls.members))
+            cls.docstring.value = with_code(text)
+
+    def on_function(self, *, func: griffe.Function, **others) -> None:
+        if func.docstring is not None:
+            func.docstring.value = with_code(func.docstring.value)
 
 
 def with_attributes(text: str, fields: set[str]) -> str:
@@ -32,3 +37,8 @@ def with_attributes(text: str, fields: set[str]) -> str:
             inside = False
         lines.append(line)
     return "\n".join(lines)
+
+
+def with_code(text: str) -> str:
+    """A docstring with its doctests as blocks of code: to Markdown ">>>" is a quotation."""
+    return re.sub(r"(?m)(^>>> .*\n?(^(>>>|\.\.\.) .*\n?)*)", r"```pycon\n\1\n```\n", text)
