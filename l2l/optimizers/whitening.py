@@ -15,6 +15,7 @@ import numpy as np
 
 from l2l.core import base
 from l2l.optimizers import features
+from l2l.optimizers.orthogonal import orthonormal
 
 # Of the averages of GGᵀ/mean(G²) and of the second moment in the eigenbasis.
 DECAY, SECOND_DECAY = 0.95, 0.999
@@ -165,7 +166,7 @@ def _follow(gradients, pair, step):
         part = jnp.where(early, DAMPING_OFTEN, DAMPING).astype(eigenvalue.dtype)
         damping = (part * eigenvalue + TINY)[:, None, None]
         ahead = basis.average @ basis.vectors + damping * basis.vectors
-        return basis._replace(vectors=jnp.linalg.qr(ahead)[0])
+        return basis._replace(vectors=orthonormal(ahead.mT).mT)
 
     def both(pair):
         return tuple(basis and iterate(basis) for basis in pair)
