@@ -147,7 +147,7 @@ def measure(transforms: dict, rounds: int) -> list[dict]:
         size = base.count(jax.eval_shape(case.params))
         own = transforms
         if case.name == MANY:
-            # A guard compiles for minutes: tenths of a second a tensor.
+            # A guard takes minutes to compile: tenths of a second for each tensor.
             own = {name: x for name, x in transforms.items() if name != GUARDED}
         costs = compare(case, own, rounds)
         for name, cost in costs.items():

@@ -2,10 +2,10 @@
 
     launch/cpus.sh configs/release.py runs/release
 
-6 minutes to compile and 45 to train on 2 cores of an EPYC, a process each, as the release was made
-(`python -m l2l.launch --config=configs/release.py` gives the same up to rounding, slower). Compute
-is added to the same theta, on any machine, by --config.start=lstm and another --config.seed. The
-journal (docs/journal.md) has what came out, and what was tried before.
+6 minutes to compile and 45 to train on 2 cores of an EPYC, one process each, as the release was
+made (`python -m l2l.launch --config=configs/release.py` gives the same up to rounding, slower).
+Compute is added to the same theta, on any machine, by --config.start=lstm and another
+--config.seed. The journal (docs/journal.md) has what came out, and what was tried before.
 """
 
 from ml_collections import ConfigDict

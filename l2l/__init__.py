@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # The same names as in `_CONTENTS`, for editors and type chec
     from l2l.console.errors import UserError
     from l2l.core.base import LearnedOptimizer, Rule, TaskFamily, fixed, lift
     from l2l.optimizers.guard import guard
+    from l2l.optimizers.soap import soap
     from l2l.storage.exports import export, load, released
     from l2l.storage.exports import read as read_export
     from l2l.training.experiment import build_experiment
@@ -37,6 +38,7 @@ __all__ = [
     "optimizers",
     "read_export",
     "released",
+    "soap",
     "tasks",
     "train",
 ]
@@ -57,6 +59,7 @@ _CONTENTS = {
     "optimizers": ("l2l.optimizers", None),
     "read_export": ("l2l.storage.exports", "read"),
     "released": ("l2l.storage.exports", "released"),
+    "soap": ("l2l.optimizers.soap", "soap"),
     "tasks": ("l2l.tasks", None),
     "train": ("l2l.training.run", "train"),
 }

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 import pytest
 
-from l2l.optimizers import features, registry, whitening
+from l2l.optimizers import features, registry, soap, whitening
 from l2l.optimizers.guard import guard
+from l2l.optimizers.per_tensor import PerTensorState
 from l2l.storage import exports
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -44,6 +45,17 @@ SECTIONS = {
             "inputs": ("momentum", "gradient", "parameter", "scale"),
         },
         {"hidden_size": 2, "output": "scale"},
+    ],
+    "per_tensor": [
+        {"hidden_size": 2, "bound": 0.1},
+        {
+            "hidden_size": 2,
+            "decays": (0.9, 0.99),
+            "mixture": True,
+            "weight_decay": 0.1,
+            "warm_up": 2.0,
+            "block_size": 3,
+        },
     ],
 }
 MADE = {
@@ -105,6 +117,7 @@ def trained(transform, params):
 def hold_bases(monkeypatch, states):
     """From here on the bases after each step are those of `states`, leaves [steps, ...]."""
     known = getattr(getattr(states, "matrices", None), "bases", ())
+    soaps = states.accumulators.soap.bases if isinstance(states, PerTensorState) else ()
 
     def sizes(pair, lead):
         return [x.shape[lead:] for x in jax.tree.leaves(pair)]
@@ -114,7 +127,16 @@ def hold_bases(monkeypatch, states):
         pair = next(kept for kept in known if sizes(kept, 1) == sizes(pair, 0))
         return jax.tree.map(lambda x: x[step], pair)
 
+    def held_soap(settings, g, pair, mu, step):
+        del settings, g
+        kept = next(kept for kept in soaps if sizes(kept, 1) == sizes(pair, 0))
+        after = jax.tree.map(lambda x: x[step], kept)
+        return after, soap._rotated(
+            mu, *([side and side.vectors for side in x] for x in (pair, after))
+        )
+
     monkeypatch.setattr(whitening, "_follow", held)
+    monkeypatch.setattr(soap, "_follow", held_soap)
 
 
 def direction(like):

@@ -13,6 +13,7 @@ from l2l.estimators.first_order import SEGMENT, Teacher, first_order
 from l2l.estimators.objective import Objective
 from l2l.optimizers import coordinates
 from l2l.optimizers.lstm import dm, lstm, rnnprop
+from l2l.optimizers.per_tensor import per_tensor
 from l2l.tasks import augment
 from l2l.training import meta_step
 
@@ -40,6 +41,16 @@ OPTIMIZERS = {
     ),
     "dm": lambda: dm(hidden_size=3),
     "rnnprop": lambda: rnnprop(hidden_size=3),
+    "per_tensor": lambda: per_tensor(hidden_size=3, block_size=4, bound=0.1),
+    "per_tensor, all of it": lambda: per_tensor(
+        hidden_size=3,
+        decays=(0.9, 0.99),
+        mixture=True,
+        weight_decay=0.01,
+        warm_up=3.0,
+        average_every=2,
+        basis_every=3,
+    ),
 }
 PLAIN = Objective("train", "log")
 # Training and validation losses enter linearly: both of them, in every form, and each alone.
@@ -150,7 +161,13 @@ def quickly(values, quick):
 @pytest.mark.parametrize(
     "name",
     quickly(
-        OPTIMIZERS, ("lstm with tensors and matrices", "lstm two layers, scale, decayed", "dm")
+        OPTIMIZERS,
+        (
+            "lstm with tensors and matrices",
+            "lstm two layers, scale, decayed",
+            "dm",
+            "per_tensor, all of it",
+        ),
     ),
 )
 def test_equals_autodiff_in_float64(name):
@@ -179,7 +196,7 @@ def test_equals_autodiff_under_augmentation():
         check_equal(OPTIMIZERS["lstm"](), jnp.float64, family=family, objective=Objective("both"))
 
 
-@pytest.mark.parametrize("name", quickly(["lstm", "dm"], ["lstm"]))
+@pytest.mark.parametrize("name", quickly(["lstm", "dm", "per_tensor"], ["lstm", "per_tensor"]))
 def test_equals_autodiff_with_a_teacher(name):
     """No coordinate of two blocks counts twice, or is taught twice."""
     with jax.enable_x64(True):

@@ -19,6 +19,7 @@ from l2l.optimizers.adam import adam
 from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.guard import GuardState, guard
 from l2l.optimizers.lstm import dm, lstm, rnnprop
+from l2l.optimizers.per_tensor import PerTensorState, per_tensor
 
 # Compiling is what these tests spend their time on, and the answers need no fast code.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -42,6 +43,9 @@ LEARNED = {
     ),
     "dm": lambda: dm(hidden_size=3),
     "rnnprop": lambda: rnnprop(hidden_size=3),
+    "per_tensor": lambda: per_tensor(
+        hidden_size=3, decays=(0.9, 0.99), mixture=True, weight_decay=0.01, bound=0.1
+    ),
     "by_parameter": lambda: by_parameter(
         {"lstm": lstm(hidden_size=2), "adam": adam(1e-2)}, [("net", "lstm"), ("*", "adam")]
     ),
@@ -57,6 +61,11 @@ PARAMS = {
     "nothing": {},
 }
 GRADIENTS = jax.tree.map(jnp.sin, PARAMS)
+
+
+def steps_taken(state) -> int:
+    name = "count" if isinstance(state, PerTensorState) else "step"
+    return int(optax.tree.get(state, name))
 
 
 @pytest.fixture(scope="module", params=LEARNED, ids=str)
@@ -120,7 +129,7 @@ def test_state_keeps_its_structure_so_that_a_step_compiles_once(transform):
         params, state = step(GRADIENTS, state, params)
     assert calls == 1
     assert shapes(state) == before
-    assert int(optax.tree.get(state, "step")) == 3
+    assert steps_taken(state) == 3
 
 
 def test_scan_and_vmap(transform, plain):
@@ -179,7 +188,7 @@ def test_partition(transform):
 def test_multi_steps(transform, plain):
     updates, state = steps(optax.MultiSteps(transform, 2).gradient_transformation(), num=4)
     close(updates, plain[0], rtol=1e-2)  # It averages bfloat16 gradients in bfloat16.
-    assert int(optax.tree.get(state.inner_opt_state, "step")) == 2
+    assert steps_taken(state.inner_opt_state) == 2
 
 
 def test_apply_if_finite(transform, plain):
@@ -223,7 +232,7 @@ def test_every_precision_keeps_its_dtypes(transform, dtype):
 
 def test_state_survives_orbax(transform, plain, tmp_path):
     params, state = PARAMS, plain[1]
-    if isinstance(state, GuardState):
+    if isinstance(state, GuardState | PerTensorState):
         # It holds arrays like the parameters, as Adam's state does, and Orbax saves no empty ones.
         params = {name: x for name, x in PARAMS.items() if name != "empty"}
         state = transform.init(params)

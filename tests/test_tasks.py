@@ -35,6 +35,12 @@ FAMILIES = [
     tasks.residual(dataset="diabetes", width=4, blocks=1),
     tasks.mixer(width=4, layers=1),
     tasks.row_lstm(width=4),
+    tasks.mlp(hidden=(5, 4), layer_norm=True),
+    tasks.resnet(dataset="digits", channels=(4, 8), groups=2),
+    tasks.vit(dataset="digits", width=8, layers=1, heads=2),
+    tasks.vae(dataset="digits", hidden=(8,), latent=3),
+    tasks.char_lstm(embedding=4, width=8, context=8),
+    tasks.nanogpt(dataset="pydoc", width=8, layers=1, heads=2, context=8),
     tasks.rescale(tasks.noise(tasks.convex(tasks.mlp(hidden=(4,))))),
     pytest.param(tasks.mnist(), marks=needs_files),
     pytest.param(tasks.mlp(dataset="mnist14"), marks=needs_files),
@@ -89,7 +95,7 @@ def test_contract(family):
     assert score is None or (score.shape == () and 0 <= score <= 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES[:18], ids=name)
+@pytest.mark.parametrize("family", FAMILIES[:24], ids=name)
 def test_keeps_float64(family):
     def step(key, data):
         problem = family.sample(key)
@@ -382,6 +388,17 @@ def test_adam_learns():
         (lambda: tasks.residual(blocks=0), "blocks=0"),
         (lambda: tasks.mixer(dataset="wine"), "no image data set named 'wine'"),
         (lambda: tasks.row_lstm(width=0), "width=0"),
+        (lambda: tasks.resnet(channels=()), "channels=0"),
+        (lambda: tasks.resnet(depth=0), "depth=0"),
+        (lambda: tasks.resnet(channels=(16, 36), groups=8), "groups=8 do not divide"),
+        (lambda: tasks.vit(patch=5), "patch=5 does not divide the 28×28 images of mnist"),
+        (lambda: tasks.vit(width=10, heads=3), "divides the width"),
+        (lambda: tasks.vae(latent=0), "latent=0"),
+        (lambda: tasks.vae(dataset="wine"), "no image data set named 'wine'"),
+        (lambda: tasks.char_lstm(embedding=0), "embedding=0"),
+        (lambda: tasks.char_lstm(dataset="digits"), "no text data set"),
+        (lambda: tasks.nanogpt(heads=3), "divides the width"),
+        (lambda: tasks.nanogpt(dataset="digits"), "no text data set"),
     ],
 )
 def test_bad_settings_get_one_clear_sentence(make, message):

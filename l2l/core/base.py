@@ -79,6 +79,12 @@ class Preconditioner(NamedTuple):
     names: tuple[str, ...]
 
 
+def usual_rate(theta, step, num_steps) -> float:
+    """The nominal rate of a rule that has none of its own."""
+    del theta, step, num_steps
+    return 0.01
+
+
 class Rule(NamedTuple):
     """An update rule that acts coordinate by coordinate, in two halves.
 
@@ -97,6 +103,8 @@ class Rule(NamedTuple):
                 a coordinate and below them its part of the directions.
     tensors:    what is seen of whole tensors, or None. With it the O signals of a coordinate's
                 tensor come below those.
+    rate:       (theta, step, num_steps) -> the nominal learning rate, by which a decoupled weight
+                decay is multiplied.
     """
 
     statistics: Callable[[PyTree, Any], PyTree]
@@ -107,6 +115,35 @@ class Rule(NamedTuple):
     features: tuple[str, ...]
     matrices: Preconditioner | None = None
     tensors: TensorRule | None = None
+    rate: Callable[..., Any] = usual_rate
+
+
+class PerTensorRule(NamedTuple):
+    """An update rule that acts tensor by tensor: uₜ = Σⱼ cₜⱼ dₜⱼ, with directions dⱼ that are free
+    of theta and J coefficients for each of the optimizee's G tensors, which a network sets.
+
+    An update meets theta in its coefficients alone, so that the first-order meta-gradient
+    needs nothing of the coordinates but the inner products ⟨λₜ, dₜⱼ⟩ of each tensor.
+
+    accumulators: (params) -> Accumulators before the first step.
+    observe:      (gradient, params, accumulators) -> (directions, features [S, G], accumulators).
+                  No theta. Directions are any pytree that `combine` knows.
+    hidden:       (theta, G) -> Hidden.
+    propose:      (theta, features [S, G], step, num_steps, hidden) -> (coefficients [J, G],
+                  hidden). `num_steps` 0 means that the horizon is unknown.
+    combine:      (directions, coefficients [J, G], params) -> updates, like params; linear in the
+                  coefficients.
+    rate:         as a `Rule`'s.
+    features:     the S names, in order, for diagnostics.
+    """
+
+    accumulators: Callable[[PyTree], PyTree]
+    observe: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, jax.Array, PyTree]]
+    hidden: Callable[[PyTree, int], PyTree]
+    propose: Callable[..., tuple[jax.Array, PyTree]]
+    combine: Callable[[PyTree, jax.Array, PyTree], PyTree]
+    rate: Callable[..., Any]
+    features: tuple[str, ...]
 
 
 class LearnedOptimizer(NamedTuple):
@@ -115,13 +152,14 @@ class LearnedOptimizer(NamedTuple):
     init: (key) -> Theta.
     bind: (theta) -> an optax transformation. Its `update` accepts `num_steps=` (the horizon, an
           int or scalar array; optional) and ignores every other extra argument.
-    rule: the two halves behind `bind` for optimizers that act coordinate by coordinate; None for
-          others (see `lift`), whose meta-gradients are taken by plain automatic differentiation.
+    rule: the two halves behind `bind` for optimizers that act coordinate by coordinate or tensor by
+          tensor; None for others (see `lift`), whose meta-gradients are taken by plain automatic
+          differentiation.
     """
 
     init: Callable[[jax.Array], PyTree]
     bind: Callable[[PyTree], optax.GradientTransformationExtraArgs]
-    rule: Rule | None = None
+    rule: Rule | PerTensorRule | None = None
 
 
 class InnerState(NamedTuple):
@@ -155,7 +193,7 @@ class MetaGradient(NamedTuple):
     init:     (keys [n], theta, stage) -> state, every leaf [n, ...]. Key i alone decides all that
               is random about problem i, so the split over devices changes nothing.
     estimate: (theta, state, data, stage) -> (gradients, state, metrics), all with leading axis [n]:
-              one meta-gradient a problem (like theta, not clipped yet), the next states, and
+              one meta-gradient for each problem (like theta, not clipped yet), the next states, and
               metrics of one number a problem: `meta_loss`; `loss`, at the end of the window; and
               `lowest`, of the losses that the meta-loss reads.
     """

@@ -24,6 +24,7 @@ import optax
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.core.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew
+from l2l.estimators.first_order_per_tensor import first_order_per_tensor
 from l2l.estimators.objective import Objective
 from l2l.optimizers import coordinates, features
 
@@ -109,6 +110,8 @@ def first_order(
             "This optimizer has no rule that acts coordinate by coordinate, which the first-order "
             "engine needs: use the estimator autodiff.truncated."
         )
+    if isinstance(rule, base.PerTensorRule):
+        return first_order_per_tensor(inner, objective, teacher, over_problems)
     engine = _Engine(inner, rule, objective, teacher, block)
 
     def init(keys, theta, stage):

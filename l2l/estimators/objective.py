@@ -13,7 +13,7 @@ FLOOR = 1e-7
 
 class Objective(NamedTuple):
     """The meta-loss of a window of K steps, L = Σₖ wₖ ρ(ℓₖ), over the losses ℓ₁ … ℓ_K that follow
-    each update (ℓ₀ is nobody's doing).
+    each update (no update has led to ℓ₀).
 
     on:   "train" (the batches the optimizer will see next), "validation" (held-out batches) or
           "both".

@@ -131,10 +131,10 @@ def compile_evaluation(
             return all_runs(theta, runs, data)
 
     def all_runs(theta, runs, data):
-        abreast = jax.vmap(one, (0, None, None)) if sweep else one
+        rates_at_once = jax.vmap(one, (0, None, None)) if sweep else one
 
         def each(run):
-            return abreast(theta, run, data)
+            return rates_at_once(theta, run, data)
 
         if batch >= share:
             return jax.vmap(each)(runs)

@@ -147,8 +147,8 @@ def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) ->
 
 
 def all_of(directory: Path, rows: Sequence["Row"]) -> list[Path]:
-    """Draws curves-….png, a figure a horizon, and for several cells with a baseline a scorecard an
-    optimizer; the paths."""
+    """Draws curves-….png, one for each horizon, and for several cells with a baseline one scorecard
+    for each optimizer; the paths."""
     paths = []
     names = list(dict.fromkeys(row.optimizer for row in rows if row.setting is None))
     several = len({row.cell for row in rows}) > 1

@@ -73,7 +73,7 @@ def write(
     about: Mapping = MappingProxyType({}),
     draw: bool = True,
 ) -> str:
-    """Writes table.md and results.json; and if `draw`, curves-….png, a figure a horizon, and for
+    """Writes table.md and results.json; and if `draw`, curves-….png, one for each horizon, and for
     several cells scorecard.png. Returns what a terminal is shown: of several cells the summary, of
     one its rows, and the paths.
 

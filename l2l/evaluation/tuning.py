@@ -15,9 +15,9 @@ from l2l.core import base
 from l2l.evaluation import baselines, cache, curves, statistics
 from l2l.evaluation.curves import Curves, Problems
 
-# Rates that go abreast on a CPU: 3 are as fast as 15 there, and a grid grows by 3 at a time, so
+# Rates run at once on a CPU: 3 are as fast as 15 there, and a grid grows by 3 at a time, so
 # that an extension needs no new program. An accelerator takes a whole schedule's rates at once.
-ABREAST = 3
+AT_ONCE = 3
 EXTENSION = 3
 RATES = 15
 
@@ -63,7 +63,7 @@ class Grid(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One setting of the grid at one horizon. Lists have a number a problem; `inf` for non-finite.
+    """One setting of the grid at one horizon. Lists have a number per problem, `inf` if not finite.
 
     horizon:  steps after which it was measured.
     schedule: "constant" or "cosine" (to 0 over `horizon`).
@@ -167,10 +167,10 @@ class _Search:
 
     def sweep(self) -> None:
         """Tries the grid as it was given."""
-        abreast = ABREAST if self.devices[0].platform == "cpu" else self.count
+        at_once = AT_ONCE if self.devices[0].platform == "cpu" else self.count
         for group in self.tried:
-            for i in range(0, self.count, abreast):
-                self.measure(group, range(i, min(i + abreast, self.count)))
+            for i in range(0, self.count, at_once):
+                self.measure(group, range(i, min(i + at_once, self.count)))
 
     def grow(self) -> bool:
         """Extends the grid wherever a best point sits at its edge; whether it did."""

@@ -8,16 +8,15 @@ it is the same on every machine, whatever the blocks there.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import leaves, meshes
+from l2l.optimizers import binding, leaves
 
 # Columns in a block on a CPU; an accelerator takes all of them at once, which is what fills the
 # chip. A step forward has the best of it at 512 (M coordinate-steps a second: 2xLSTM-20 4.8 at 128,
@@ -311,13 +310,8 @@ def dtype_of(theta) -> jnp.dtype:
 def bind(
     rule: base.Rule, theta, block: int | None = None, state_dtype=None, wide: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """The rule with its theta, as an optax transformation.
-
-    `update` takes `params` (a learned optimizer looks at them) and, optionally, `num_steps`: the
-    horizon of the run. Other extra arguments are left to other links of the chain. Updates are in
-    the dtypes of params, whatever those of the gradients. Both halves are compiled, as one program
-    each, where they are called outside of `jax.jit`; inside it they are traced as if they were not.
-    Derivatives of any mode pass through both, with the bases of a preconditioner held constant.
+    """The rule with its theta, as an optax transformation; `binding.transformation` has the
+    contract.
 
     Args:
       state_dtype: that in which the recurrent state is kept between steps. With jnp.bfloat16 the
@@ -330,63 +324,37 @@ def bind(
         for float64 parameters. By default all is in theta's.
 
     Raises:
-      UserError: `state_dtype` is no floating-point type; from `update`, where params is None,
-        gradients or state do not fit it, or `num_steps` is no number of steps; from `init`, for
-        parameters that are no real floating-point numbers.
+      UserError: `state_dtype` is no floating-point type.
     """
-    state_dtype = leaves.state_type(state_dtype)
-    # Only for the sentence about a state that does not fit.
-    begun: dict[str, tuple[int, ...]] = {}
-
-    def init(params):
-        leaves.check(params)
-        begun.clear()
-        begun.update(leaves.described(params))
-        make = partial(_start, rule, state_dtype, wide)
-        if leaves.abstract(params):
-            return jax.eval_shape(make, theta, params)
-        return meshes.together(make(theta, params), params)
-
-    def update(updates, state, params=None, *, num_steps=None, **extra_args):
-        del extra_args
-        if params is None:
-            raise UserError(
-                "The learned optimizer looks at the parameters, and `params` is None: call "
-                "update(gradients, state, params)."
-            )
-        gradients = leaves.matched(updates, params)
-        if base.count(params) == 0:
-            return updates, state
-        steps = leaves.horizon(num_steps)
-        try:
-            return _step(rule, block, wide, theta, gradients, state, params, steps)
-        except leaves.Unfit as unfit:
-            raise UserError(unfit.sentence(begun, leaves.described(params))) from None
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    begin = _Begin(rule, leaves.state_type(state_dtype), wide)
+    return binding.transformation(begin, _Step(rule, block, wide), theta)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _start(rule, state_dtype, wide, theta, params):
-    return start(rule, widened(theta, params) if wide else theta, params, state_dtype)
+class _Begin(NamedTuple):
+    """(theta, params) -> the state before the first step."""
+
+    rule: base.Rule
+    state_dtype: Any
+    wide: bool
+
+    def __call__(self, theta, params):
+        theta = widened(theta, params) if self.wide else theta
+        return start(self.rule, theta, params, self.state_dtype)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _step(rule, block, wide, theta, gradients, state, params, num_steps):
-    """(updates like params, state). `gradients` is a list, None where a leaf has none."""
-    # While it is traced: once, not in every step.
-    leaves.check_state(state, jax.eval_shape(partial(_start, rule, None, wide), theta, params))
-    theta = widened(theta, params) if wide else theta
-    values, treedef = jax.tree.flatten(params)
-    given = [jnp.zeros_like(p) if g is None else g for g, p in zip(gradients, values, strict=True)]
-    given, whole, state, num_steps = meshes.together((given, values, state, num_steps))
-    gradient, position = (flatten(tree, dtype_of(theta)) for tree in (given, whole))
-    out, state, _ = advance(
-        rule, theta, gradient, position, state, num_steps, shapes_of(values), block
-    )
-    out = meshes.alike(unflatten(out, whole), values)
-    out = [None if g is None else u for g, u in zip(gradients, out, strict=True)]
-    return jax.tree.unflatten(treedef, out), state
+class _Step(NamedTuple):
+    """(theta, gradient, state, params, num_steps) -> (updates, state), for pytrees."""
+
+    rule: base.Rule
+    block: int | None
+    wide: bool
+
+    def __call__(self, theta, gradient, state, params, num_steps):
+        theta = widened(theta, params) if self.wide else theta
+        g, p = (flatten(tree, dtype_of(theta)) for tree in (gradient, params))
+        shapes = shapes_of(params)
+        out, state, _ = advance(self.rule, theta, g, p, state, num_steps, shapes, self.block)
+        return unflatten(out, params), state
 
 
 def widened(theta: base.PyTree, params: base.PyTree) -> base.PyTree:

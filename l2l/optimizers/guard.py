@@ -369,7 +369,7 @@ def _no_losses() -> LossRecord:
 
 def _square(tree: base.PyTree) -> jax.Array:
     """The sum of squares in float32: not finite where any number is not."""
-    # End to end: a sum a tensor would be a program to compile each.
+    # Flattened first: a sum for each tensor would be as many programs to compile.
     return jnp.sum(jnp.square(coordinates.flatten(meshes.together(tree), jnp.float32)))
 
 

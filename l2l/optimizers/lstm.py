@@ -138,12 +138,15 @@ def lstm(
             step = step + (weight_decay + signals[1]) * rows[len(names)]
         elif weight_decay:
             step = step + weight_decay * rows[len(names)]
+        return -rate_of(theta, context) * step, hidden
+
+    def rate_of(theta, context):
         log_rate = theta["log_learning_rate"]
         if anneal:
             # The first of the context is t/T, 0 where T is not told.
             left = 0.5 * (1 + jnp.cos(jnp.pi * context[0])) + ANNEALED
             log_rate = log_rate + theta["anneal"] * jnp.log(left / (1 + ANNEALED))
-        return -jnp.exp(log_rate) * step, hidden
+        return jnp.exp(log_rate)
 
     def init(key):
         context = jnp.zeros_like(clock(jnp.int32(0), jnp.int32(0)))
@@ -169,6 +172,7 @@ def lstm(
         features=(*names, "θ"),
         matrices=matrices,
         tensors=whole,
+        rate=lambda theta, *clock_of: rate_of(theta, clock(*clock_of)),
     )
     return coordinates.optimizer(init, rule)
 

@@ -69,3 +69,13 @@ def _explicit(x):
         return None
     # Outside of a compiled function a type does not know the devices, and the array does.
     return mesh if isinstance(x, Tracer) else x.sharding.mesh
+
+
+def beside(state: base.PyTree, params: base.PyTree) -> base.PyTree:
+    """State in the shapes of the parameters, on automatic axes lying as they do."""
+
+    def one(kept, param):
+        plain = _explicit(param) is None and not jax.sharding.get_abstract_mesh().manual_axes
+        return shard_alike(kept, param)[0] if plain and kept.size else kept
+
+    return jax.tree.map(one, state, params)

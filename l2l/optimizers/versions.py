@@ -19,7 +19,15 @@ from l2l.console import schema
 from l2l.console.errors import UserError
 from l2l.optimizers.registry import OPTIMIZERS
 
-VERSIONS = {"adam": 1, "by_parameter": 1, "dm": 1, "learned_adam": 1, "lstm": 2, "rnnprop": 1}
+VERSIONS = {
+    "adam": 1,
+    "by_parameter": 1,
+    "dm": 1,
+    "learned_adam": 1,
+    "lstm": 2,
+    "per_tensor": 1,
+    "rnnprop": 1,
+}
 
 # What a setting is where a file does not hold it: exports of format 1 held only those that their
 # configuration named. These are the defaults of that time, whatever today's are, as JSON has them.
@@ -48,6 +56,23 @@ EARLIER: dict[str, dict[str, Any]] = {
         "tensor_size": 0,
         "matrix_size": 0,
         "anneal": 0.0,
+    },
+    "per_tensor": {
+        "hidden_size": 16,
+        "learning_rate": 0.01,
+        "vector_rate": 1.0,
+        "decays": [0.9],
+        "second_decay": 0.999,
+        "mixture": False,
+        "weight_decay": 0.0,
+        "warm_up": 0.0,
+        "anneal": 1.0,
+        "reach": 1.4,
+        "bound": 0.0,
+        "smallest": 0.03,
+        "block_size": 256,
+        "average_every": 5,
+        "basis_every": 20,
     },
     "rnnprop": {
         "hidden_size": 20,

@@ -15,6 +15,7 @@ import numpy as np
 
 from l2l.core import base
 from l2l.optimizers import features
+from l2l.optimizers.orthogonal import orthonormal
 
 # Of the averages of GGᵀ/mean(G²) and of the second moment in the eigenbasis.
 DECAY, SECOND_DECAY = 0.95, 0.999
@@ -60,7 +61,7 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
     """The preconditioner of rules whose statistics are `features.Moments`.
 
     The direction is m̃/√ν in the basis, back among the coordinates, with m̃ = b1·m̂ + (1 − b1)·g
-    (Nesterov's, as in NAdam), times a number a tensor that gives it the length of m̃/√v̂: of what
+    (Nesterov's, as in NAdam), times one number per tensor that gives it the length of m̃/√v̂: of what
     was tried on tasks like those of the release, this lost least with one rate for all. It is
     bounded by the length of Adam's step, and does not change when the loss is multiplied.
 
@@ -165,7 +166,7 @@ def _follow(gradients, pair, step):
         part = jnp.where(early, DAMPING_OFTEN, DAMPING).astype(eigenvalue.dtype)
         damping = (part * eigenvalue + TINY)[:, None, None]
         ahead = basis.average @ basis.vectors + damping * basis.vectors
-        return basis._replace(vectors=jnp.linalg.qr(ahead)[0])
+        return basis._replace(vectors=orthonormal(ahead.mT).mT)
 
     def both(pair):
         return tuple(basis and iterate(basis) for basis in pair)

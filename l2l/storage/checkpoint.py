@@ -84,7 +84,7 @@ class Saver:
                 self.manager = ocp.CheckpointManager(self.directory, options=options)
             except OSError as error:
                 raise errors.about(self.directory, error) from error
-            except _FORMAT:  # Of the times in any of these files; it opens them without as well.
+            except _FORMAT:  # Damaged times of steps, which Orbax can do without.
                 collectives.together(self._set_times_aside)
                 self.manager = ocp.CheckpointManager(self.directory, options=options)
             self.silence = silence.pop_all()  # Until it is closed.

@@ -8,6 +8,7 @@ checked (`export_header.py`) before memory is taken.
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import optax
 from l2l.console import errors, modules, schema
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, leaves, registry, versions
+from l2l.optimizers import binding, coordinates, leaves, registry, versions
 from l2l.storage import export_header, files
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
@@ -154,7 +155,13 @@ def specification_of(metadata: dict) -> dict:
 
 
 def load(
-    name_or_path, *, num_steps: int | None = None, state_dtype=None
+    name_or_path,
+    *,
+    num_steps: int | None = None,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    state_dtype=None,
 ) -> optax.GradientTransformationExtraArgs:
     """A trained optimizer as an optax transformation. It needs nothing else.
 
@@ -164,6 +171,9 @@ def load(
         released one means that, whatever the working directory holds: a file or folder of the
         same name is written with a slash (./lstm) or given as a `Path`.
       num_steps: the horizon to tell the optimizer where `update` is not given one.
+      learning_rate: a factor on every update, or an optax schedule of factors.
+      weight_decay: decoupled, as in `optax.adamw`, times the optimizer's own nominal rate.
+      mask: where weight decay applies, as in `optax.adamw`.
       state_dtype: in which the recurrent state is kept between steps (`coordinates.bind`):
         jnp.bfloat16 takes 48 bytes a parameter of the default optimizer, not 80.
 
@@ -172,14 +182,16 @@ def load(
 
     Raises:
       UserError: there is no such optimizer, or the file is damaged; `num_steps` is no number of
-        steps; or `state_dtype` is no floating-point type, or given where there is no such state.
+        steps; a knob is out of range; or `state_dtype` is no floating-point type, or given where
+        there is no such state.
     """
     if num_steps is not None:
         leaves.horizon(num_steps)
     state_dtype = leaves.state_type(state_dtype)
     optimizer, theta, _ = read(locate(name_or_path))
-    if optimizer.rule is not None:
-        bound = coordinates.bind(optimizer.rule, theta, state_dtype=state_dtype, wide=True)
+    rule = optimizer.rule
+    if isinstance(rule, base.Rule):
+        bound = coordinates.bind(rule, theta, state_dtype=state_dtype, wide=True)
     elif state_dtype is None:
         bound = optimizer.bind(theta)
     else:
@@ -187,6 +199,10 @@ def load(
             f"{name_or_path} has no recurrent state to keep in {state_dtype}: leave state_dtype "
             "out."
         )
+    rate = partial(base.usual_rate if rule is None else rule.rate, theta)
+    bound = binding.with_knobs(
+        bound, rate, learning_rate=learning_rate, weight_decay=weight_decay, mask=mask
+    )
     if num_steps is None:
         return bound
 

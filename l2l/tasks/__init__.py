@@ -2,11 +2,14 @@
 
 from l2l.tasks.architectures import mixer as mixer
 from l2l.tasks.architectures import residual as residual
+from l2l.tasks.architectures import resnet as resnet
 from l2l.tasks.architectures import row_lstm as row_lstm
+from l2l.tasks.architectures import vit as vit
 from l2l.tasks.augment import convex as convex
 from l2l.tasks.augment import noise as noise
 from l2l.tasks.augment import rescale as rescale
 from l2l.tasks.autoencoder import autoencoder as autoencoder
+from l2l.tasks.autoencoder import vae as vae
 from l2l.tasks.images import cifar as cifar
 from l2l.tasks.images import conv as conv
 from l2l.tasks.images import mnist as mnist
@@ -16,5 +19,7 @@ from l2l.tasks.quadratic import quadratic as quadratic
 from l2l.tasks.quadratic import simple as simple
 from l2l.tasks.quadratic import simple_multi as simple_multi
 from l2l.tasks.regression import regression as regression
+from l2l.tasks.text import char_lstm as char_lstm
 from l2l.tasks.text import gru as gru
+from l2l.tasks.text import nanogpt as nanogpt
 from l2l.tasks.text import transformer as transformer

@@ -29,6 +29,7 @@ def mlp(
     subset: tuple[float, float] = (0.25, 1.0),
     batch_size: int = 128,
     init: str | float = "lecun",
+    layer_norm: bool = False,
     name: str | None = None,
 ) -> TaskFamily:
     """Classification by softmax cross-entropy (nats), or regression by mean squared error.
@@ -36,17 +37,20 @@ def mlp(
     Args:
       dataset: a name of `l2l.data.datasets` other than text; images are flattened.
       hidden: the widths of the hidden layers; () is a linear model.
-      activations: one of these a problem: relu, tanh, sigmoid, gelu, silu, sin.
+      activations: one of these a problem: relu, tanh, sigmoid, gelu (by tanh), gelu_exact, silu,
+        sin.
       initial_scale: a factor on the initial weights, log-uniform in this range a problem.
       subset: the share of the training split a problem sees, log-uniform in this range. Whole
         splits (`key=None`) are whole whatever the subset.
       batch_size: rows a batch.
       init: "lecun", "he" or "glorot" for normal weights of that variance and biases of zero; or a
         number, the standard deviation of weights and biases alike.
+      layer_norm: normalise each hidden layer over its units (Ba et al., 2016), then activate.
       name: what tables call the family; by default made of the data set and the widths.
 
     Returns:
-      A family. Params: {"linear_0": {"w": [in, out], "b": [out]}, …}. Problem:
+      A family. Params: {"linear_0": {"w": [in, out], "b": [out]}, …}, and with layer_norm
+      {"norm_0": {"scale": [out], "offset": [out]}, …}. Problem:
       `supervised.Problem`. Batch: `supervised.Batch`. Data: `datasets.Dataset`. `accuracy` is None
       for regression.
 
@@ -56,7 +60,7 @@ def mlp(
     shape, classes = datasets.spec(dataset, "vector")
     hidden = tuple(hidden)
     sizes = (math.prod(shape), *hidden, classes or 1)
-    initialise = dense_init(sizes, init)
+    initialise = dense_init(sizes, init, layer_norm)
     forward = dense(activations)
 
     def outputs(params, problem, batch):
@@ -64,18 +68,28 @@ def mlp(
         return forward(params, problem.activation, inputs.reshape(len(inputs), -1))
 
     return supervised.family(
-        name or "-".join(map(str, ("mlp", dataset, *hidden))),
+        name or "-".join(map(str, ("mlp-norm" if layer_norm else "mlp", dataset, *hidden))),
         outputs,
         lambda key, problem: initialise(key, problem.scale),
         *(dataset, activations, initial_scale, subset, batch_size),
     )
 
 
-def dense_init(sizes: Sequence[int], init: str | float = "lecun"):
+def dense_init(sizes: Sequence[int], init: str | float = "lecun", layer_norm: bool = False):
     """Makes (key, scale) -> parameters of linear layers between `sizes`, the weights times
-    `scale`."""
+    `scale`, all but the last layer followed by a normalisation if `layer_norm`."""
     shapes = {f"linear_{i}": shape for i, shape in enumerate(itertools.pairwise(sizes))}
-    return layers_init(shapes, init)
+    layers = layers_init(shapes, init)
+    hidden = sizes[1:-1] if layer_norm else ()
+
+    def initialise(key, scale):
+        norms = {
+            f"norm_{i}": {"scale": jnp.ones(size), "offset": jnp.zeros(size)}
+            for i, size in enumerate(hidden)
+        }
+        return layers(key, scale) | norms
+
+    return initialise
 
 
 def layers_init(shapes: dict[str, tuple[int, ...]], init: str | float = "lecun"):
@@ -105,14 +119,18 @@ def layers_init(shapes: dict[str, tuple[int, ...]], init: str | float = "lecun")
 
 
 def dense(activations: Sequence[str]):
-    """Makes (params, activation index, inputs [n, in]) -> [n, out]; the last layer is linear."""
+    """Makes (params, activation index, inputs [n, in]) -> [n, out]; the last layer is linear, and
+    those that have a "norm_i" are normalised."""
     activate = supervised.activation(activations)
 
     def forward(params, index, x):
-        for i in range(len(params)):
-            layer = params[f"linear_{i}"]
+        for i in range(sum(name.startswith("linear_") for name in params)):
+            layer, norm = params[f"linear_{i}"], params.get(f"norm_{i}")
             x = x if i == 0 else activate(index, x)
             x = x @ layer["w"] + layer["b"][None, :]
+            if norm is not None:
+                x = jax.nn.standardize(x, axis=-1, epsilon=1e-5)
+                x = x * norm["scale"][None, :] + norm["offset"][None, :]
         return x
 
     return forward

@@ -12,6 +12,7 @@ from l2l.tasks import called
 
 TASKS = {
     "autoencoder": tasks.autoencoder,
+    "char_lstm": tasks.char_lstm,
     "cifar": tasks.cifar,
     "conv": tasks.conv,
     "gru": tasks.gru,
@@ -19,13 +20,17 @@ TASKS = {
     "mixer": tasks.mixer,
     "mlp": tasks.mlp,
     "mnist": tasks.mnist,
+    "nanogpt": tasks.nanogpt,
     "quadratic": tasks.quadratic,
     "regression": tasks.regression,
     "residual": tasks.residual,
+    "resnet": tasks.resnet,
     "row_lstm": tasks.row_lstm,
     "simple": tasks.simple,
     "simple_multi": tasks.simple_multi,
     "transformer": tasks.transformer,
+    "vae": tasks.vae,
+    "vit": tasks.vit,
 }
 AUGMENTATIONS = {"convex": tasks.convex, "noise": tasks.noise, "rescale": tasks.rescale}
 

@@ -23,6 +23,7 @@ ACTIVATIONS = {
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
     "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
     "sin": jnp.sin,
 }
@@ -190,9 +191,10 @@ def rescaled(params, scale: jax.Array):
     return jax.tree.map(lambda p: p * scale.astype(p.dtype) if p.ndim > 1 else p, params)
 
 
-def layer_norm(x: jax.Array, name: str) -> jax.Array:
-    """Layer normalisation over the last axis with its own scale and offset, inside haiku."""
-    return hk.LayerNorm(-1, create_scale=True, create_offset=True, name=name)(x)
+def layer_norm(x: jax.Array, name: str, *, offset: bool = True) -> jax.Array:
+    """Layer normalisation over the last axis with a scale of its own and, unless told otherwise, an
+    offset, inside haiku."""
+    return hk.LayerNorm(-1, create_scale=True, create_offset=offset, name=name)(x)
 
 
 def in_chunks(apply: Callable, inputs: jax.Array, rows: int = 1000) -> jax.Array:

@@ -1,15 +1,19 @@
-"""Small models of characters: a transformer and a GRU that predict the next one."""
+"""Models of characters, which predict the next one: transformers and recurrent networks."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import haiku as hk
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2l.console.errors import UserError
 from l2l.core.base import TaskFamily
 from l2l.data import datasets
-from l2l.tasks import supervised
+from l2l.tasks import attention, supervised
 
 
 def transformer(
@@ -41,11 +45,7 @@ def transformer(
       rows end to end (the last incomplete one left out). `accuracy` is the share of characters
       predicted.
     """
-    if layers < 1 or heads < 1 or width % heads:
-        raise UserError(
-            f"layers={layers} and heads={heads} do not fit width={width}: "
-            "use at least one of each, and a number of heads that divides the width."
-        )
+    attention.check(width, layers, heads)
     activate = supervised.activation(activations)
 
     def network(index, characters):
@@ -57,11 +57,11 @@ def transformer(
         causal = jnp.tril(jnp.ones((1, 1, context, context), bool))
         w_init = hk.initializers.VarianceScaling(1.0, "fan_in", "normal")
         for i in range(layers):
-            attention = hk.MultiHeadAttention(
+            attend = hk.MultiHeadAttention(
                 heads, width // heads, w_init=w_init, name=f"attention_{i}"
             )
             y = supervised.layer_norm(x, f"norm_{i}_0")
-            x = x + attention(y, y, y, causal)
+            x = x + attend(y, y, y, causal)
             y = hk.Linear(4 * width, w_init=w_init, name=f"mlp_{i}_0")(
                 supervised.layer_norm(x, f"norm_{i}_1")
             )
@@ -85,16 +85,138 @@ def gru(
 ) -> TaskFamily:
     """A gated recurrent network that starts each row from zeros. Settings, batches and loss as in
     `transformer`."""
+    network = _recurrent(lambda: hk.GRU(width, name="gru"), dataset, width)
+    name = f"gru-{dataset}-{width}"
+    return _family(name, network, dataset, context, ("tanh",), initial_scale, subset, batch_size)
+
+
+def char_lstm(
+    *,
+    dataset: str = "pydoc",
+    embedding: int = 64,
+    width: int = 256,
+    context: int = 64,
+    initial_scale: tuple[float, float] = (1.0, 1.0),
+    subset: tuple[float, float] = (1.0, 1.0),
+    batch_size: int = 32,
+) -> TaskFamily:
+    """An LSTM language model that starts each row from zeros; the bias of its forget gate counts
+    from one (Jozefowicz et al., 2015).
+
+    Args:
+      embedding: the numbers that stand for a character.
+      width: units of the LSTM, whose one matrix is [embedding + width, 4 · width].
+      dataset, context, initial_scale, subset, batch_size: as in `transformer`.
+
+    Returns:
+      A family; see `transformer`.
+    """
+    if embedding < 1 or width < 1:
+        raise UserError(
+            f"embedding={embedding} and width={width} leave no network: both must be 1 or more."
+        )
+    network = _recurrent(lambda: hk.LSTM(width, name="lstm"), dataset, embedding)
+    name = f"char-lstm-{dataset}-{embedding}-{width}"
+    return _family(name, network, dataset, context, ("tanh",), initial_scale, subset, batch_size)
+
+
+def nanogpt(
+    *,
+    dataset: str | None = None,
+    width: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    context: int = 64,
+    activations: Sequence[str] = ("gelu_exact",),
+    initial_scale: tuple[float, float] = (1.0, 1.0),
+    subset: tuple[float, float] = (1.0, 1.0),
+    batch_size: int = 12,
+) -> TaskFamily:
+    """nanoGPT's model of characters in its size for a CPU (Karpathy, 2022, `train_shakespeare_char`
+    without dropout): 0.8 million parameters, an embedding that is the output layer too, no biases,
+    weights N(0, 0.02²), those that add to the residual stream divided by √(2 · layers).
+
+    The recipe that goes with it: 2,000 steps of AdamW, rate 1e-3 (100 steps of warm-up, cosine to
+    1e-4), betas 0.9 and 0.99, decay 0.1 on matrices, gradients clipped to a norm of 1.
+
+    Args:
+      dataset: a text of `l2l.data.datasets`; None for tinyshakespeare where it is present, else
+        pydoc. The family's name says which.
+      width, layers, heads, context, activations, initial_scale, subset, batch_size: as in
+        `transformer`.
+
+    Returns:
+      A family; see `transformer`, but for the text: in the characters that occur in it, numbered
+      in order, of which the first 90 % are for training. The recipe validates on all of the last
+      10 %: here their first half is the validation split and their second the test split, so that
+      the mean of the two losses is what it would print.
+
+    Raises:
+      UserError: sizes that do not fit, no text of that name; a text that is absent, when it is
+        first read.
+    """
+    if dataset is None:
+        known = datasets.present("tinyshakespeare")
+        dataset = "tinyshakespeare" if known else "pydoc"
+    attention.check(width, layers, heads)
+    activate = supervised.activation(activations)
+    normal = hk.initializers.RandomNormal(0.02)
+    smaller = hk.initializers.RandomNormal(0.02 / math.sqrt(2 * layers))
+
+    def network(index, characters):
+        size = len(np.unique(_characters(dataset)))
+        embedding = hk.get_parameter("embedding", (size, width), init=normal)
+        positions = hk.get_parameter("positions", (context, width), init=normal)
+        x = embedding[characters] + positions[None]
+        for i in range(layers):
+            x = attention.block(
+                x,
+                functools.partial(activate, index),
+                f"block_{i}",
+                heads,
+                causal=True,
+                bias=False,
+                w_init=normal,
+                out_init=smaller,
+            )
+        return supervised.layer_norm(x, "norm", offset=False) @ embedding.T
+
+    name = f"nanogpt-{dataset}-{layers}x{width}"
+    family = _family(
+        name, network, dataset, context, activations, initial_scale, subset, batch_size
+    )
+    return family._replace(data=functools.partial(_renumbered, dataset))
+
+
+def _characters(dataset: str) -> np.ndarray:
+    """The text in reading order, [n] uint8."""
+    train, validation, test = datasets.load(dataset)
+    return np.concatenate([train.inputs, validation.inputs, test.inputs, test.labels[-1:]])
+
+
+def _renumbered(dataset: str) -> datasets.Dataset:
+    """The text in numbers of the characters that occur, 90 %, 5 % and 5 % in reading order. No
+    character is in two splits, as a label neither."""
+    characters = _characters(dataset)
+    _, numbers = np.unique(characters, return_inverse=True)
+    first, second = int(0.9 * len(numbers)), int(0.95 * len(numbers))
+    parts = np.split(numbers.astype(np.uint8), (first, second))
+    return datasets.Dataset(*(datasets.Split(part[:-1], part[1:]) for part in parts))
+
+
+def _recurrent(core: Callable[[], hk.RNNCore], dataset: str, embedding: int) -> Callable:
+    """The network of `gru` and `char_lstm`."""
+    classes = datasets.spec(dataset, "text").classes
 
     def network(index, characters):
         del index
-        x = hk.Embed(datasets.spec(dataset).classes, width, name="embedding")(characters)
-        start = jnp.zeros((len(x), width), x.dtype)
-        x, _ = hk.dynamic_unroll(hk.GRU(width, name="gru"), x, start, time_major=False)
-        return hk.Linear(datasets.spec(dataset).classes, name="linear")(x)
+        x = hk.Embed(classes, embedding, name="embedding")(characters)
+        cell = core()
+        start = jax.tree.map(lambda s: s.astype(x.dtype), cell.initial_state(len(x)))
+        outputs, _ = hk.dynamic_unroll(cell, x, start, time_major=False)
+        return hk.Linear(classes, name="linear")(jnp.asarray(outputs))
 
-    name = f"gru-{dataset}-{width}"
-    return _family(name, network, dataset, context, ("tanh",), initial_scale, subset, batch_size)
+    return network
 
 
 def _family(

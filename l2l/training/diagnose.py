@@ -229,7 +229,7 @@ def _slopes_by_theta(inner, theta, run, data):
 def _update(inner, theta, run, gradient):
     """(updates, optimizer's state)."""
     rule = inner.optimizer.rule
-    if rule is None:
+    if not isinstance(rule, base.Rule):
         return inner.optimizer.bind(theta).update(
             gradient, run.opt_state, run.params, num_steps=run.known_horizon
         )
@@ -247,6 +247,13 @@ def _features(inner, theta, run, gradient):
     if rule is None:
         return {}
     state = run.opt_state
+    if isinstance(rule, base.PerTensorRule):
+        rows = rule.observe(gradient, run.params, state.accumulators)[1]
+        leaves, treedef = jax.tree.flatten(run.params)
+        return {
+            name: treedef.unflatten(list(row[: len(leaves)]))
+            for name, row in zip(rule.features, rows, strict=False)
+        }
     g, p = _flat(theta, gradient), _flat(theta, run.params)
     rows, names = rule.observe(g, state.statistics, p, state.step)[0], rule.features
     if rule.matrices is not None:

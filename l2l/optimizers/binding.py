@@ -1,0 +1,149 @@
+"""A rule with its theta as an optax transformation: the contract all learned optimizers keep."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.optimizers import leaves, meshes
+
+
+def transformation(
+    begin: Callable, step: Callable, theta: base.PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """The optax transformation of a rule.
+
+    `update` takes `params` (a learned optimizer looks at them) and, optionally, `num_steps`: the
+    horizon of the run. Other extra arguments are left to other links of the chain. Updates are in
+    the dtypes of params, whatever those of the gradients. Both halves are compiled, as one program
+    each, where they are called outside of `jax.jit`; inside it they are traced as if they were not.
+    Derivatives of any mode pass through both, with the bases of matrices held constant.
+
+    Args:
+      begin: (theta, params) -> state. Like `step` a key of compiled programs: equal functions (of
+        two loads of one export, say) share them.
+      step: (theta, gradient, state, params, num_steps) -> (updates, state), for pytrees without
+        None; updates like params.
+
+    Raises:
+      UserError: from `init`, for parameters that are no real floating-point numbers; from `update`,
+        where params is None, gradients or state do not fit it, or `num_steps` is no number of
+        steps.
+    """
+    # Only for the sentence about a state that does not fit.
+    begun: dict[str, tuple[int, ...]] = {}
+
+    def init(params):
+        leaves.check(params)
+        begun.clear()
+        begun.update(leaves.described(params))
+        make = partial(_begin, begin)
+        if leaves.abstract(params):
+            return jax.eval_shape(make, theta, params)
+        return meshes.together(make(theta, params), params)
+
+    def update(updates, state, params=None, *, num_steps=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise UserError(
+                "The learned optimizer looks at the parameters, and `params` is None: call "
+                "update(gradients, state, params)."
+            )
+        gradients = leaves.matched(updates, params)
+        if base.count(params) == 0:
+            return updates, state
+        steps = leaves.horizon(num_steps)
+        try:
+            return _advance(begin, step, theta, gradients, state, params, steps)
+        except leaves.Unfit as unfit:
+            raise UserError(unfit.sentence(begun, leaves.described(params))) from None
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _begin(begin, theta, params):
+    return begin(theta, params)
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _advance(begin, step, theta, gradients, state, params, num_steps):
+    """(updates like params, state). `gradients` is a list, None where a leaf has none."""
+    # While it is traced: once, not in every step.
+    leaves.check_state(state, jax.eval_shape(partial(_begin, begin), theta, params))
+    values, treedef = jax.tree.flatten(params)
+    given = [jnp.zeros_like(p) if g is None else g for g, p in zip(gradients, values, strict=True)]
+    given, whole = (list(map(jnp.asarray, x)) for x in (given, values))
+    given, whole, state, num_steps = meshes.together((given, whole, state, num_steps))
+    out, state = step(theta, treedef.unflatten(given), state, treedef.unflatten(whole), num_steps)
+    out = meshes.alike(treedef.flatten_up_to(out), values)
+    out = [None if g is None else u for g, u in zip(gradients, out, strict=True)]
+    return jax.tree.unflatten(treedef, out), state
+
+
+class DecayState(NamedTuple):
+    """count: steps taken, int32."""
+
+    count: jax.Array
+
+
+def with_knobs(
+    transform: optax.GradientTransformationExtraArgs,
+    rate: Callable,
+    *,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A learned optimizer with what people expect to turn, outside of its rule.
+
+    Args:
+      rate: (step, num_steps) -> its nominal rate.
+      learning_rate: a factor on every update, or an optax schedule of factors.
+      weight_decay: decoupled, as in `optax.adamw`: weight_decay · rate · θ is taken off as well.
+      mask: where weight decay applies, as in `optax.adamw`.
+
+    Raises:
+      UserError: a knob is out of range.
+    """
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if number and not 0 <= value < float("inf"):
+            raise UserError(f"{name}={value} is out of range: use 0 or a positive number.")
+        schedule = name == "learning_rate" and callable(value)
+        if not (number or schedule or isinstance(value, jax.Array)):
+            raise UserError(f"{name}={value!r} is no number{_OR_SCHEDULE[name]}.")
+    links = [transform]
+    if not isinstance(weight_decay, int | float) or weight_decay:
+        decay = _decay(rate, weight_decay)
+        links.append(decay if mask is None else optax.masked(decay, mask))
+    if callable(learning_rate):
+        links.append(optax.scale_by_schedule(learning_rate))
+    elif not isinstance(learning_rate, int | float) or learning_rate != 1:
+        links.append(optax.scale(learning_rate))
+    return transform if len(links) == 1 else optax.chain(*links)
+
+
+_OR_SCHEDULE = {"learning_rate": " and no optax schedule", "weight_decay": ""}
+
+
+def _decay(rate, weight_decay) -> optax.GradientTransformationExtraArgs:
+    def update(updates, state, params=None, *, num_steps=None, **extra_args):
+        del extra_args
+        factor = weight_decay * rate(state.count, leaves.horizon(num_steps))
+
+        def decayed(u, p):
+            return None if u is None else u - (factor * p).astype(u.dtype)
+
+        updates = jax.tree.map(decayed, updates, params, is_leaf=lambda x: x is None)
+        return updates, DecayState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: DecayState(jnp.zeros((), jnp.int32)), update
+    )

@@ -1,0 +1,200 @@
+"""The rule of whole tensors: what it is untrained, its bounds, its knobs, and that it can learn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import l2l
+from l2l import tasks
+from l2l.core import base
+from l2l.core.unroll import Inner
+from l2l.estimators.autodiff import truncated
+from l2l.estimators.first_order import first_order
+from l2l.estimators.objective import Objective
+from l2l.optimizers import soap
+from l2l.optimizers.per_tensor import FEATURES, per_tensor
+from l2l.storage import exports
+from l2l.training import meta_step as meta
+
+PARAMS = {
+    "w": jnp.linspace(-1.0, 1.0, 30).reshape(6, 5),
+    "k": jnp.linspace(-0.5, 0.5, 24).reshape(2, 3, 4),
+    "b": jnp.full((5,), 0.1),
+}
+
+
+def noisy(params, i):
+    keys = [jax.random.fold_in(jax.random.key(i), n) for n in range(len(params))]
+    return {
+        name: jnp.sin(x) + 0.5 * jax.random.normal(key, x.shape)
+        for key, (name, x) in zip(keys, params.items(), strict=True)
+    }
+
+
+def run(transform, steps, **told):
+    params, state = PARAMS, transform.init(PARAMS)
+    out = []
+    for i in range(steps):
+        updates, state = transform.update(noisy(params, i), state, params, **told)
+        params = optax.apply_updates(params, updates)
+        out.append(updates)
+    return out
+
+
+def bound(**settings):
+    learned = per_tensor(**settings)
+    return learned.bind(learned.init(jax.random.key(0)))
+
+
+def test_untrained_it_is_soap_at_one_rate():
+    ours = run(bound(learning_rate=0.02), 5)
+    directions = soap.scale_by_soap(soap.Settings(average_every=5, basis_every=20))
+    theirs = run(optax.with_extra_args_support(optax.chain(directions, optax.scale(-0.02))), 5)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), mine, wanted
+        )
+
+
+def test_the_horizon_lowers_the_rate_as_the_cosine_does():
+    steady, annealed = run(bound(), 4), run(bound(), 4, num_steps=4)
+    factors = [float(b["b"][0] / a["b"][0]) for a, b in zip(steady, annealed, strict=True)]
+    assert factors[0] == pytest.approx(1.0, rel=1e-5)
+    # The gradients follow the parameters, so only the first steps can be compared number by number.
+    assert factors[1] == pytest.approx(0.5 * (1 + np.cos(np.pi / 4)), rel=0.05)
+
+
+def test_no_update_is_longer_than_its_bound():
+    """A zero tensor counts as `smallest`; of the others the length is that of their numbers."""
+    params = {"w": 1e-3 * PARAMS["w"], "zero": jnp.zeros((4, 3)), "big": 3.0 * PARAMS["w"]}
+    transform = bound(learning_rate=1.0, bound=0.1, smallest=0.03)
+    state = transform.init(params)
+    gradients = jax.tree.map(lambda x: x + 1.0, params)
+    updates, _ = transform.update(gradients, state, params)
+    for name, u in updates.items():
+        rms = float(jnp.sqrt(jnp.mean(jnp.square(params[name]))))
+        moved = float(jnp.sqrt(jnp.mean(jnp.square(u))))
+        assert 0.5 * 0.1 * max(rms, 0.03) < moved <= 0.1 * max(rms, 0.03) * 1.0001, name
+
+
+def test_the_network_stays_within_its_reach():
+    learned = per_tensor(hidden_size=4, reach=0.7, learning_rate=0.01)
+    theta = learned.init(jax.random.key(0))
+    plain = run(learned.bind(theta), 1)[0]
+    for sign in (-1.0, 1.0):
+        theta["network"]["out"]["b"] = jnp.full((1,), sign * 1e3)
+        far = run(learned.bind(theta), 1)[0]
+        factor = float(far["w"][0, 0] / plain["w"][0, 0])
+        assert factor == pytest.approx(np.exp(sign * 0.7), rel=1e-4)
+
+
+def test_no_feature_knows_the_scale_of_the_loss_or_the_size_of_a_tensor():
+    rule = per_tensor().rule
+
+    def features(factor, repeat):
+        params = {name: jnp.tile(x, (repeat,) + (1,) * (x.ndim - 1)) for name, x in PARAMS.items()}
+        accumulators = rule.accumulators(params)
+        for i in range(3):
+            gradient = {
+                name: factor * jnp.tile(g, (repeat,) + (1,) * (g.ndim - 1))
+                for name, g in noisy(PARAMS, i).items()
+            }
+            _, rows, accumulators = rule.observe(gradient, params, accumulators)
+        return rows[: len(FEATURES)]
+
+    np.testing.assert_allclose(features(1e3, 1), features(1.0, 1), atol=1e-4)
+    np.testing.assert_allclose(features(1.0, 4), features(1.0, 1), atol=1e-4)
+
+
+def test_state_has_the_shapes_of_the_parameters_and_lies_as_they_do():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"w": P("data"), "v": P(None, "data"), "b": P()}
+    shapes = {"w": (16, 4), "v": (4, 16), "b": (4,)}
+    params = {
+        name: jax.device_put(jnp.ones(shape), NamedSharding(mesh, specs[name]))
+        for name, shape in shapes.items()
+    }
+    transform = bound(block_size=8)
+    state = jax.jit(transform.init)(params)
+    updates, after = jax.jit(transform.update)(params, state, params)
+    for moments in (*state.accumulators.soap.mu, after.accumulators.soap.nu, updates):
+        for name, x in moments.items():
+            assert x.shape == shapes[name]
+            assert x.sharding.is_equivalent_to(params[name].sharding, x.ndim), name
+
+
+def test_map_params_reaches_the_moments():
+    transform = bound()
+    state = transform.init(PARAMS)
+    ones = optax.tree.map_params(transform, jnp.ones_like, state)
+    assert all(bool(jnp.all(x == 1)) for x in jax.tree.leaves(ones.accumulators.soap.nu))
+    jax.tree.map(np.testing.assert_array_equal, ones.hidden, state.hidden)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    learned = per_tensor(hidden_size=2)
+    path = tmp_path / "rule.safetensors"
+    settings = {"name": "per_tensor", "hidden_size": 2}
+    exports.export(path, settings, learned.init(jax.random.key(0)))
+    return path
+
+
+def test_knobs(exported):
+    plain = run(l2l.load(exported, num_steps=9), 1)[0]
+    half = run(l2l.load(exported, num_steps=9, learning_rate=0.5), 1)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 2, rtol=1e-6), half, plain)
+    scheduled = l2l.load(exported, learning_rate=optax.linear_schedule(0.0, 1.0, 2))
+    assert all(bool(jnp.all(x == 0)) for x in jax.tree.leaves(run(scheduled, 1)[0]))
+    decayed = run(
+        l2l.load(exported, num_steps=9, weight_decay=0.1, mask={"w": True, "k": False, "b": False}),
+        1,
+    )[0]
+    # At the first step the schedule's rate is the nominal one, 0.01.
+    np.testing.assert_allclose(
+        decayed["w"] - plain["w"], -0.1 * 0.01 * PARAMS["w"], rtol=1e-3, atol=1e-7
+    )
+    np.testing.assert_array_equal(decayed["k"], plain["k"])
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"learning_rate": -1.0}, {"weight_decay": float("nan")}, {"learning_rate": "fast"}]
+)
+def test_a_knob_out_of_range_is_one_sentence(exported, knobs):
+    with pytest.raises(l2l.UserError, match=next(iter(knobs))):
+        l2l.load(exported, **knobs)
+
+
+def test_old_knobs_of_other_optimizers():
+    """`weight_decay` takes the rule's own nominal rate, which `lstm` anneals."""
+    plain, decayed = (run(l2l.load("lstm", num_steps=9, weight_decay=x), 1)[0] for x in (0.0, 0.5))
+    optimizer, theta, _ = exports.read(exports.locate("lstm"))
+    rate = float(optimizer.rule.rate(theta, jnp.int32(0), jnp.int32(9)))
+    np.testing.assert_allclose(
+        decayed["w"] - plain["w"], -0.5 * rate * PARAMS["w"], rtol=1e-3, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("make", [first_order, truncated], ids=["first", "plain"])
+def test_meta_training_lowers_the_meta_loss(make):
+    """From a rate ten times too small. With a broken sign it rises; with a stopped gradient nothing
+    moves at all."""
+    family = tasks.quadratic(dimension=6)
+    learned = per_tensor(hidden_size=2, learning_rate=0.003)
+    inner = Inner(family, learned, 20, stagger=False)
+    system = meta.Meta(make(inner, Objective("train", "log")), learned, optax.adam(0.1), 4)
+    stage = base.Stage(jnp.asarray(20), jnp.asarray(20), jnp.asarray(0.0))
+
+    @jax.jit
+    def train(key):
+        state = meta.meta_init(key, system, stage)
+        return jax.lax.scan(lambda s, _: meta.meta_step(system, s, ()), state, None, 40)
+
+    state, metrics = train(jax.random.key(0))
+    first, last = (np.mean(metrics["meta_loss"][i]) for i in (slice(0, 5), slice(-5, None)))
+    assert last < first - 0.5, (first, last)
+    assert float(state.theta["log_rate"]) > np.log(0.003) + 0.5
