@@ -18,7 +18,7 @@ from l2l.estimators.objective import Objective
 from l2l.optimizers import soap
 from l2l.optimizers.per_tensor import FEATURES, per_tensor
 from l2l.storage import exports
-from l2l.training import meta_step as meta
+from l2l.training import meta_step
 
 PARAMS = {
     "w": jnp.linspace(-1.0, 1.0, 30).reshape(6, 5),
@@ -186,13 +186,13 @@ def test_meta_training_lowers_the_meta_loss(make):
     family = tasks.quadratic(dimension=6)
     learned = per_tensor(hidden_size=2, learning_rate=0.003)
     inner = Inner(family, learned, 20, stagger=False)
-    system = meta.Meta(make(inner, Objective("train", "log")), learned, optax.adam(0.1), 4)
+    system = meta_step.Meta(make(inner, Objective("train", "log")), learned, optax.adam(0.1), 4)
     stage = base.Stage(jnp.asarray(20), jnp.asarray(20), jnp.asarray(0.0))
 
     @jax.jit
     def train(key):
-        state = meta.meta_init(key, system, stage)
-        return jax.lax.scan(lambda s, _: meta.meta_step(system, s, ()), state, None, 40)
+        state = meta_step.meta_init(key, system, stage)
+        return jax.lax.scan(lambda s, _: meta_step.meta_step(system, s, ()), state, None, 40)
 
     state, metrics = train(jax.random.key(0))
     first, last = (np.mean(metrics["meta_loss"][i]) for i in (slice(0, 5), slice(-5, None)))

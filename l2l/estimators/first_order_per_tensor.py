@@ -90,7 +90,7 @@ def _forward(inner, objective, teacher, theta, run, taught, data):
             gradient, state.params, state.opt_state.accumulators
         )
         coefficients, hidden = rule.propose(
-            theta, features, state.step, state.told, state.opt_state.hidden
+            theta, features, state.step, state.known_horizon, state.opt_state.hidden
         )
         directions = _directions(rule, seen, coefficients, state.params)
         updates = _sum(coefficients, directions)
@@ -104,7 +104,7 @@ def _forward(inner, objective, teacher, theta, run, taught, data):
             opt_state=type(state.opt_state)(accumulators, hidden),
             step=state.step + 1,
         )
-        held_out = ()
+        held_out: Any = ()
         if objective.reads_validation:
             batch = batch_at(family, state, data, VALIDATION)
             held_out = gradient_of(params, state.problem, batch)
@@ -191,7 +191,7 @@ def _through_network(inner, theta, run, features, pulled):
     def coefficients(theta):
         def step(hidden, xs):
             features, step = xs
-            out, hidden = rule.propose(theta, features, step, run.told, hidden)
+            out, hidden = rule.propose(theta, features, step, run.known_horizon, hidden)
             return hidden, out
 
         return jax.lax.scan(step, run.opt_state.hidden, (features, steps))[1]

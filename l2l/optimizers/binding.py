@@ -114,12 +114,12 @@ def with_knobs(
     """
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if number and not 0 <= value < float("inf"):
+        if number and not 0 <= value < float("inf"):  # pyright: ignore[reportOperatorIssue]
             raise UserError(f"{name}={value} is out of range: use 0 or a positive number.")
         schedule = name == "learning_rate" and callable(value)
         if not (number or schedule or isinstance(value, jax.Array)):
             raise UserError(f"{name}={value!r} is no number{_OR_SCHEDULE[name]}.")
-    links = [transform]
+    links: list[optax.GradientTransformation] = [transform]
     if not isinstance(weight_decay, int | float) or weight_decay:
         decay = _decay(rate, weight_decay)
         links.append(decay if mask is None else optax.masked(decay, mask))

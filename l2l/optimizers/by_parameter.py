@@ -97,7 +97,11 @@ def _rules(optimizers: Mapping[str, base.LearnedOptimizer], labels) -> dict[str,
             f"No pattern gives a parameter to {idle}: add one to labels, or drop the optimizer."
         )
     found = {name: optimizers[name].rule for name in names}
-    rules = {n: r for n, r in found.items() if r and not r.tensors and not r.matrices}
+    rules = {
+        name: rule
+        for name, rule in found.items()
+        if isinstance(rule, base.Rule) and not rule.tensors and not rule.matrices
+    }
     if lacking := [name for name in names if name not in rules]:
         raise UserError(
             f"Optimizers {lacking} have no coordinatewise rule, so they cannot share parameters: "

@@ -8,7 +8,7 @@ number of tensors nor that of shapes. All of it is decided from shapes alone, be
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,9 @@ def plan(shapes: tuple[tuple[int, ...], ...], block_size: int, longest: int) -> 
         if min(matrix) <= 1 or not any(whitened):
             vectors.append(leaf)
             continue
-        grid = tuple(-(-d // block_size) if w else 1 for d, w in zip(matrix, whitened, strict=True))
+        grid: Any = tuple(
+            -(-d // block_size) if w else 1 for d, w in zip(matrix, whitened, strict=True)
+        )
         block = tuple(-(-d // g) for d, g in zip(matrix, grid, strict=True))
         found.setdefault((block, whitened), []).append(Member(leaf, shape, matrix, grid))
     batches = tuple(

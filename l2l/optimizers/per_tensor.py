@@ -135,7 +135,9 @@ def per_tensor(
         return hk.LSTMState(zeros, jnp.zeros_like(zeros))
 
     def init(key):
-        theta = {name: jnp.asarray(x, jnp.float32) for name, x in _numbers(nominal).items()}
+        theta: dict[str, Any] = {
+            name: jnp.asarray(x, jnp.float32) for name, x in _numbers(nominal).items()
+        }
         if hidden_size:
             zeros = jnp.zeros((hidden_size, 1))
             rows = jnp.zeros((len(FEATURES), 1))

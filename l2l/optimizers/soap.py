@@ -179,7 +179,8 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
     nu = jax.tree.leaves(state.nu)
     mu = [jax.tree.leaves(tree) for tree in state.mu]
     leaves = [x.astype(kept.dtype) for x, kept in zip(leaves, nu, strict=True)]
-    after_mu, after_nu = [[None] * plan.count for _ in mu], [None] * plan.count
+    after_mu: list[list] = [[None] * plan.count for _ in mu]
+    after_nu: list = [None] * plan.count
     count = state.count + 1
     vectors, pooled = {}, [jnp.zeros(())] * plan.count
     for i in plan.vectors:
