@@ -34,7 +34,7 @@ def test_a_remote_export_is_loaded_through_etils(tmp_path, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, exports.read(exports.locate(path))[1], theta)
     with pytest.raises(ValueError, match="s3://bucket/half is no whole export"):
         exports.load("s3://bucket/half")
-    with pytest.raises(ValueError, match="Unknown optimizer 's3://bucket/nothing'"):
+    with pytest.raises(ValueError, match="There is no optimizer at s3://bucket/nothing"):
         exports.load("s3://bucket/nothing")
 
 

@@ -114,7 +114,7 @@ def _forward(inner, objective, teacher, theta, run, taught, data):
     losses, gradients, directions, features, off, held_out = out
     last = gradient_of(after.params, run.problem, batch_at(family, after, data, TRAIN))
     following = jnp.concatenate([losses[1:], last[0][None]])
-    on_train, on_validation = objective.shares(run.step, run.num_steps)
+    on_train, on_validation = objective.weights(run.step, run.num_steps)
     emphases = objective.emphases(run.step, run.num_steps, inner.length)
     slope = jax.grad(objective.value)
     meta_loss, pulls = jnp.zeros((), losses.dtype), []
