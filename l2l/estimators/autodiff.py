@@ -140,9 +140,7 @@ def window(
         value += on_train * objective.value(following, emphases)
     if objective.reads_validation:
         value += on_validation * objective.value(held_out, emphases)
-    capped = jnp.mean((following > objective.cap).astype(losses.dtype))
-    lowest = objective.lowest(following, held_out)
-    return state, value, {"meta_loss": value, "loss": last, "capped": capped, "lowest": lowest}
+    return state, value, objective.metrics(value, following, held_out)
 
 
 def _beside(student, teacher):

@@ -179,13 +179,7 @@ class _Engine(NamedTuple):
         if objective.reads_validation:
             seen = seen._replace(held_out_weights=on_validation * slope(values, emphases))
             meta_loss += on_validation * objective.value(values, emphases)
-        metrics = dict(
-            meta_loss=meta_loss,
-            loss=last,
-            capped=jnp.mean((following > objective.cap).astype(losses.dtype)),
-            lowest=objective.lowest(following, values),
-        )
-        return state, seen, metrics
+        return state, seen, objective.metrics(meta_loss, following, values)
 
     def step(self, theta, state: base.InnerState, data):
         """A training step: (the state after it, what is kept of it)."""

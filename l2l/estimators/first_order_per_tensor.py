@@ -117,7 +117,7 @@ def _forward(inner, objective, teacher, theta, run, taught, data):
     on_train, on_validation = objective.weights(run.step, run.num_steps)
     emphases = objective.emphases(run.step, run.num_steps, inner.length)
     slope = jax.grad(objective.value)
-    meta_loss, pulls = jnp.zeros((), losses.dtype), []
+    meta_loss, pulls = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32)), []
     if objective.reads_train:
         meta_loss += on_train * objective.value(following, emphases)
         # The loss that follows update t is met, with its gradient, at step t + 1.
@@ -127,12 +127,8 @@ def _forward(inner, objective, teacher, theta, run, taught, data):
         values, pull = held_out
         meta_loss += on_validation * objective.value(values, emphases)
         pulls.append(_weighed(on_validation * slope(values, emphases), pull))
-    metrics = dict(
-        meta_loss=meta_loss,
-        loss=last[0],
-        capped=jnp.mean((following > objective.cap).astype(losses.dtype)),
-        lowest=objective.lowest(following, held_out[0] if objective.reads_validation else ()),
-    )
+    values = held_out[0] if objective.reads_validation else ()
+    metrics = objective.metrics(meta_loss, following, values)
     pulls = jax.tree.map(lambda *x: sum(x), *pulls)
     return after, taught, Window(directions, features, pulls, off), metrics
 

@@ -98,6 +98,15 @@ class Objective(NamedTuple):
         # By name: with a large floor a negative loss would have a logarithm.
         return jnp.where(losses < least, jnp.nan, logs)
 
+    def metrics(self, meta_loss, training: jax.Array, validation: jax.Array | tuple) -> dict:
+        """Scalars that every estimator tells of a window, from the losses [K] after each update."""
+        return {
+            "meta_loss": meta_loss,
+            "loss": training[-1],
+            "capped": jnp.mean((training > self.cap).astype(training.dtype)),
+            "lowest": self.lowest(training, validation),
+        }
+
     def lowest(self, training: jax.Array, validation: jax.Array | tuple) -> jax.Array:
         """The lowest of the losses that the meta-loss of a window reads, NaN left out: a scalar,
         for the caller to hold against `least`."""

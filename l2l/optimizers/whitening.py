@@ -15,6 +15,7 @@ import numpy as np
 
 from l2l.core import base
 from l2l.optimizers import features
+from l2l.optimizers.matrices import matrix_of
 from l2l.optimizers.orthogonal import orthonormal
 
 # Of the averages of GGᵀ/mean(G²) and of the second moment in the eigenbasis.
@@ -49,12 +50,6 @@ class Whitening(NamedTuple):
 
     bases: tuple[tuple[Basis | tuple, ...], ...]
     nu: jax.Array
-
-
-def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The matrix a tensor is taken for: all axes but the last, by the last (kernels of haiku and
-    flax have their outputs there); a vector is one row."""
-    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def whitening(*, largest: int, decay: float, second_decay: float, eps_root: float):
