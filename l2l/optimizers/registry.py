@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from l2l.console import schema
 from l2l.core import base
-from l2l.optimizers import adam, lstm, per_tensor
+from l2l.optimizers import adam, lstm, per_tensor, sgd
 from l2l.optimizers.by_parameter import by_parameter
 
 
@@ -24,6 +24,7 @@ OPTIMIZERS = {
     "lstm": lstm.lstm,
     "per_tensor": per_tensor.per_tensor,
     "rnnprop": lstm.rnnprop,
+    "sgd": sgd.sgd,
 }
 
 

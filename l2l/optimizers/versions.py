@@ -27,6 +27,7 @@ VERSIONS = {
     "lstm": 2,
     "per_tensor": 1,
     "rnnprop": 1,
+    "sgd": 1,
 }
 
 # What a setting is where a file does not hold it: exports of format 1 held only those that their
@@ -82,6 +83,7 @@ EARLIER: dict[str, dict[str, Any]] = {
         "scale": 0.1,
         "eps_root": 1e-8,
     },
+    "sgd": {"learning_rate": 0.01, "momentum": 0.0, "learned": False, "tensors": []},
 }
 
 

@@ -19,6 +19,7 @@ from l2l.tasks.quadratic import quadratic as quadratic
 from l2l.tasks.quadratic import simple as simple
 from l2l.tasks.quadratic import simple_multi as simple_multi
 from l2l.tasks.regression import regression as regression
+from l2l.tasks.sinusoid import sinusoid as sinusoid
 from l2l.tasks.text import char_lstm as char_lstm
 from l2l.tasks.text import gru as gru
 from l2l.tasks.text import nanogpt as nanogpt

@@ -28,6 +28,7 @@ TASKS = {
     "row_lstm": tasks.row_lstm,
     "simple": tasks.simple,
     "simple_multi": tasks.simple_multi,
+    "sinusoid": tasks.sinusoid,
     "transformer": tasks.transformer,
     "vae": tasks.vae,
     "vit": tasks.vit,
