@@ -64,10 +64,9 @@ def score(rows: Sequence["Row"]) -> list[Score]:
 
 
 def _score(row: "Row", reference: "Row") -> Score:
-    own, other = (_judged_by(r) for r in (row, reference))
-    cost, sooner = _to_target(own, other)
+    cost, sooner = _to_target(row, reference)
     slower = 1.0 if row is reference else row.seconds / reference.seconds
-    loss, target = (float(_mean(runs)[-1]) for runs in (own, other))
+    loss, target = (float(validation_of(one)[-1]) for one in (row, reference))
     validation = float(statistics.ratio(loss, target))
     fitted = min(row.train, reference.train) < FITTED
     return Score(
@@ -81,9 +80,9 @@ def _judged_by(row: "Row") -> "Curves":
     return row.curves if row.by_validation is None else row.by_validation.curves
 
 
-def _mean(runs: "Curves") -> np.ndarray:
-    """The validation loss [v], a mean over problems; infinite if one is not finite."""
-    return np.mean(statistics.or_infinite(runs.validation_loss), axis=0)
+def validation_of(row: "Row") -> np.ndarray:
+    """The validation loss [v] along a run, a mean over problems, infinite if one is not finite."""
+    return np.mean(statistics.or_infinite(_judged_by(row).validation_loss), axis=0)
 
 
 def first(steps, losses, target: float) -> float:
@@ -93,19 +92,20 @@ def first(steps, losses, target: float) -> float:
     return float(steps[reached[0]]) if len(reached) else math.inf
 
 
-def _to_target(own: "Curves", reference: "Curves") -> tuple[float, float]:
+def _to_target(row: "Row", reference: "Row") -> tuple[float, float]:
     """(steps to the reference's end, how many times fewer than the reference's steps).
 
     Where that is never reached, the factor is to the best that is reached: the factors of two
     optimizers beside each other are each other's inverse, and one of itself is 1. A run that never
     has a finite loss took all its steps for the first that the reference has.
     """
-    losses, others = _mean(own), _mean(reference)
-    target, end = float(others[-1]), float(own.validation_steps[-1])
-    cost = first(own.validation_steps, losses, target)
+    losses, others = validation_of(row), validation_of(reference)
+    steps, their_steps = (_judged_by(one).validation_steps for one in (row, reference))
+    target, end = float(others[-1]), float(steps[-1])
+    cost = first(steps, losses, target)
     common = target if math.isfinite(cost) else float(np.min(losses))
-    needed = first(reference.validation_steps, others, common)
-    return cost, min(needed, end) / min(first(own.validation_steps, losses, common), end)
+    needed = first(their_steps, others, common)
+    return cost, min(needed, end) / min(first(steps, losses, common), end)
 
 
 def interquartile(values: Mapping[str, Sequence[float]]) -> tuple[float, float, float]:

@@ -7,19 +7,19 @@ from typing import NamedTuple
 from l2l.console.errors import UserError
 from l2l.evaluation.comparison import Part
 
-_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+_NUMBER = r"(\d+(?:\.\d*)?)"
+_DURATION = re.compile(f"(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s)?")
 
 
 def read(text: str) -> float:
     """Seconds of a duration like "2h", "20m", "90s" or "1h30m"; UserError for anything else."""
-    parts = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
-    try:
-        found = [float(x) * size for x, size in zip(parts.groups(), _UNITS.values()) if x]  # type: ignore
-    except (AttributeError, ValueError):
-        found = []
-    if not sum(found):
+    found = _DURATION.fullmatch(text.strip())
+    numbers = found.groups() if found else ()
+    sizes = (3600, 60, 1)
+    seconds = sum(float(n or 0) * size for n, size in zip(numbers, sizes, strict=False))
+    if not seconds:
         raise UserError(f"--budget={text} is no time: write it like 2h, 20m, 90s or 1h30m.")
-    return sum(found)
+    return seconds
 
 
 def order(parts: Sequence[Part], costs: Sequence[float]) -> list[int]:

@@ -150,7 +150,7 @@ def measure(
     grids: Sequence[Grid] = (Grid("adam"),),
     timed: bool = False,
     cache_dir: str | os.PathLike | None = None,
-    parts: "Sequence[Part] | None" = None,
+    parts: Sequence["Part"] | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Iterator[Row]:
     """Measures optimizers and the best of each grid, in the order of `plan`. The rows of a cell at

@@ -177,6 +177,14 @@ def find(name: str) -> Suite:
     return SUITES[datasets.check_name("suite", name, SUITES)]
 
 
+def select(cells: Sequence[Cell], names: Sequence[str]) -> tuple[Cell, ...]:
+    """The cells of these names, in the order of the suite; UserError with the nearest for an
+    unknown one."""
+    known = [cell.name for cell in cells]
+    wanted = [datasets.check_name("cell of the suite", name, known) for name in names]
+    return tuple(cell for cell in cells if cell.name in wanted)
+
+
 def dataset_of(cell: Cell) -> str:
     """The data set of a suite's cell; of a task that reads none, the task's name."""
     assert isinstance(cell.task, Mapping)  # As those of all suites are.
