@@ -188,7 +188,7 @@ def test_an_error_in_a_users_file_is_its_own(small, text, kind):
     assert not isinstance(error.value, UserError) and str(small) in str(error.traceback[-1].path)
 
 
-def test_the_tutorials_config_takes_a_seed_alone_and_in_a_fleet(tmp_path, monkeypatch):
+def test_the_tutorials_config_takes_a_seed_alone_and_in_a_sweep(tmp_path, monkeypatch):
     page = (Path(l2l.__file__).parent.parent / "docs/tutorial/3-your-own-task.md").read_text()
     for name in ("my_task.py", "my_config.py"):
         start = f'```python title="{name}"\n'

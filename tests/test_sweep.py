@@ -87,7 +87,7 @@ def test_a_member_that_fails_stops_no_other_and_is_tried_again(place, monkeypatc
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_member_and_ends_the_fleet(place, number):
+def test_a_signal_reaches_the_run_and_ends_the_sweep(place, number):
     program = (
         "import sys; from l2l import sweep; sweep.COMMAND = (sys.executable, 'run.py');"
         "sys.exit(sweep.main(sys.argv))"
