@@ -214,6 +214,8 @@ def test_a_baseline_beside_itself_is_even(timed, monkeypatch):
         np.testing.assert_allclose(slow.sooner["adam"]["time"], slow.sooner["adam"]["steps"] / 2)
         assert baselines.parse(adam.setting) and slow.setting is None
         assert adam.test_ratio == pytest.approx(1) and slow.runs == 2
+        assert slow.trials == () and slow.by_validation is None
+        check_trials(adam)
     summary = statistics.summarise(rows)
     assert [(row["optimizer"], row["steps"]) for row in summary[:3]] == [
         ("slow", 3),
@@ -228,11 +230,26 @@ def test_a_baseline_beside_itself_is_even(timed, monkeypatch):
     assert summary[2]["cells"] == 4 and summary[2]["train no worse"] == 0
 
 
+def check_trials(row):
+    """All of a grid is in its row, and the best by either loss are what they are said to be."""
+    assert len({trial.setting for trial in row.trials}) == 3 * 2  # Rates × schedules.
+    named = {trial.setting: trial for trial in row.trials}
+    assert row.train == pytest.approx(min(trial.train for trial in row.trials), rel=1e-4)
+    assert named[row.setting].train == min(trial.train for trial in row.trials)
+    chosen = named[row.by_validation.setting]
+    assert chosen.validation == min(trial.validation for trial in row.trials)
+    runs = row.by_validation.curves
+    np.testing.assert_allclose(runs.validation_loss[:, -1].mean(), chosen.validation, rtol=1e-4)
+    np.testing.assert_allclose(runs.test_loss[:, -1].mean(), chosen.test, rtol=1e-4)
+    assert runs.validation_steps[-1] == row.steps
+
+
 def flat(train, test) -> curves.Curves:
     """Two runs of four steps; a loss that is not finite is one of a run that diverged."""
     train, test = np.array([train]).T, np.array([test]).T
     losses = np.ones((2, 4)) * np.where(np.isfinite(train), 1, np.nan)
-    return curves.Curves(losses, [4], train, test, np.ones((2, 1)), ~np.isfinite(train))
+    accuracy, lost = np.ones((2, 1)), ~np.isfinite(train)
+    return curves.Curves(losses, [4], train, test, accuracy, lost, [4], test)
 
 
 def beside_adam(own, adam, monkeypatch):
@@ -323,6 +340,11 @@ def test_tables_say_what_is_missing(timed, tmp_path):
     assert content["seed"] == 1 and len(content["rows"]) == 3
     assert content["cells"][1] == dict(name="two", kind="data", task=CELLS[1].task, rows=None)
     assert len(content["rows"][0]["each"]["train_loss"]) == 2
+    assert "losses" not in content["rows"][0]["each"]
+    slow, adam = content["rows"][:2]
+    assert slow["by_validation"] is None and len(adam["trials"]) == 6
+    assert set(adam["trials"][0]) == {"setting", "train", "validation", "test"}
+    assert np.shape(adam["by_validation"]["each"]["validation_loss"]) == (2, 3)
     assert (tmp_path / "curves-3.png").read_bytes().startswith(b"\x89PNG")
     nothing = report.write(tmp_path / "n", [], CELLS, (3,))
     assert "Not yet measured at 3 steps: one, two." in nothing

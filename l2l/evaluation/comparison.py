@@ -63,6 +63,23 @@ class Cell(NamedTuple):
         return family, jax.device_put(data)
 
 
+class Trial(NamedTuple):
+    """One setting of a baseline's space, tried in the cell to the row's horizon: what it came to,
+    means over problems, infinite if one is not finite. `setting` as `baselines.parse` reads it."""
+
+    setting: str
+    train: float
+    validation: float
+    test: float
+
+
+class Selected(NamedTuple):
+    """A setting of a baseline's space, and its runs."""
+
+    setting: str
+    curves: Curves
+
+
 class Row(NamedTuple):
     """One optimizer in one cell at one horizon; the numbers are those of `report.LEGEND`.
 
@@ -71,6 +88,10 @@ class Row(NamedTuple):
     seconds:  of a training step of one problem; NaN where steps are not timed.
     sooner:   {kind of tuned baseline: {"steps", "interval", "time"}}.
     notes:    of a tuned baseline, sentences about its grid.
+    trials:   of a tuned baseline, all settings that were tried at this horizon, in the order of
+              trying, which the grid alone decides; the row itself is the best of them by `train`.
+    curves:   the runs of this optimizer; of a tuned baseline those of `setting`.
+    by_validation: of a tuned baseline, the best trial by `validation` and its runs.
     """
 
     cell: str
@@ -91,7 +112,9 @@ class Row(NamedTuple):
     seconds: float
     sooner: dict[str, dict]
     notes: tuple[str, ...]
+    trials: tuple[Trial, ...]
     curves: Curves
+    by_validation: Selected | None
 
 
 def measure(
@@ -195,12 +218,20 @@ class _Field:
             runs = {}
             for entry in field:
                 self.report((1 + TUNING) / 2, f"{entry.name} at {horizon:,}")
-                runs[entry.name] = cache.trained(
-                    *(entry.optimizer, entry.theta, self.family, self.data),
-                    *(self.problems, horizon, self.cache_dir),
-                )
+                runs[entry.name] = self._trained(entry.optimizer, entry.theta, horizon)
             for entry in field:
                 yield self._row(entry, horizon, runs, seconds)
+
+    def _trained(self, optimizer, theta, horizon: int) -> Curves:
+        where = (self.family, self.data, self.problems, horizon, self.cache_dir)
+        return cache.trained(optimizer, theta, *where)
+
+    def _selected(self, grid: Grid, tuned: tuning.Tuned, horizon: int, own: Curves) -> Selected:
+        """The best by validation loss; `own` are the runs of the best by training loss."""
+        point = tuned.by_validation_loss[horizon]
+        if point != tuned.by_train_loss[horizon]:
+            own = self._trained(grid.optimizer(), tuning.point_setting(point), horizon)
+        return Selected(_setting(grid, point), own)
 
     def _row(self, entry, horizon: int, runs: Mapping[str, Curves], seconds: Mapping) -> Row:
         own, duration = runs[entry.name], seconds.get(entry.name, math.nan)
@@ -218,14 +249,16 @@ class _Field:
             test_ratio = float(statistics.ratio(test, best_test))
             if accurate := tuned.by_test_accuracy.get(horizon):
                 points = 100 * (accuracy - float(np.mean(accurate.test_accuracy)))
-        sooner, setting, notes = {}, None, ()
+        sooner, setting, notes, trials, selected = {}, None, (), (), None
         for grid, tuned in zip(self.grids, self.tuned, strict=True):
             name = tuned_name(grid.kind)
             steps = statistics.interval(statistics.speed_up(own.losses, runs[name].losses))
             time = 1.0 if name == entry.name else seconds.get(name, math.nan) / duration
             sooner[grid.kind] = {"steps": steps[0], "interval": steps[1:], "time": steps[0] * time}
             if name == entry.name:
-                setting = baselines.expression(grid.kind, entry.theta, **grid.settings)
+                setting = _setting(grid, tuned.by_train_loss[horizon])
+                trials = tuple(_trial(grid, p) for p in tuned.points if p.horizon == horizon)
+                selected = self._selected(grid, tuned, horizon, own)
                 # The notes are those of the whole search; they are told once.
                 notes = tuple(tuned.notes) if horizon == self.horizons[-1] else ()
         return Row(
@@ -247,7 +280,9 @@ class _Field:
             seconds=duration,
             sooner=sooner,
             notes=notes,
+            trials=trials,
             curves=own,
+            by_validation=selected,
         )
 
     def _seconds(self) -> dict[str, float]:
@@ -267,6 +302,15 @@ class _Field:
             return timing.step_seconds(key, field, self.family, self.data)
 
         return cache.kept(self.cache_dir, inputs, compute)
+
+
+def _setting(grid: Grid, point: tuning.Point) -> str:
+    return baselines.expression(grid.kind, tuning.point_setting(point), **grid.settings)
+
+
+def _trial(grid: Grid, point: tuning.Point) -> Trial:
+    losses = (point.train_loss, point.validation_loss, point.test_loss)
+    return Trial(_setting(grid, point), *(float(np.mean(x)) for x in losses))
 
 
 def tuned_name(kind: str) -> str:

@@ -13,6 +13,7 @@ from l2l.storage import files
 
 if TYPE_CHECKING:  # Tables need no JAX.
     from l2l.evaluation.comparison import Cell, Row
+    from l2l.evaluation.curves import Curves
 
 LEGEND = """\
 Every optimizer was told the horizon and met the same problems; a cell's problems differ in their
@@ -160,10 +161,17 @@ def _joined(row: Mapping) -> dict:
 
 
 def _stored(row: "Row") -> dict:
-    """A row as results.json has it: the numbers of each problem, but no curves."""
-    each = row.curves._replace(losses=None)._asdict()
-    del each["losses"]
-    return {key: value for key, value in row._asdict().items() if key != "curves"} | {"each": each}
+    """A row as results.json has it: of each problem its numbers, but not the loss of each batch."""
+    stored = row._asdict() | {"each": _each(row.curves)}
+    del stored["curves"]
+    if (selected := row.by_validation) is not None:
+        each = _each(selected.curves)
+        stored["by_validation"] = {"setting": selected.setting, "each": each}
+    return stored
+
+
+def _each(runs: "Curves") -> dict:
+    return {name: x for name, x in runs._asdict().items() if name != "losses"}
 
 
 def _described(cell: "Cell") -> dict:
