@@ -108,7 +108,7 @@ def _numbers(content) -> Any:
     if isinstance(content, dict):
         return {key: _numbers(value) for key, value in content.items()}
     if isinstance(content, list):
-        return [_numbers(value) for value in content]
+        return tuple(_numbers(value) for value in content)
     if content is None:
         return math.nan
     return float(content) if content in ("inf", "-inf") else content
