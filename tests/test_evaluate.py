@@ -67,10 +67,14 @@ def test_sgd_on_a_quadratic_is_the_closed_form():
     assert np.isnan(curves.test_accuracy).all() and not curves.diverged.any()
 
 
-def test_adam_equals_a_plain_loop():
+@pytest.mark.parametrize("name", ["adam", "schedule_free"])
+def test_a_run_equals_a_plain_loop(name, monkeypatch):
+    monkeypatch.setattr(evaluate, "EXAMPLES", 100)
     family = tasks.mlp(hidden=(4,), activations=("tanh",), batch_size=8)
     key, steps = jax.random.key(2), 6
     data, optimizer = family.data(), optax.adam(1e-2)
+    if name == "schedule_free":
+        optimizer = optax.chain(optax.contrib.schedule_free_adamw(1e-2), optax.identity())
     curves = evaluate.evaluate(key, optimizer, family, data, 2, steps)
     step_loss = jax.jit(jax.value_and_grad(family.loss))
     fold = jax.random.fold_in
@@ -78,22 +82,46 @@ def test_adam_equals_a_plain_loop():
         own = fold(key, i)
         problem = family.sample(fold(own, unroll.SAMPLE))
         params = family.init(fold(own, unroll.INIT), problem)
-        state, losses = optimizer.init(params), []
+        whole = family.batch(None, problem, data, "validation")
+        every = whole.labels.size // 100
+        assert every > 1
+        part = jax.tree.map(lambda x: x[::every][:100], whole)
+        state, losses, validation, judged = optimizer.init(params), [], [], params
         for t in range(steps):
             batch = family.batch(fold(fold(own, unroll.TRAIN), t), problem, data, "train")
             loss, gradient = step_loss(params, problem, batch)
             updates, state = optimizer.update(gradient, state, params)
             params = optax.apply_updates(params, updates)
             losses.append(loss)
+            judged = params
+            if name == "schedule_free":
+                judged = optax.contrib.schedule_free_eval_params(state[0], params)
+            validation.append(family.loss(judged, problem, part))
         test = family.batch(None, problem, data, "test")
         train = family.batch(None, problem, data, "train")
         np.testing.assert_allclose(curves.losses[i], losses, rtol=1e-5)
         np.testing.assert_allclose(
             [curves.train_loss[i, 0], curves.test_loss[i, 0], curves.test_accuracy[i, 0]],
-            [family.loss(params, problem, b) for b in (train, test)]
-            + [family.accuracy(params, problem, test)],
+            [family.loss(judged, problem, b) for b in (train, test)]
+            + [family.accuracy(judged, problem, test)],
             rtol=1e-5,
         )
+        np.testing.assert_array_equal(curves.validation_steps, range(1, steps + 1))
+        np.testing.assert_allclose(curves.validation_loss[i], validation, rtol=1e-5)
+
+
+def test_the_validation_loss_is_measured_at_evenly_spaced_steps():
+    # Of SGD on ½ Σ a x² without noise: L_t as in the closed form above, at t = 3, 6, …, 60.
+    key, rate = jax.random.key(1), 0.3
+    one = evaluate.evaluate(key, optax.sgd(rate), bowl(), (), 1, 60, checkpoints=(7,))
+    marks = sorted([*range(3, 61, 3), 7])
+    np.testing.assert_array_equal(one.validation_steps, marks)
+    x0 = bowl().init(jax.random.fold_in(jax.random.fold_in(key, 0), unroll.INIT), ())
+    a, t = np.asarray(CURVATURE), np.asarray(marks)[:, None]
+    truth = 0.5 * np.sum(a * (1 - rate * a) ** (2 * t) * np.asarray(x0) ** 2, -1)
+    np.testing.assert_allclose(one.validation_loss[0], truth, rtol=2e-5)
+    assert evaluate.validation_steps(7) == list(range(1, 8))  # No step twice, none left out.
+    assert len(evaluate.validation_steps(1001)) == evaluate.VALIDATIONS
 
 
 def test_divergence_is_flagged_from_where_it_happens():

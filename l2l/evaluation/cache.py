@@ -37,13 +37,14 @@ def kept(directory: str | os.PathLike | None, inputs, compute: Callable[[], dict
     return result
 
 
-def program(optimizer, family, theta, checkpoints, key, data) -> str:
-    """A digest of the whole computation of one run to the last of `checkpoints`: optimizer, family
-    and checkpoints, and the version of JAX that compiles it."""
+def program(optimizer, family, theta, checkpoints, key, data, validated=()) -> str:
+    """A digest of the whole computation of one run to the last of `checkpoints`, measured as
+    `curves.one_run` says: optimizer, family and measurements, and the version of JAX that compiles
+    it."""
 
     def run(theta, key, data):
         start = curves.beginning(family, key)
-        return curves.one_run(optimizer.bind(theta), family, start, data, checkpoints)
+        return curves.one_run(optimizer.bind(theta), family, start, data, checkpoints, validated)
 
     text = jax.jit(run).lower(theta, key, data).as_text()
     return _checksum(f"{jax.__version__}\n{text}")
@@ -70,7 +71,8 @@ def trained(
 
     inputs = ()
     if directory is not None:
-        name = program(optimizer, family, theta, (num_steps,), key, data)
+        validated = curves.validation_steps(num_steps)
+        name = program(optimizer, family, theta, (num_steps,), key, data, validated)
         own = np.asarray(jax.random.key_data(key)).tolist()
         inputs = ("curves", name, digest(data), digest(theta), count, own)
     found = kept(directory, inputs, compute)

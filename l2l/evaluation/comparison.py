@@ -43,6 +43,9 @@ class Cell(NamedTuple):
     whole:   likewise, CPU milliseconds a run for its measurements over whole splits.
     rows:    so many of each split are used; None for all.
     instead: the cell that is measured where this one's data are absent; None for none.
+    scored:  so many rows of a whole split are measured, evenly spaced, where batches come from all
+             of them; None for all.
+    horizons: its own training steps, in place of those that are asked for; () for none.
     """
 
     name: str
@@ -52,6 +55,12 @@ class Cell(NamedTuple):
     whole: float = 3.0
     rows: int | None = None
     instead: str | None = None
+    scored: int | None = None
+    horizons: tuple[int, ...] = ()
+
+    def steps(self, horizons: Sequence[int]) -> tuple[int, ...]:
+        """The steps after which it is measured where `horizons` are asked for, increasing."""
+        return tuple(sorted(set(self.horizons or horizons)))
 
     def load(self) -> tuple[base.TaskFamily, Any]:
         """The family and its data, cut to `rows` and placed once."""
@@ -60,7 +69,39 @@ class Cell(NamedTuple):
         data = family.data()
         if self.rows is not None:
             data = jax.tree.map(lambda x: x[: self.rows], data)
+        if self.scored is not None:
+            family = family._replace(batch=_spaced(family.batch, self.scored))
         return family, jax.device_put(data)
+
+
+def _spaced(batch: Callable, count: int) -> Callable:
+    """`batch` of a family, of whose whole splits at most `count` rows are left, evenly spaced."""
+
+    def cut(x):
+        return x[np.arange(count) * len(x) // count] if x.ndim and len(x) > count else x
+
+    def spaced(key, problem, data, split):
+        rows = batch(key, problem, data, split)
+        return rows if key is not None else jax.tree.map(cut, rows)
+
+    return spaced
+
+
+class Trial(NamedTuple):
+    """One setting of a baseline's space, tried in the cell to the row's horizon: what it came to,
+    means over problems, infinite if one is not finite. `setting` as `baselines.parse` reads it."""
+
+    setting: str
+    train: float
+    validation: float
+    test: float
+
+
+class Selected(NamedTuple):
+    """A setting of a baseline's space, and its runs."""
+
+    setting: str
+    curves: Curves
 
 
 class Row(NamedTuple):
@@ -71,6 +112,10 @@ class Row(NamedTuple):
     seconds:  of a training step of one problem; NaN where steps are not timed.
     sooner:   {kind of tuned baseline: {"steps", "interval", "time"}}.
     notes:    of a tuned baseline, sentences about its grid.
+    trials:   of a tuned baseline, all settings that were tried at this horizon, in the order of
+              trying, which the grid alone decides; the row itself is the best of them by `train`.
+    curves:   the runs of this optimizer; of a tuned baseline those of `setting`.
+    by_validation: of a tuned baseline, the best trial by `validation` and its runs.
     """
 
     cell: str
@@ -91,7 +136,9 @@ class Row(NamedTuple):
     seconds: float
     sooner: dict[str, dict]
     notes: tuple[str, ...]
+    trials: tuple[Trial, ...]
     curves: Curves
+    by_validation: Selected | None
 
 
 def measure(
@@ -103,6 +150,7 @@ def measure(
     grids: Sequence[Grid] = (Grid("adam"),),
     timed: bool = False,
     cache_dir: str | os.PathLike | None = None,
+    parts: Sequence["Part"] | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Iterator[Row]:
     """Measures optimizers and the best of each grid, in the order of `plan`. The rows of a cell at
@@ -115,10 +163,11 @@ def measure(
       timed: whether to measure the seconds of a training step too.
       cache_dir: where everything is kept as it comes, the timings too: the same call goes on where
         another was interrupted.
+      parts: what of `plan` is measured, and in which order; by default all of it.
       progress: called with (the part of the work that is done, what is being done).
     """
     entries = [_bindable(entry) for entry in entries]
-    parts = plan(cells, horizons)
+    parts = plan(cells, horizons) if parts is None else parts
     costs = [estimate(part, grids, problems.count, len(entries)) for part in parts]
     for i, (part, cost) in enumerate(zip(parts, costs, strict=True)):
         steps = ", ".join(f"{h:,}" for h in part.horizons)
@@ -143,13 +192,18 @@ def plan(cells: Sequence[Cell], horizons: Sequence[int]) -> list[Part]:
     """The parts in the order of measuring. Of several cells, the short horizons in all of them
     first, then each longer one, always from the cheapest cell on, so that what was done when it
     ends early is of use. A single cell is one part: its grids share their runs."""
-    steps = tuple(sorted(set(horizons)))
-    short = tuple(h for h in steps if h <= TOGETHER)
-    groups = [short] * bool(short) + [(h,) for h in steps if h > TOGETHER]
-    if len(cells) == 1:
-        groups = [steps]
-    cheapest = sorted(cells, key=lambda cell: cell.cost)
-    return [Part(cell, group) for group in groups for cell in cheapest]
+    parts = []
+    for cell in cells:
+        steps = cell.steps(horizons)
+        short = tuple(h for h in steps if h <= TOGETHER)
+        groups = [short] * bool(short) + [(h,) for h in steps if h > TOGETHER]
+        parts += [Part(cell, group) for group in ([steps] if len(cells) == 1 else groups)]
+
+    def place(part):
+        longest = part.horizons[-1]
+        return longest if longest > TOGETHER else 0, part.cell.cost
+
+    return sorted(parts, key=place)
 
 
 def estimate(part: Part, grids: Sequence[Grid], count: int, entries: int) -> float:
@@ -195,12 +249,20 @@ class _Field:
             runs = {}
             for entry in field:
                 self.report((1 + TUNING) / 2, f"{entry.name} at {horizon:,}")
-                runs[entry.name] = cache.trained(
-                    *(entry.optimizer, entry.theta, self.family, self.data),
-                    *(self.problems, horizon, self.cache_dir),
-                )
+                runs[entry.name] = self._trained(entry.optimizer, entry.theta, horizon)
             for entry in field:
                 yield self._row(entry, horizon, runs, seconds)
+
+    def _trained(self, optimizer, theta, horizon: int) -> Curves:
+        where = (self.family, self.data, self.problems, horizon, self.cache_dir)
+        return cache.trained(optimizer, theta, *where)
+
+    def _selected(self, grid: Grid, tuned: tuning.Tuned, horizon: int, own: Curves) -> Selected:
+        """The best by validation loss; `own` are the runs of the best by training loss."""
+        point = tuned.by_validation_loss[horizon]
+        if point != tuned.by_train_loss[horizon]:
+            own = self._trained(grid.optimizer(), tuning.point_setting(point), horizon)
+        return Selected(_setting(grid, point), own)
 
     def _row(self, entry, horizon: int, runs: Mapping[str, Curves], seconds: Mapping) -> Row:
         own, duration = runs[entry.name], seconds.get(entry.name, math.nan)
@@ -218,14 +280,16 @@ class _Field:
             test_ratio = float(statistics.ratio(test, best_test))
             if accurate := tuned.by_test_accuracy.get(horizon):
                 points = 100 * (accuracy - float(np.mean(accurate.test_accuracy)))
-        sooner, setting, notes = {}, None, ()
+        sooner, setting, notes, trials, selected = {}, None, (), (), None
         for grid, tuned in zip(self.grids, self.tuned, strict=True):
             name = tuned_name(grid.kind)
             steps = statistics.interval(statistics.speed_up(own.losses, runs[name].losses))
             time = 1.0 if name == entry.name else seconds.get(name, math.nan) / duration
             sooner[grid.kind] = {"steps": steps[0], "interval": steps[1:], "time": steps[0] * time}
             if name == entry.name:
-                setting = baselines.expression(grid.kind, entry.theta, **grid.settings)
+                setting = _setting(grid, tuned.by_train_loss[horizon])
+                trials = tuple(_trial(grid, p) for p in tuned.points if p.horizon == horizon)
+                selected = self._selected(grid, tuned, horizon, own)
                 # The notes are those of the whole search; they are told once.
                 notes = tuple(tuned.notes) if horizon == self.horizons[-1] else ()
         return Row(
@@ -247,7 +311,9 @@ class _Field:
             seconds=duration,
             sooner=sooner,
             notes=notes,
+            trials=trials,
             curves=own,
+            by_validation=selected,
         )
 
     def _seconds(self) -> dict[str, float]:
@@ -267,6 +333,15 @@ class _Field:
             return timing.step_seconds(key, field, self.family, self.data)
 
         return cache.kept(self.cache_dir, inputs, compute)
+
+
+def _setting(grid: Grid, point: tuning.Point) -> str:
+    return baselines.expression(grid.kind, tuning.point_setting(point), **grid.settings)
+
+
+def _trial(grid: Grid, point: tuning.Point) -> Trial:
+    losses = (point.train_loss, point.validation_loss, point.test_loss)
+    return Trial(_setting(grid, point), *(float(np.mean(x)) for x in losses))
 
 
 def tuned_name(kind: str) -> str:

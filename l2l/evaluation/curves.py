@@ -6,6 +6,7 @@ whatever the optimizer and the devices.
 
 import functools
 import gc
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,10 @@ import optax
 from l2l.cluster import environment
 from l2l.console.errors import UserError
 from l2l.core import base, unroll
+
+# Of a run, evenly spaced measurements of the validation loss, each on at most so many examples.
+VALIDATIONS = 20
+EXAMPLES = 1024
 
 
 class Problems(NamedTuple):
@@ -37,8 +42,12 @@ class Curves(NamedTuple):
     diverged:      [n, c], whether by then a batch loss was not finite, or the training loss ℓ is
                    not finite, or ℓ − ℓ₀ > (blowup − 1) |ℓ₀|, with ℓ₀ its value before the first
                    step: by default above twice a positive ℓ₀, above 0 for one of 0 or less.
+    validation_steps: [v], the steps after which the validation loss was measured; the last is T.
+    validation_loss:  [n, v], over the validation split, or over `EXAMPLES` evenly spaced ones of it
+                   where there are more.
 
-    Families without data measure their one loss, so that train_loss equals test_loss.
+    Of an optimizer that averages its iterates (`optax.contrib.schedule_free`) the averages are what
+    is measured. Families without data measure their one loss, so that train_loss equals test_loss.
     """
 
     losses: Any
@@ -47,6 +56,8 @@ class Curves(NamedTuple):
     test_loss: Any
     test_accuracy: Any
     diverged: Any
+    validation_steps: Any
+    validation_loss: Any
 
 
 def evaluate(
@@ -92,7 +103,8 @@ def compile_evaluation(
     """Makes (theta, key, data) -> Curves: compiled at the first call, and for no new theta again.
 
     Args:
-      checkpoints: steps before `num_steps` at which to measure as well.
+      checkpoints: steps before `num_steps` at which to measure as well; the validation loss is
+        measured at `VALIDATIONS` further ones, unless `sweep`.
       devices: the runs are split over them; by default all of this process.
       batch: runs at a time on one device. By default one on a CPU, where a small network's
         run stays in the cache, and all on an accelerator, which must be filled.
@@ -115,6 +127,7 @@ def compile_evaluation(
             f"checkpoints={tuple(checkpoints)} leave the run of {num_steps} steps: "
             f"give steps between 1 and {num_steps}."
         )
+    validated = steps if sweep else validation_steps(num_steps, steps)
     devices = list(jax.local_devices() if devices is None else devices)[:num_problems]
     share = -(-num_problems // len(devices))
     if batch is None:
@@ -123,7 +136,7 @@ def compile_evaluation(
     numbers = np.minimum(np.arange(len(devices) * share), num_problems - 1)
 
     def one(theta, run, data):
-        curves = one_run(optimizer.bind(theta), family, run, data, steps, blowup)
+        curves = one_run(optimizer.bind(theta), family, run, data, steps, validated, blowup)
         return curves._replace(losses=()) if sweep else curves
 
     def on_device(theta, runs, data):
@@ -152,9 +165,16 @@ def compile_evaluation(
         out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_problems], out)
         if sweep:
             out = jax.tree.map(lambda x: np.swapaxes(x, 0, 1), out)
-        return out._replace(steps=np.asarray(steps))
+        return out._replace(steps=np.asarray(steps), validation_steps=np.asarray(validated))
 
     return evaluation
+
+
+def validation_steps(num_steps: int, also: Sequence[int] = ()) -> list[int]:
+    """The steps of a run after which its validation loss is measured: `VALIDATIONS` of them, evenly
+    spaced, and those of `also`."""
+    spaced = (-(-num_steps * i // VALIDATIONS) for i in range(1, VALIDATIONS + 1))
+    return sorted({*spaced, *also})
 
 
 class Beginning(NamedTuple):
@@ -185,32 +205,81 @@ def opened(optimizer, run: Beginning, horizon: int) -> base.InnerState:
     )
 
 
-def one_run(transform, family, run: Beginning, data, steps, blowup=2.0) -> Curves:
-    """A run to the last of `steps` (increasing), measured at each: `Curves` without [n], and
-    `steps` left to the caller. The optimizer is told the last step."""
+def one_run(transform, family, run: Beginning, data, steps, validated=(), blowup=2.0) -> Curves:
+    """A run to the last of `steps` (increasing), measured at each, and its validation loss at those
+    of `validated` too: `Curves` without [n], and with both kinds of steps left to the caller. The
+    optimizer is told the last step."""
     optimizer = optax.with_extra_args_support(transform)
     state = opened(optimizer, run, steps[-1])
-    initial = _whole(family.loss, family, state, data, "train")
-    losses, measured, finite = [], [], jnp.asarray(True)
-    for length in np.diff([0, *steps]):
-        state, segment = unroll.unroll(state, data, family, optimizer, int(length))
-        losses.append(segment)
-        finite &= jnp.all(jnp.isfinite(segment))
+    # Between two measurements are so many times `every` steps. One compiled loop over these pieces
+    # serves any steps, where a loop for each of them would have to be compiled anew.
+    marks = sorted({*steps, *validated})
+    every = math.gcd(*marks)
+    ends = np.arange(every, steps[-1] + 1, every)
+
+    def measure(state):
         train = _whole(family.loss, family, state, data, "train")
         test = _whole(family.loss, family, state, data, "test")
-        accuracy = jnp.full((), jnp.nan, train.dtype)
-        if family.accuracy is not None:
-            accuracy = _whole(family.accuracy, family, state, data, "test")
-        # The comparison is False for NaN, so that NaN counts as diverged.
-        kept = train <= initial + (blowup - 1) * jnp.abs(initial)
-        measured.append((train, test, accuracy, ~(finite & kept)))
-    curves = Curves(jnp.concatenate(losses), (), *map(jnp.stack, zip(*measured, strict=True)))
+        if family.accuracy is None:
+            return train, test, jnp.full((), jnp.nan, train.dtype)
+        return train, test, _whole(family.accuracy, family, state, data, "test")
+
+    def validate(state):
+        return _whole(family.loss, family, state, data, "validation")
+
+    def piece(state, due):
+        state, losses = unroll.unroll(state, data, family, optimizer, every)
+        measured, validation = due
+        # The steps are those of all runs abreast, so that these stay branches under `vmap`.
+        return state, (losses, _if(measured, measure, state), _if(validation, validate, state))
+
+    initial = _whole(family.loss, family, state, data, "train")
+    due = np.isin(ends, steps), np.isin(ends, marks)
+    _, (losses, measured, validation) = jax.lax.scan(piece, state, due)
+    losses = losses.reshape(-1)
+    train, test, accuracy = (x[due[0]] for x in measured)
+    finite = jnp.stack([jnp.all(jnp.isfinite(losses[:step])) for step in steps])
+    # The comparison is False for NaN, so that NaN counts as diverged.
+    kept = train <= initial + (blowup - 1) * jnp.abs(initial)
+    curves = Curves(losses, (), train, test, accuracy, ~(finite & kept), (), validation[due[1]])
     return base.single(curves)  # What reads them knows no half precision.
 
 
+def _if(now, measure, state):
+    """measure(state) if `now`; otherwise zeros, which nobody reads."""
+    like = jax.eval_shape(measure, state)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.lax.cond(now, measure, lambda _: zeros, state)
+
+
 def _whole(measure, family, state, data, split):
+    """A measure over a whole split, or over `EXAMPLES` evenly spaced ones of the validation split:
+    of that a run has many measurements."""
     batch = family.batch(None, state.problem, data, split)
-    return measure(state.params, state.problem, batch)
+    if split == "validation":
+        batch = _part(batch)
+    return measure(evaluated(state.opt_state, state.params), state.problem, batch)
+
+
+def _part(batch):
+    sizes = {x.shape[0] if x.ndim else 0 for x in map(jnp.asarray, jax.tree.leaves(batch))}
+    if len(sizes) != 1 or max(sizes) <= EXAMPLES:
+        return batch  # Small, or no array of examples.
+    every = max(sizes) // EXAMPLES
+    return jax.tree.map(lambda x: x[: every * EXAMPLES : every], batch)
+
+
+def evaluated(opt_state, params):
+    """The parameters that an optimizer would be judged by: the averages of one that is made by
+    `optax.contrib.schedule_free`, whose `params` are where gradients are taken; of others, params.
+    """
+
+    def averages(x):
+        return isinstance(x, optax.contrib.ScheduleFreeState)
+
+    for state in filter(averages, jax.tree.leaves(opt_state, is_leaf=averages)):
+        params = optax.contrib.schedule_free_eval_params(state, params)
+    return params
 
 
 @functools.lru_cache(maxsize=64)

@@ -75,6 +75,7 @@ class Point(NamedTuple):
     schedule: str
     eps_root: float
     train_loss: list[float]
+    validation_loss: list[float]
     test_loss: list[float]
     test_accuracy: list[float]
     diverged: list[bool]
@@ -83,7 +84,7 @@ class Point(NamedTuple):
 class Tuned(NamedTuple):
     """What a search found: the best `Point` by each measure, as {horizon: Point}.
 
-    by_train_loss, by_test_loss: least arithmetic mean over problems.
+    by_train_loss, by_validation_loss, by_test_loss: least arithmetic mean over problems.
     by_test_accuracy: greatest mean, and of equals the least training loss; empty for families
       without accuracy.
     points: all that was tried.
@@ -91,6 +92,7 @@ class Tuned(NamedTuple):
     """
 
     by_train_loss: dict[int, Point]
+    by_validation_loss: dict[int, Point]
     by_test_loss: dict[int, Point]
     by_test_accuracy: dict[int, Point]
     points: list[Point]
@@ -280,6 +282,7 @@ def _best(points):
     accurate = not any(math.isnan(x) for point in points for x in point.test_accuracy)
     return (
         best(lambda p: np.mean(p.train_loss)),
+        best(lambda p: np.mean(p.validation_loss)),
         best(lambda p: np.mean(p.test_loss)),
         best(lambda p: (-np.mean(p.test_accuracy), np.mean(p.train_loss))) if accurate else {},
     )
@@ -289,6 +292,7 @@ def _plain(run: Curves) -> dict:
     """The measures as nested lists [s][n][c]; a loss that is not finite becomes `inf`."""
     return {
         "train_loss": statistics.or_infinite(run.train_loss).tolist(),
+        "validation_loss": statistics.or_infinite(run.validation_loss).tolist(),
         "test_loss": statistics.or_infinite(run.test_loss).tolist(),
         "test_accuracy": run.test_accuracy.astype(float).tolist(),
         "diverged": run.diverged.tolist(),
