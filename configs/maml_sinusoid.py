@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.horizon = dict(name="log_uniform", shortest=1, longest=1, start=1)
     config.estimator = dict(name="truncated", order="exact", segments=False)
     config.meta = dict(
-        steps=70000,
+        steps=20000,
         num_problems=24,
         group=500,
         clip=10.0,

@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
+from l2l.console.errors import UserError
 from l2l.core import base, unroll
 from l2l.core.unroll import Inner
-from l2l.estimators import autodiff, pes
+from l2l.estimators import autodiff, pes, reptile
 from l2l.estimators.objective import Objective
 from l2l.tasks import losses, supervised
 from l2l.tasks.sinusoid import sinusoid
@@ -220,3 +221,22 @@ def test_weights_of_labels_make_a_weighted_mean():
     each = (0.5 - np.asarray(batch.inputs)) ** 2 * (1 + np.asarray(batch.labels))
     expected = np.average(each, weights=[1, 5, 5, 2])
     np.testing.assert_allclose(learned.bind(theta, loss)(0.5, (), batch), expected, rtol=1e-6)
+
+
+def test_reptile_moves_the_start_to_where_descent_ends():
+    with jax.enable_x64(True):
+        learned = from_start()
+        inner = Inner(quadratics(), learned, 5, stagger=False)
+        theta = learned.init(jax.random.key(0))
+        gradients, state, _ = first_window(reptile.reptile(inner, ON_QUERY), theta, 10)
+        end, _ = descended(5)
+        np.testing.assert_allclose(gradients.start["x"][0], START - end, rtol=1e-12)
+        estimate = jax.jit(reptile.reptile(inner, ON_QUERY).estimate)
+        later = estimate(theta, state, (), stage_of(10))[0].start["x"][0]
+        np.testing.assert_allclose(later, end - descended(10)[0], rtol=1e-10)
+
+
+def test_reptile_learns_nothing_but_a_start():
+    for learned in (base.fixed(optax.sgd(RATE)), from_start(adam_in_log_space())):
+        with pytest.raises(UserError, match="learns the start of runs and nothing else"):
+            reptile.reptile(Inner(quadratics(), learned, 5), ON_QUERY)

@@ -10,6 +10,7 @@ from l2l.tasks.augment import noise as noise
 from l2l.tasks.augment import rescale as rescale
 from l2l.tasks.autoencoder import autoencoder as autoencoder
 from l2l.tasks.autoencoder import vae as vae
+from l2l.tasks.few_shot import few_shot as few_shot
 from l2l.tasks.images import cifar as cifar
 from l2l.tasks.images import conv as conv
 from l2l.tasks.images import mnist as mnist

@@ -15,6 +15,7 @@ TASKS = {
     "char_lstm": tasks.char_lstm,
     "cifar": tasks.cifar,
     "conv": tasks.conv,
+    "few_shot": tasks.few_shot,
     "gru": tasks.gru,
     "logistic": tasks.logistic,
     "mixer": tasks.mixer,

@@ -87,6 +87,9 @@ class Evaluation(NamedTuple):
     num_problems: unseen problems of the final comparison (seeds), for each horizon.
     every:        meta-steps between comparisons on the way; 0 for none. They take the shortest
                   horizon and the first of the tasks.
+    against:      "adam", tuned over a grid; or "random_search" over the settings of AdamW, with as
+                  many runs as meta-training takes (for the optimizer `learned_adamw`, whose runs
+                  are one window). Where theta holds a start: always against other starts.
     tasks:        what to compare on: settings that replace some of section `task`, or several such
                   dicts; {} is that section itself. Always without augmentations.
     """
@@ -94,6 +97,7 @@ class Evaluation(NamedTuple):
     horizons: Sequence[int] = (500, 1000)
     num_problems: int = 12
     every: int = 500
+    against: str = "adam"
     tasks: Any = MappingProxyType({})
 
 
@@ -205,6 +209,7 @@ def build_experiment(config: Mapping) -> Experiment:
     specification = whole["optimizer"]
     imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"])
     evaluation = schema.fill("evaluation", Evaluation, whole["evaluation"])
+    _check_against(evaluation.against, specification)
     families, weights = _mixture(whole)
     learned = _learner(optimizer(specification), whole["theta"], families)
     losses = objective.objective(
@@ -243,6 +248,16 @@ def build_experiment(config: Mapping) -> Experiment:
         evaluation=evaluation,
         saving=schema.fill("checkpoint", Saving, whole["checkpoint"]),
     )
+
+
+def _check_against(against: str, specification: Mapping) -> None:
+    if against not in ("adam", "random_search"):
+        raise UserError(schema.unknown("rival", against, ("adam", "random_search"), "evaluation"))
+    if against == "random_search" and specification["name"] != "learned_adamw":
+        raise UserError(
+            "evaluation.against='random_search' draws settings of the optimizer 'learned_adamw', "
+            f"and this one is {specification['name']!r}: choose the former, or against='adam'."
+        )
 
 
 def _learner(learned, section, families) -> base.LearnedOptimizer:

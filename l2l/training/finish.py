@@ -19,7 +19,7 @@ from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.optimizers import versions
 from l2l.storage import exports, files
-from l2l.training import adapting
+from l2l.training import adapting, searching
 from l2l.training.experiment import LENGTH, Experiment
 from l2l.training.run_directory import differences
 from l2l.version import __version__
@@ -69,8 +69,9 @@ def comparing(
 
 
 def conclude(experiment: Experiment, theta, directory, key, snapshot) -> str:
-    """Exports theta, scores it beside tuned Adam (a start beside other starts) and writes table,
-    JSON and figure; returns the summary that a user is shown."""
+    """Exports theta, scores it beside tuned Adam (a start beside other starts, or settings beside
+    those of random search) and writes table, JSON and figure; returns the summary that a user is
+    shown."""
     directory = Path(directory)
     theta = jax.device_get(theta)
     # First of all: whatever becomes of the comparison, the product is there.
@@ -79,6 +80,8 @@ def conclude(experiment: Experiment, theta, directory, key, snapshot) -> str:
     )
     if experiment.optimizer.start is not None:
         text = adapting.conclude(experiment, theta, directory, key, about(experiment, snapshot))
+    elif experiment.evaluation.against == "random_search":
+        text = searching.conclude(experiment, theta, directory, key, about(experiment, snapshot))
     else:
         text = _scored(experiment, theta, directory, key, snapshot)
     text += f"\n{directory / 'metrics.jsonl'}\n{path}\n"
