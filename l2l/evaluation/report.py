@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from l2l.evaluation import figures, statistics
+from l2l.evaluation import figures, statistics, trials, untrained
 from l2l.storage import files
 
 if TYPE_CHECKING:  # Tables need no JAX.
@@ -17,9 +17,19 @@ if TYPE_CHECKING:  # Tables need no JAX.
 
 LEGEND = """\
 Every optimizer was told the horizon and met the same problems; a cell's problems differ in their
-initial values and batches, and in what else its task draws. A tuned baseline is the best of its
-grid (by default 15 rates × {constant, cosine}, grown where the best sat at its edge) by mean final
-training loss, for this cell and horizon, chosen on the very problems it is compared on.
+initial values and batches, and in what else its task draws. A tuned baseline is the best of the
+trials of its space by mean final training loss, for this cell and horizon, chosen on the very
+problems it is compared on. Each baseline has as many trials as any other: 15 log-spaced rates, and
+with each of them 2 of all combinations of the schedules (constant; cosine to 0; the same after a
+warm-up over the first twentieth; of Schedule-Free constant, with and without the warm-up) and of
+the weight decays (0, 0.001, 0.01 and 0.1; Adam has none), all of them equally often. Outside of
+suites the rates go on where the best sat at their edge. Of Schedule-Free the averaged parameters
+are what is measured, save in training curves.
+
+*untrained* is a learned optimizer with the weights that its training began with, and *best rate*
+the same at the one multiple of its rate that is best in all cells by validation loss. *told
+nothing* and *told third* are the optimizer itself, told nothing of the length of the run or a
+third of it.
 
 - *train*, *test*: loss over the whole training and test split after the last step, mean over
   problems; infinite if one is not finite.
@@ -39,6 +49,13 @@ training loss, for this cell and horizon, chosen on the very problems it is comp
   a baseline against itself; geometric mean over problems.
 - *time/…*: the same in time: steps/… times the seconds of a training step of the baseline over
   those of this optimizer (*µs*), both measured in turns in the same run, medians.
+
+In *trials to match*, of every baseline the best of so many random trials (the expectation over all
+subsets of those made, for each cell and horizon; a trial counts with at most the loss at the start)
+over the loss of the optimizer's single run: geometric means over cells and horizons. *matched by 1*
+and *never matched* are the shares of these in which one trial is enough, and in which all are not;
+*trials to match* is the median of the least number that is. Once by training loss, and once chosen
+and judged by validation loss.
 
 In the summary: *steps/…* and *time/…*, medians over cells; *ratio*, geometric mean over cells;
 *train no worse*, the share of cells with a ratio of at most 1; *test within 2 %*, the share with a
