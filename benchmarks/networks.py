@@ -43,18 +43,18 @@ from l2l.tasks import registry
 from l2l.training.experiment import build_experiment
 from l2l.training.loop import start
 
-WHITENED = dict(matrix_size=256, anneal=1.0, learning_rate=0.04)
+SOAP = dict(matrix_size=256, anneal=1.0, learning_rate=0.04)
 NETWORKS = {
     "8, Adam's directions": dict(hidden_size=8),
     "8 + tensors 16, Adam's directions": dict(hidden_size=8, tensor_size=16),
-    "4": dict(hidden_size=4, **WHITENED),
-    "8": dict(hidden_size=8, **WHITENED),
-    "16": dict(hidden_size=16, **WHITENED),
-    "32": dict(hidden_size=32, **WHITENED),
-    "2 x 8": dict(hidden_size=8, layers=2, **WHITENED),
-    "4 + tensors 16": dict(hidden_size=4, tensor_size=16, **WHITENED),
-    "8 + tensors 16": dict(hidden_size=8, tensor_size=16, **WHITENED),
-    "16 + tensors 16": dict(hidden_size=16, tensor_size=16, **WHITENED),
+    "4": dict(hidden_size=4, **SOAP),
+    "8": dict(hidden_size=8, **SOAP),
+    "16": dict(hidden_size=16, **SOAP),
+    "32": dict(hidden_size=32, **SOAP),
+    "2 x 8": dict(hidden_size=8, layers=2, **SOAP),
+    "4 + tensors 16": dict(hidden_size=4, tensor_size=16, **SOAP),
+    "8 + tensors 16": dict(hidden_size=8, tensor_size=16, **SOAP),
+    "16 + tensors 16": dict(hidden_size=16, tensor_size=16, **SOAP),
 }
 RANGES = dict(initial_scale=(0.5, 2.0), subset=(0.25, 1.0))
 MIXTURE = (

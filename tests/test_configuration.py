@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 
 import l2l
-from l2l import fleet
+from l2l import sweep
 from l2l.console import configuration, modules, schema
 from l2l.console.errors import UserError
 from l2l.optimizers.registry import OPTIMIZERS
@@ -188,7 +188,7 @@ def test_an_error_in_a_users_file_is_its_own(small, text, kind):
     assert not isinstance(error.value, UserError) and str(small) in str(error.traceback[-1].path)
 
 
-def test_the_tutorials_config_takes_a_seed_alone_and_in_a_fleet(tmp_path, monkeypatch):
+def test_the_tutorials_config_takes_a_seed_alone_and_in_a_sweep(tmp_path, monkeypatch):
     page = (Path(l2l.__file__).parent.parent / "docs/tutorial/3-your-own-task.md").read_text()
     for name in ("my_task.py", "my_config.py"):
         start = f'```python title="{name}"\n'
@@ -196,8 +196,8 @@ def test_the_tutorials_config_takes_a_seed_alone_and_in_a_fleet(tmp_path, monkey
         (tmp_path / name).write_text(block[: block.index("```")])
     monkeypatch.chdir(tmp_path)
     assert read("my_config.py", "--config.seed=1").seed == 1
-    members = fleet.plan(["fleet", "--config=my_config.py", "--seeds=2"])[2]
-    assert [member.seed for member in members] == [0, 1]
+    runs = sweep.plan(["sweep", "--config=my_config.py", "--seeds=2"])[2]
+    assert [run.seed for run in runs] == [0, 1]
 
 
 # --- a user's file is a module ----------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_a_setting_without_default_is_asked_for(tmp_path):
     "command, lines",
     [
         ("launch", ["--workdir", "--num_processes", "--config.section.key=value"]),
-        ("fleet", ["--seeds", "--sweep", "--index", "--gather", "--workdir", "--config:"]),
+        ("sweep", ["--seeds", "--sweep", "--index", "--gather", "--workdir", "--config:"]),
         ("evaluate", ["--optimizer", "--suite", "--vary", "--horizons", "--output", "--config:"]),
     ],
 )
@@ -321,7 +321,7 @@ def test_help_lists_the_flags(command, lines):
 
 
 def test_a_sweep_keeps_nested_tuples_whole():
-    assert fleet._choices("task=((1,2),(3,4)),[5,(6,7)],8") == [
+    assert sweep._choices("task=((1,2),(3,4)),[5,(6,7)],8") == [
         "task=((1,2),(3,4))",
         "task=[5,(6,7)]",
         "task=8",

@@ -116,9 +116,9 @@ def gradients_through(loop, rule, theta, cotangent):
         total = 0.0
         for step in range(2):
             context = rule.context(jnp.int32(step), jnp.int32(9))
-            arrays = (gradient, PARAMS, (), state.statistics, state.hidden)
-            u, statistics, hidden = loop(theta, context, jnp.int32(step), (), arrays)
-            state = coordinates.LearnedState(state.step + 1, statistics, hidden)
+            arrays = (gradient, PARAMS, (), state.accumulators, state.hidden)
+            u, accumulators, hidden = loop(theta, context, jnp.int32(step), (), arrays)
+            state = coordinates.LearnedState(state.step + 1, accumulators, hidden)
             total = total + jnp.vdot(u, cotangent)
         return total
 
@@ -151,7 +151,7 @@ def test_half_of_the_hidden_state_and_nearly_the_same_run():
     )
     dtypes = {x.dtype for x in jax.tree.leaves(narrow.hidden)}
     assert dtypes == {jnp.dtype(jnp.bfloat16)}
-    assert {x.dtype for x in jax.tree.leaves(narrow.statistics)} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in jax.tree.leaves(narrow.accumulators)} == {jnp.dtype(jnp.float32)}
     assert jax.tree.map(jnp.shape, wide) == jax.tree.map(jnp.shape, narrow)
     moved = np.abs(full - PARAMS)
     assert np.mean(np.abs(full - half)) < 0.01 * np.mean(moved)

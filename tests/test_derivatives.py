@@ -2,8 +2,8 @@
 
 They are held to central differences: of one update in its gradient, and of the loss after an inner
 run in the parameters it started from, as MAML takes it. Inputs are dead, gradients and parameters
-zero, from the first step on. Where an optimizer whitens matrices, its bases are constants to a
-derivative (`whitening.py`), so they are held where they are while a difference is taken.
+zero, from the first step on. SOAP's bases are constants to a derivative (`soap_coordinates.py`), so
+they are held where they are while a difference is taken.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from l2l.optimizers import features, registry, soap, whitening
+from l2l.optimizers import features, registry, soap, soap_coordinates
 from l2l.optimizers.guard import guard
 from l2l.optimizers.per_tensor import PerTensorState
 from l2l.storage import exports
@@ -135,7 +135,7 @@ def hold_bases(monkeypatch, states):
             mu, *([side and side.vectors for side in x] for x in (pair, after))
         )
 
-    monkeypatch.setattr(whitening, "_follow", held)
+    monkeypatch.setattr(soap_coordinates, "_follow", held)
     monkeypatch.setattr(soap, "_follow", held_soap)
 
 

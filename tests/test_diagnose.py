@@ -105,9 +105,9 @@ def test_overflow_of_a_feature():
     optimizer = small()
     rule = optimizer.rule
 
-    def observe(gradient, statistics, params, step):
-        rows, statistics = rule.observe(gradient, statistics, params, step)
-        return rows.at[3].set(gradient / jnp.abs(gradient)), statistics
+    def observe(gradient, accumulators, params, step):
+        rows, accumulators = rule.observe(gradient, accumulators, params, step)
+        return rows.at[3].set(gradient / jnp.abs(gradient)), accumulators
 
     own = rule._replace(observe=observe)
     sentence = located(optimizer._replace(rule=own), numbers())
@@ -194,8 +194,8 @@ def test_explains_the_failing_problem():
     inner = Inner(plain_family(), optimizer, 4, stagger=False)
     made, state = failing(first_order.first_order(inner, Objective()), optimizer)
     run = state.estimator.inner
-    nu = run.opt_state.statistics.nu.at[1, 3].set(jnp.nan)
-    opt_state = run.opt_state._replace(statistics=run.opt_state.statistics._replace(nu=nu))
+    nu = run.opt_state.accumulators.nu.at[1, 3].set(jnp.nan)
+    opt_state = run.opt_state._replace(accumulators=run.opt_state.accumulators._replace(nu=nu))
     estimator = state.estimator._replace(inner=run._replace(opt_state=opt_state))
     poisoned = state._replace(estimator=estimator)
     sentence = diagnose.explainer(made, [inner])(poisoned, numbers(), 3)

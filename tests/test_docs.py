@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 import l2l
-from l2l import fleet, launch
+from l2l import launch, sweep
 from l2l.console import configuration
 from l2l.estimators.registry import ESTIMATORS
 from l2l.optimizers.registry import OPTIMIZERS
@@ -103,7 +103,7 @@ def test_commands_that_train_are_taken(monkeypatch):
         typed = configuration.parse(argv, launch._flags(), launch._known, launch.__doc__)
         experiment.build_experiment(typed.config)
         tried += 1
-    for line in commands("l2l.fleet"):
-        assert fleet.plan(["fleet", *shlex.split(line, comments=True)])[2], line
+    for line in commands("l2l.sweep"):
+        assert sweep.plan(["sweep", *shlex.split(line, comments=True)])[2], line
         tried += 1
     assert tried >= 6

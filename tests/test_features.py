@@ -56,9 +56,9 @@ def test_features_have_a_derivative_where_every_gradient_was_zero(learned):
     rule, params = learned.rule, jnp.zeros(3)
 
     def total(gradient):
-        statistics = rule.statistics(params, jnp.float32)
+        accumulators = rule.accumulators(params, jnp.float32)
         for step in range(3):
-            rows, statistics = rule.observe(gradient, statistics, params, jnp.int32(step))
+            rows, accumulators = rule.observe(gradient, accumulators, params, jnp.int32(step))
         return jnp.sum(rows)
 
     slope = jax.grad(total)(jnp.asarray([0.0, 1e-12, 1.0]))
@@ -100,5 +100,5 @@ def test_time_context():
 @pytest.mark.parametrize("learned", [lstm(), dm(), rnnprop()])
 def test_every_row_has_a_name(learned):
     rule, params = learned.rule, jnp.ones(5)
-    rows, _ = rule.observe(params, rule.statistics(params, jnp.float32), params, jnp.int32(0))
+    rows, _ = rule.observe(params, rule.accumulators(params, jnp.float32), params, jnp.int32(0))
     assert rows.shape == (len(rule.features), 5)

@@ -22,7 +22,7 @@ from l2l.storage import exports
 
 FILE = Path(__file__).with_name("golden.json")
 SHAPES = {"kernel": (2, 2, 2, 2), "matrix": (4, 3), "vector": (5,)}
-# Past the horizon, and past step 10, where whitening begins to follow in every tenth step only.
+# Past the horizon, and past step 10, where the bases begin to follow in every tenth step only.
 STEPS, HORIZON = 12, 9
 # Rounding that differs between machines is amplified by recurrence and by small denominators.
 TOLERANCE = 5e-5

@@ -26,7 +26,7 @@ BELOW = {
     "evaluation": GROUND | {"data", "tasks", "optimizers", "storage"},
     "training": GROUND | {"data", "tasks", "optimizers", "estimators", "storage", "evaluation"},
 }
-DOORS = {"launch", "evaluate", "fleet"}  # Nothing imports from them.
+DOORS = {"launch", "evaluate", "sweep"}  # Nothing imports from them.
 
 
 def modules() -> dict[str, Path]:

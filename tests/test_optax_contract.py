@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import tensors
+from l2l.optimizers import per_tensor_signals
 from l2l.optimizers.adam import adam
 from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.guard import GuardState, guard
@@ -271,7 +271,7 @@ def test_nothing_to_train(transform):
         (0.05, {}),
         (0.05, {"layers": 2, "output": "scale"}),
         (0.0, {"output": "residual"}),
-        (float(jax.nn.sigmoid(tensors.NO_DECAY)), {"tensor_size": 3}),
+        (float(jax.nn.sigmoid(per_tensor_signals.NO_DECAY)), {"tensor_size": 3}),
     ],
 )
 def test_untrained_lstm_is_adam(weight_decay, settings):

@@ -187,26 +187,26 @@ def test_a_claim_stays_where_something_was_saved_or_was_claimed_before(tiny, tmp
 
 # --- terminals ---------------------------------------------------------------------------------
 
-FLEET = """
+SWEEP = """
 import sys
-from l2l import fleet
+from l2l import sweep
 from l2l.training import sweep_summary
-fleet.run = lambda members, root, environment: print(
-    sweep_summary.write(root, members, {})) or 0
-sys.exit(fleet.main(sys.argv))
+sweep.run_all = lambda runs, root, environment: print(
+    sweep_summary.write(root, runs, {})) or 0
+sys.exit(sweep.main(sys.argv))
 """
 
 
-@pytest.mark.parametrize("name", ["launch", "evaluate", "fleet"])
+@pytest.mark.parametrize("name", ["launch", "evaluate", "sweep"])
 def test_a_terminal_that_is_not_utf_8_is_shown_question_marks(request, tmp_path, name):
     config_of(tmp_path)
     arguments = {
         "launch": "--config=tiny.py --config.meta.steps=3 --workdir=run×",
         "evaluate": "--optimizer=adam --task=quadratic --set=dimension=2 --horizons=2 --seeds=1 "
         "--baseline=none --output=scores×",
-        "fleet": "--config=tiny.py --seeds=2 --workdir=all×",
+        "sweep": "--config=tiny.py --seeds=2 --workdir=all×",
     }[name].split()
-    program = ["-c", FLEET] if name == "fleet" else ["-m", f"l2l.{name}"]
+    program = ["-c", SWEEP] if name == "sweep" else ["-m", f"l2l.{name}"]
     done = subprocess.run(
         [sys.executable, *program, *arguments],
         cwd=tmp_path,

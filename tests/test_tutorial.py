@@ -62,7 +62,7 @@ class Reader:
         start, _, rest = line.partition(" -m ")
         assert start == "python", line
         if not rest.startswith("pip "):
-            small = TRAINING if re.match(r"l2l\.(launch|fleet)", rest) else ()
+            small = TRAINING if re.match(r"l2l\.(launch|sweep)", rest) else ()
             self._run([sys.executable, "-m", *shlex.split(smaller(rest)), *small])
 
     def _run(self, command: list[str]) -> str:
@@ -119,4 +119,4 @@ def test_your_own_network(reader):
 
 def test_a_cluster(reader):
     reader.read(PAGES[4])
-    assert (reader.folder / "runs/seeds/fleet.md").is_file()
+    assert (reader.folder / "runs/seeds/sweep.md").is_file()

@@ -43,22 +43,23 @@ class TaskFamily(NamedTuple):
     name: str = "task"
 
 
-class TensorRule(NamedTuple):
-    """What a rule makes of whole tensors, in two halves like the rule's own.
+class TensorSignals(NamedTuple):
+    """The part of a coordinate-by-coordinate rule that looks at whole tensors, in two halves like
+    the rule's own. (A rule that acts on whole tensors alone is a `PerTensorRule`.)
 
     It runs once a step for each of the optimizee's G tensors and gives O signals, which every
     coordinate of that tensor finds below its features. Arrays end with the tensors, [..., G].
 
-    statistics: (params, dtype) -> TensorStatistics at the start.
-    observe:    (gradient [P], statistics, params [P], TensorStatistics, step, sizes) ->
-                (features [S, G], TensorStatistics). `statistics` are the coordinates', as they
-                were before this step; `sizes` G Python numbers, those of the tensors. No theta.
-                With a preconditioner its features come below these.
-    hidden:     (theta, G) -> Hidden.
-    propose:    (theta, features [S, G], context [C], hidden) -> (signals [O, G], hidden).
+    accumulators: (params, dtype) -> TensorAccumulators at the start.
+    observe:      (gradient [P], accumulators, params [P], TensorAccumulators, step, sizes) ->
+                  (features [S, G], TensorAccumulators). `accumulators` are the coordinates', as
+                  they were before this step; `sizes` G Python numbers, those of the tensors. No
+                  theta. With a preconditioner its features come below these.
+    hidden:       (theta, G) -> Hidden.
+    propose:      (theta, features [S, G], context [C], hidden) -> (signals [O, G], hidden).
     """
 
-    statistics: Callable[[PyTree, Any], PyTree]
+    accumulators: Callable[[PyTree, Any], PyTree]
     observe: Callable[..., tuple[jax.Array, PyTree]]
     hidden: Callable[[PyTree, int], PyTree]
     propose: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
@@ -67,14 +68,14 @@ class TensorRule(NamedTuple):
 class Preconditioner(NamedTuple):
     """Directions that take a whole matrix to make, which a coordinate finds below its features.
 
-    statistics: (params, dtype) -> MatrixStatistics at the start.
-    observe:    (gradient [P], statistics, MatrixStatistics, step, shapes) -> (directions [E, P],
-                features [S, G] of the tensors, MatrixStatistics). `statistics` are the
-                coordinates', as they were before this step; `shapes` G tuples. No theta.
-    names:      of the E directions, for diagnostics.
+    accumulators: (params, dtype) -> MatrixAccumulators at the start.
+    observe:      (gradient [P], accumulators, MatrixAccumulators, step, shapes) -> (directions
+                  [E, P], features [S, G] of the tensors, MatrixAccumulators). `accumulators` are
+                  the coordinates', as they were before this step; `shapes` G tuples. No theta.
+    names:        of the E directions, for diagnostics.
     """
 
-    statistics: Callable[[PyTree, Any], PyTree]
+    accumulators: Callable[[PyTree, Any], PyTree]
     observe: Callable[..., tuple[jax.Array, jax.Array, PyTree]]
     names: tuple[str, ...]
 
@@ -92,29 +93,29 @@ class Rule(NamedTuple):
     first-order engine (`estimators/first_order.py`) take the network through a whole window one
     block of coordinates at a time. Arrays are feature-major: coordinates last.
 
-    statistics: (params, dtype) -> Statistics at the start, leaves [..., P] over the flattened
-                parameters (in the order of `jax.tree.leaves`).
-    context:    (step, num_steps) -> [C]. `num_steps` 0 means that the horizon is unknown.
-    observe:    (gradient [n], statistics, params [n], step) -> (features [F, n], statistics).
-    hidden:     (theta, n) -> Hidden, the recurrent state at the start, leaves [..., n].
-    propose:    (theta, features [F, n], context [C], hidden) -> (updates [n], hidden).
-    features:   the F names, in order, for diagnostics.
-    matrices:   the preconditioner, or None. With it `propose` is given [F + E, n], the features of
-                a coordinate and below them its part of the directions.
-    tensors:    what is seen of whole tensors, or None. With it the O signals of a coordinate's
-                tensor come below those.
-    rate:       (theta, step, num_steps) -> the nominal learning rate, by which a decoupled weight
-                decay is multiplied.
+    accumulators: (params, dtype) -> Accumulators at the start (moments, say), leaves [..., P] over
+                  the flattened parameters (in the order of `jax.tree.leaves`).
+    context:      (step, num_steps) -> [C]. `num_steps` 0 means that the horizon is unknown.
+    observe:      (gradient [n], accumulators, params [n], step) -> (features [F, n], accumulators).
+    hidden:       (theta, n) -> Hidden, the recurrent state at the start, leaves [..., n].
+    propose:      (theta, features [F, n], context [C], hidden) -> (updates [n], hidden).
+    features:     the F names, in order, for diagnostics.
+    matrices:     the preconditioner, or None. With it `propose` is given [F + E, n], the features
+                  of a coordinate and below them its part of the directions.
+    tensors:      what is seen of whole tensors, or None. With it the O signals of a coordinate's
+                  tensor come below those.
+    rate:         (theta, step, num_steps) -> the nominal learning rate, by which a decoupled weight
+                  decay is multiplied.
     """
 
-    statistics: Callable[[PyTree, Any], PyTree]
+    accumulators: Callable[[PyTree, Any], PyTree]
     context: Callable[[jax.Array, jax.Array], jax.Array]
     observe: Callable[[jax.Array, PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
     hidden: Callable[[PyTree, int], PyTree]
     propose: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
     features: tuple[str, ...]
     matrices: Preconditioner | None = None
-    tensors: TensorRule | None = None
+    tensors: TensorSignals | None = None
     rate: Callable[..., Any] = usual_rate
 
 

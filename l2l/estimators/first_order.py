@@ -212,7 +212,7 @@ class _Engine(NamedTuple):
         signals, back_to_theta = jax.vjp(lambda t: self.tensor_signals(t, run, seen), theta)
         window = _Window(self, run, imitation / (size * self.inner.length))
         gradient_of = jax.grad(window.loss, has_aux=True)
-        state, both = (start.statistics, start.hidden), (theta, signals)
+        state, both = (start.accumulators, start.hidden), (theta, signals)
 
         def one_block(i, carry):
             total, moments = carry
@@ -261,7 +261,7 @@ class _Window(NamedTuple):
         """(a number with the gradient of the block's part of the meta-loss, the teacher's moments).
 
         both:  (theta, the signals of the tensors), which it is differentiated by.
-        state: (statistics, hidden, the teacher's moments) of the block before the window.
+        state: (accumulators, hidden, the teacher's moments) of the block before the window.
         fresh: which of its coordinates no other block has. first: the number of the first.
         """
         theta, signals = both
@@ -283,9 +283,9 @@ class _Window(NamedTuple):
 
     def step(self, theta, fresh, first, carry, xs):
         rule, teacher = self.engine.rule, self.engine.teacher
-        statistics, hidden, moments, moved = carry
+        accumulators, hidden, moments, moved = carry
         g, p, directions, pull, signals, step = xs
-        rows, statistics = rule.observe(g, statistics, p, step)
+        rows, accumulators = rule.observe(g, accumulators, p, step)
         shapes = coordinates.shapes_of(self.run.params)
         rows = coordinates.below(rows, directions, signals, shapes, first)
         context = rule.context(step, self.run.known_horizon).astype(g.dtype)
@@ -297,7 +297,7 @@ class _Window(NamedTuple):
             taught, moments = _teach(teacher, g, moments, step)
             off = jnp.where(fresh, updates - taught, 0) / teacher.learning_rate
             out += self.imitation * jnp.vdot(off, off)
-        return (statistics, hidden, moments, moved), out
+        return (accumulators, hidden, moments, moved), out
 
 
 def in_segments(steps: Callable, carry, xs, length: int, size: int):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from l2l.evaluation import statistics, untrained
+from l2l.evaluation import aggregate, statistics
 
 if TYPE_CHECKING:  # Tables need no JAX.
     from l2l.evaluation.comparison import Row
@@ -63,7 +63,7 @@ def matches(rows: Sequence["Row"]) -> list[Match]:
     found = []
     for (cell, steps), here in places.items():
         for row in (row for row in here if row.setting is None):
-            own = {"train": row.train, "validation": untrained.final_validation(row)}
+            own = {"train": row.train, "validation": aggregate.validation_of(row)[-1]}
             for rival in (rival for rival in here if rival.trials):
                 for loss in LOSSES:
                     tried = [min(getattr(t, loss), rival.start) for t in rival.trials]

@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from l2l.evaluation import statistics
+from l2l.evaluation import aggregate, statistics
 
 if TYPE_CHECKING:  # Tables need no JAX.
     from l2l.evaluation.comparison import Row
@@ -36,7 +34,9 @@ def with_best_rates(rows: Sequence["Row"]) -> tuple[list["Row"], list[str]]:
 
 
 def _best(rows: Sequence["Row"], multipliers: Sequence) -> float:
-    losses = {(row.cell, row.steps, row.multiplier): final_validation(row) for row in rows}
+    losses = {
+        (row.cell, row.steps, row.multiplier): aggregate.validation_of(row)[-1] for row in rows
+    }
     places = {(row.cell, row.steps) for row in rows}
     places = sorted(p for p in places if all((*p, m) in losses for m in multipliers))
 
@@ -47,8 +47,3 @@ def _best(rows: Sequence["Row"], multipliers: Sequence) -> float:
     scores = {multiplier: score(multiplier) for multiplier in multipliers}
     # Where nothing tells them apart, the nominal one.
     return min(multipliers, key=lambda m: (math.isnan(scores[m]), scores[m], m != 1.0))
-
-
-def final_validation(row: "Row") -> float:
-    """After the last step, mean over problems; infinite if one is not finite."""
-    return float(np.mean(statistics.or_infinite(row.curves.validation_loss[:, -1])))

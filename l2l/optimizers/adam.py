@@ -38,7 +38,7 @@ def adam(
         return -rate * rows[0], hidden
 
     rule = base.Rule(
-        statistics=lambda params, dtype: features.zero_moments(1, base.count(params), dtype),
+        accumulators=lambda params, dtype: features.zero_moments(1, base.count(params), dtype),
         context=lambda step, num_steps: jnp.zeros((0,), jnp.float32),
         observe=observe,
         hidden=lambda theta, n: (),

@@ -41,19 +41,19 @@ def by_parameter(
         keys = jax.random.split(key, len(names))
         return {name: optimizers[name].init(k) for name, k in zip(names, keys, strict=True)}
 
-    def statistics(params, dtype):
+    def accumulators(params, dtype):
         rows = [
             jnp.full((jnp.size(leaf),), names.index(_label(path, labels)), jnp.int8)
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         ]
         owner = jnp.concatenate(rows) if rows else jnp.zeros((0,), jnp.int8)
-        return owner, {name: rules[name].statistics(params, dtype) for name in names}
+        return owner, {name: rules[name].accumulators(params, dtype) for name in names}
 
     def context(step, num_steps):
         return jnp.concatenate([rules[name].context(step, num_steps) for name in names])
 
-    def observe(gradient, statistics, params, step):
-        owner, parts = statistics
+    def observe(gradient, accumulators, params, step):
+        owner, parts = accumulators
         seen = {name: rules[name].observe(gradient, parts[name], params, step) for name in names}
         # `propose` sees rows of features and nothing else: the label travels as one of them.
         rows = [owner[None].astype(gradient.dtype), *(seen[name][0] for name in names)]
@@ -75,7 +75,7 @@ def by_parameter(
         return updates, after
 
     rule = base.Rule(
-        statistics=statistics,
+        accumulators=accumulators,
         context=context,
         observe=observe,
         hidden=hidden,

@@ -1,9 +1,9 @@
 """All coordinates of a pytree, in blocks: the one place where a `Rule` meets arrays.
 
 The parameters of an optimizee are laid end to end, [P], and a block of them at a time goes through
-the statistics, the features and the network while it is in the cache: memory does not grow with the
-network's width, nor the program with the number of tensors. State is kept flat, [..., P], so that
-it is the same on every machine, whatever the blocks there.
+the accumulators, the features and the network while it is in the cache: memory does not grow with
+the network's width, nor the program with the number of tensors. State is kept flat, [..., P], so
+that it is the same on every machine, whatever the blocks there.
 """
 
 import math
@@ -52,14 +52,14 @@ def width(hidden: base.PyTree | None = None) -> int | None:
 
 
 class LearnedState(NamedTuple):
-    """The optax state of a bound rule: the step, and statistics and hidden, leaves [..., P].
+    """The optax state of a bound rule: the step, and accumulators and hidden, leaves [..., P].
 
-    tensors: (statistics, hidden), leaves [..., G], of a rule that looks at whole tensors; else ().
-    matrices: the statistics of its preconditioner, or ().
+    tensors: (accumulators, hidden), leaves [..., G], of a rule with `TensorSignals`, else ().
+    matrices: the accumulators of its preconditioner, or ().
     """
 
     step: jax.Array
-    statistics: base.PyTree
+    accumulators: base.PyTree
     hidden: base.PyTree
     tensors: base.PyTree = ()
     matrices: base.PyTree = ()
@@ -147,13 +147,14 @@ def start(rule: base.Rule, theta, params, state_dtype=None) -> LearnedState:
         # state of no tensors is a prefix of any other, which `optax.tree.map_params` asks for.
         matrices = jnp.zeros((0,), dtype_of(theta))
     elif rule.matrices is not None:
-        matrices = rule.matrices.statistics(params, dtype_of(theta))
+        matrices = rule.matrices.accumulators(params, dtype_of(theta))
     if rule.tensors is not None:
         own = rule.tensors.hidden(theta, len(shapes_of(params)))
-        tensors = (rule.tensors.statistics(params, dtype_of(theta)), jax.tree.map(jnp.array, own))
+        averages = rule.tensors.accumulators(params, dtype_of(theta))
+        tensors = (averages, jax.tree.map(jnp.array, own))
     return LearnedState(
         step=jnp.zeros((), jnp.int32),
-        statistics=rule.statistics(params, dtype_of(theta)),
+        accumulators=rule.accumulators(params, dtype_of(theta)),
         # Copies: leaves that share a buffer could not be donated.
         hidden=jax.tree.map(lambda x: jnp.array(x, state_dtype or x.dtype), hidden),
         tensors=tensors,
@@ -163,16 +164,16 @@ def start(rule: base.Rule, theta, params, state_dtype=None) -> LearnedState:
 
 def look(rule: base.Rule, gradient, params, state: LearnedState, shapes):
     """What a rule sees of whole tensors before a step, for gradient and params [P]: (`Seen`, the
-    statistics after it, of tensors and of matrices; () for what it does not look at)."""
+    accumulators after it, of tensors and of matrices; () for what it does not look at)."""
     directions, tensors, told, present, matrices = (), (), [], (), ()
     if rule.matrices is not None:
         directions, own, matrices = rule.matrices.observe(
-            gradient, state.statistics, state.matrices, state.step, shapes
+            gradient, state.accumulators, state.matrices, state.step, shapes
         )
         told = [own]
     if rule.tensors is not None:
         tensors, present = rule.tensors.observe(
-            *(gradient, state.statistics, params, state.tensors[0], state.step),
+            *(gradient, state.accumulators, params, state.tensors[0], state.step),
             tuple(map(math.prod, shapes)),
         )
         tensors = jnp.concatenate([tensors, *told])
@@ -223,22 +224,22 @@ def advance(
     if rule.tensors is not None:
         signals, hidden = rule.tensors.propose(theta, seen.tensors, context, state.tensors[1])
         tensors = (present, hidden)
-    arrays = (gradient, params, seen.directions, state.statistics, state.hidden)
-    updates, statistics, hidden = _through(
+    arrays = (gradient, params, seen.directions, state.accumulators, state.hidden)
+    updates, accumulators, hidden = _through(
         rule, shapes, block, theta, context, state.step, signals, arrays
     )
-    return updates, LearnedState(state.step + 1, statistics, hidden, tensors, matrices), seen
+    return updates, LearnedState(state.step + 1, accumulators, hidden, tensors, matrices), seen
 
 
 def _whole(rule, shapes, theta, context, step, signals, arrays, start=None):
-    """(gradient [n], params [n], directions, statistics, hidden) to (updates [n], statistics,
+    """(gradient [n], params [n], directions, accumulators, hidden) to (updates [n], accumulators,
     hidden)."""
-    gradient, params, directions, statistics, kept = arrays
-    rows, statistics = rule.observe(gradient, statistics, params, step)
+    gradient, params, directions, accumulators, kept = arrays
+    rows, accumulators = rule.observe(gradient, accumulators, params, step)
     rows = below(rows, directions, signals, shapes, start)
     hidden = jax.tree.map(lambda x: x.astype(gradient.dtype), kept)
     updates, hidden = rule.propose(theta, rows, context, hidden)
-    return updates, statistics, jax.tree.map(lambda x, y: x.astype(y.dtype), hidden, kept)
+    return updates, accumulators, jax.tree.map(lambda x, y: x.astype(y.dtype), hidden, kept)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -249,15 +250,15 @@ def _through(rule, shapes, block, theta, context, step, signals, arrays):
     The transpose of such a loop would touch the whole state once a block: derivatives go through
     `_whole`.
     """
-    gradient, params, directions, statistics, hidden = arrays
+    gradient, params, directions, accumulators, hidden = arrays
     blocks = blocks_of(gradient.size, block or width())
     if blocks.count == 1:
         return _whole(rule, shapes, theta, context, step, signals, arrays)
 
     def body(i, carry):
         def go(block):
-            written, read, statistics, bits = block
-            block = (written, *read, statistics, _from_bits(bits, hidden))
+            written, read, accumulators, bits = block
+            block = (written, *read, accumulators, _from_bits(bits, hidden))
             first = blocks.start(i)
             out, after, kept = _whole(rule, shapes, theta, context, step, signals, block, first)
             return out, after, _to_bits(kept)
@@ -274,9 +275,9 @@ def _through(rule, shapes, block, theta, context, step, signals, arrays):
         )
         return blocks.put(carry, out, i)
 
-    start = (gradient, statistics, _to_bits(hidden))
-    updates, statistics, bits = jax.lax.fori_loop(0, blocks.count, body, start)
-    return updates, statistics, _from_bits(bits, hidden)
+    start = (gradient, accumulators, _to_bits(hidden))
+    updates, accumulators, bits = jax.lax.fori_loop(0, blocks.count, body, start)
+    return updates, accumulators, _from_bits(bits, hidden)
 
 
 def _to_bits(tree):
@@ -315,11 +316,11 @@ def bind(
 
     Args:
       state_dtype: that in which the recurrent state is kept between steps. With jnp.bfloat16 the
-        default optimizer takes 48 bytes a parameter in place of 80. Arithmetic and statistics stay
-        in theta's: bfloat16 has 8 bits, and an average with decay 0.999 that is rounded to them
-        after every step stops moving. Measured on digits MLPs after 2,000 steps, the final loss is
-        the same to 3 % with the recurrent state in bfloat16, and 1.8 times as high with the moments
-        of Adam.
+        default optimizer takes 48 bytes a parameter in place of 80. Arithmetic and accumulators
+        stay in theta's: bfloat16 has 8 bits, and an average with decay 0.999 that is rounded to
+        them after every step stops moving. Measured on digits MLPs after 2,000 steps, the final
+        loss is the same to 3 % with the recurrent state in bfloat16, and 1.8 times as high with the
+        moments of Adam.
       wide: compute, and keep state, in the widest of the dtypes of theta and of params: in float64
         for float64 parameters. By default all is in theta's.
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, features, tensors, whitening
+from l2l.optimizers import coordinates, features, soap_coordinates
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
+from l2l.optimizers.per_tensor_signals import NUM_SIGNALS, tensor_signals
 
 # The rate of a coordinate stays within a factor exp(±REACH) of the common one.
 REACH = 3.0
@@ -61,13 +62,13 @@ def lstm(
         to ±1), "scale" (log √v̂, scaled).
       output: "mixture" as above; "scale" has no b (Adam whose rate is learned coordinate by
         coordinate); "residual" has a free b in place of b · r.
-      tensor_size: of a second LSTM, which sees whole tensors (`tensors.py`) and moves a with them;
-        0 for none. |a| may then reach TENSOR_REACH, the context tells longer runs apart, and each
-        tensor has a weight decay of its own beside `weight_decay`.
-      matrix_size: the nominal step is the whitened direction of `whitening.py`, of matrices whose
+      tensor_size: of a second LSTM, which sees whole tensors (`per_tensor_signals.py`) and moves a
+        with them; 0 for none. |a| may then reach TENSOR_REACH, the context tells longer runs apart,
+        and each tensor has a weight decay of its own beside `weight_decay`.
+      matrix_size: the nominal step is SOAP's direction (`soap_coordinates.py`), for matrices whose
         sides are at most this long, in place of m̂/√v̂, which stays one of r; 0 for none. Untrained
         it then is SOAP with Nesterov's momentum and the length of NAdam's step.
-      anneal: the rate is times ((1 + cos(π t/T))/2 + ANNEALED)^p where the horizon T is told; p is
+      anneal: the rate is times ((1 + cos(π t/T))/2 + ANNEALED)^p where the horizon T is known; p is
         learned from this on. 0 for a rate that only the network lowers.
     """
     known = ("momentum", "gradient", "parameter", "scale")
@@ -85,17 +86,17 @@ def lstm(
 
     whole, whole_init, clock, matrices = None, None, features.time_context, None
     if matrix_size:
-        matrices = whitening.whitening(
+        matrices = soap_coordinates.soap_direction(
             largest=matrix_size, decay=decays[0], second_decay=second_decay, eps_root=eps_root
         )
     num_matrix = len(matrices.names) if matrices else 0
     if tensor_size:
-        whole, whole_init = tensors.tensor_rule(
+        whole, whole_init = tensor_signals(
             hidden_size=tensor_size,
             decays=decays,
             second_decay=second_decay,
             eps_root=eps_root,
-            further=whitening.PER_TENSOR if matrix_size else 0,
+            further=soap_coordinates.PER_TENSOR if matrix_size else 0,
         )
         clock = partial(features.time_context, ages=LONG_AGES, lengths=LONG_LENGTHS)
     reach = TENSOR_REACH if tensor_size else REACH
@@ -123,13 +124,13 @@ def lstm(
     def propose(theta, rows, context, hidden):
         # The rows the network sees stand first unless the inputs were chosen otherwise.
         shown = rows[: len(seen)] if seen == list(range(len(seen))) else rows[jnp.array(seen)]
-        whitened, signals = jnp.split(rows[len(names) + 1 :], [num_matrix])
-        shown = jnp.concatenate([shown, whitened, signals[2:]])
+        soaps, signals = jnp.split(rows[len(names) + 1 :], [num_matrix])
+        shown = jnp.concatenate([shown, soaps, signals[2:]])
         out, hidden = network.apply(theta["network"], shown, context, hidden)
         size = out[0] + signals[0] if tensor_size else out[0]
-        step = whitened[0] if matrix_size else rows[0]
+        step = soaps[0] if matrix_size else rows[0]
         if output == "mixture":
-            directions = jnp.concatenate([rows[: len(decays) + 1], whitened])
+            directions = jnp.concatenate([rows[: len(decays) + 1], soaps])
             step = step + jnp.sum(jnp.tanh(out[1:]) * directions, 0)
         elif output == "residual":
             step = step + jnp.tanh(out[1])
@@ -143,14 +144,14 @@ def lstm(
     def rate_of(theta, context):
         log_rate = theta["log_learning_rate"]
         if anneal:
-            # The first of the context is t/T, 0 where T is not told.
+            # The first of the context is t/T, 0 where T is not known.
             left = 0.5 * (1 + jnp.cos(jnp.pi * context[0])) + ANNEALED
             log_rate = log_rate + theta["anneal"] * jnp.log(left / (1 + ANNEALED))
         return jnp.exp(log_rate)
 
     def init(key):
         context = jnp.zeros_like(clock(jnp.int32(0), jnp.int32(0)))
-        inputs = len(seen) + num_matrix + (tensors.SIGNALS - 2 if tensor_size else 0)
+        inputs = len(seen) + num_matrix + (NUM_SIGNALS - 2 if tensor_size else 0)
         rows = jnp.zeros((inputs, 1), jnp.float32)
         weights = network.init(key, rows, context, _zeros(hidden_size, layers, 1, jnp.float32))
         own = {"tensors": whole_init(jax.random.fold_in(key, 1), context)} if whole_init else {}
@@ -162,7 +163,7 @@ def lstm(
         }
 
     rule = base.Rule(
-        statistics=lambda params, dtype: features.zero_moments(
+        accumulators=lambda params, dtype: features.zero_moments(
             len(decays), base.count(params), dtype
         ),
         context=clock,
@@ -197,9 +198,9 @@ def dm(
         return scale * out, hidden
 
     rule = base.Rule(
-        statistics=lambda params, dtype: (),
+        accumulators=lambda params, dtype: (),
         context=lambda step, num_steps: jnp.zeros((0,), jnp.float32),
-        observe=lambda g, statistics, params, step: (features.log_and_sign(g, p), statistics),
+        observe=lambda g, accumulators, params, step: (features.log_and_sign(g, p), accumulators),
         hidden=lambda theta, n: _zeros(hidden_size, layers, n, coordinates.dtype_of(theta)),
         propose=propose,
         features=("log |g|", "sign g"),
@@ -240,7 +241,7 @@ def rnnprop(
         return -scale * out, hidden
 
     rule = base.Rule(
-        statistics=lambda params, dtype: features.zero_moments(1, base.count(params), dtype),
+        accumulators=lambda params, dtype: features.zero_moments(1, base.count(params), dtype),
         context=lambda step, num_steps: jnp.zeros((0,), jnp.float32),
         observe=observe,
         hidden=lambda theta, n: _zeros(hidden_size, layers, n, coordinates.dtype_of(theta)),

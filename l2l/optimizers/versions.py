@@ -107,7 +107,7 @@ CHANGES: tuple[Change, ...] = (
     Change(
         "lstm",
         2,
-        "the basis of whitened directions follows with damping",
+        "the basis of SOAP's directions follows with damping",
         lambda settings: settings["matrix_size"] > 0,
     ),
 )

@@ -255,7 +255,7 @@ def _features(inner, theta, run, gradient):
             for name, row in zip(rule.features, rows, strict=False)
         }
     g, p = _flat(theta, gradient), _flat(theta, run.params)
-    rows, names = rule.observe(g, state.statistics, p, state.step)[0], rule.features
+    rows, names = rule.observe(g, state.accumulators, p, state.step)[0], rule.features
     if rule.matrices is not None:
         shapes = coordinates.shapes_of(run.params)
         directions = coordinates.look(rule, g, p, state, shapes)[0].directions

@@ -1,4 +1,4 @@
-"""What the members of a fleet came to: one table and one JSON file, with the spread over seeds."""
+"""What the runs of a sweep came to: one table and one JSON file, with the spread over seeds."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from l2l.console.errors import UserError
 from l2l.evaluation import report, statistics
 from l2l.storage import files
 
-TABLE, CONTENT = "fleet.md", "fleet.json"
+TABLE, CONTENT = "sweep.md", "sweep.json"
 
 
 def finished(directory: Path) -> bool:
@@ -23,37 +23,42 @@ def finished(directory: Path) -> bool:
     return finish.finished(directory) is not None
 
 
-def write(root: Path, members: Sequence, codes: Mapping[Path, int]) -> str:
-    """Writes fleet.md and fleet.json from the results of the members that have finished; returns
-    the tables and the paths, as text.
+def write(root: Path, runs: Sequence, codes: Mapping[Path, int]) -> str:
+    """Writes sweep.md and sweep.json from the results of the runs that have finished; returns the
+    tables and the paths, as text.
 
     Args:
-      members: of `fleet.Member`.
+      runs: of `sweep.Run`.
       codes: exit codes of those that were run just now.
     """
-    found = {m.directory: _results(m.directory) for m in members if finished(m.directory)}
+    found = {run.directory: _results(run.directory) for run in runs if finished(run.directory)}
     states = [
         {
-            "setting": m.setting or "–",
-            "seed": m.seed,
-            "state": _state(m.directory in found, codes.get(m.directory)),
-            "directory": str(m.directory),
+            "setting": run.setting or "–",
+            "seed": run.seed,
+            "state": _state(run.directory in found, codes.get(run.directory)),
+            "directory": str(run.directory),
         }
-        for m in members
+        for run in runs
     ]
     rows = []
-    for setting in dict.fromkeys(m.setting for m in members):
-        mine = [m for m in members if m.setting == setting and m.directory in found]
-        steps = {row["steps"] for m in mine for row in found[m.directory]}
+    for setting in dict.fromkeys(run.setting for run in runs):
+        mine = [run for run in runs if run.setting == setting and run.directory in found]
+        steps = {row["steps"] for run in mine for row in found[run.directory]}
         for horizon in sorted(steps):
-            own = [(m, row) for m in mine for row in found[m.directory] if row["steps"] == horizon]
+            own = [
+                (run, row)
+                for run in mine
+                for row in found[run.directory]
+                if row["steps"] == horizon
+            ]
             rows.append({"setting": setting or "–", "steps": horizon, **_spread(own)})
     table = [{key: value for key, value in row.items() if key != "each"} for row in rows]
     text = report.table(table) + "\n" if rows else ""
     text += report.table(states)
     text += "\nratio: geometric mean over seeds; points: mean ± standard deviation.\n"
     files.write(root / TABLE, text.encode())
-    report.write_json(root / CONTENT, {"members": states, "results": rows})
+    report.write_json(root / CONTENT, {"runs": states, "results": rows})
     return f"{text}\n{root / TABLE}\n{root / CONTENT}"
 
 
@@ -70,7 +75,7 @@ def _results(directory: Path) -> list[dict]:
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({errors.printable(str(error))[:100]}): remove summary.txt beside "
-            "it and run that member again, which writes it anew from the last checkpoint."
+            "it and run that run again, which writes it anew from the last checkpoint."
         ) from error
 
 
@@ -85,7 +90,7 @@ def _spread(own) -> dict:
         "points": float(np.mean(points)),
         "±": float(np.std(points, ddof=1)) if len(points) > 1 else float("nan"),
         "diverged": sum(row["diverged"] for _, row in own),
-        "each": [{"seed": member.seed, **row} for member, row in own],
+        "each": [{"seed": run.seed, **row} for run, row in own],
     }
 
 

@@ -1,9 +1,12 @@
-"""A direction made of whole matrices: Adam in the eigenbasis of the gradients, with Adam's length.
+"""SOAP's direction as something each coordinate observes, for `lstm`; `soap.py` is the optimizer.
 
-Coordinates hide how a layer's gradients hang together; the eigenvectors of E[GGᵀ] and E[GᵀG] show
-it. Dividing by the root of the second moment there in place of coordinate by coordinate is SOAP
-(Vyas et al. 2024), after Shampoo (Gupta et al. 2018). Here it is one more thing that a learned
-optimizer observes: free of theta, so that the first-order engine keeps it as it keeps a gradient.
+The eigenvectors of E[GGᵀ] and E[GᵀG] show what coordinates hide, how the gradients of a layer hang
+together: dividing by the root of the second moment in that basis, in place of coordinate by
+coordinate, is SOAP (Vyas et al. 2024), after Shampoo (Gupta et al. 2018). `soap.py` has it as an
+optax transformation with its own moments, in blocks, for large models. Here it is the
+`Preconditioner` of a coordinate-by-coordinate rule, which shares the rule's moments and leaves
+matrices whole: free of theta, so that the first-order engine keeps it as it keeps a gradient. The
+released `lstm` depends on every constant here (`versions.py`).
 """
 
 import math
@@ -31,7 +34,7 @@ DAMPING_OFTEN, DAMPING = 0.3, 1e-3
 NOTHING = 1e-9
 # Added to mean squares, so that those of zeros have roots and logarithms.
 TINY = 1e-12
-# Numbers a tensor gets from here: see `whitening`.
+# Features of a tensor that come from here: see `soap_direction`.
 PER_TENSOR = 2
 
 
@@ -44,7 +47,7 @@ class Basis(NamedTuple):
     vectors: jax.Array
 
 
-class Whitening(NamedTuple):
+class SoapAccumulators(NamedTuple):
     """bases: a pair a shape, of the rows and of the columns, () for a side left as it is. nu: [P],
     the second moment in the eigenbasis, each tensor as the matrix it is taken for."""
 
@@ -52,8 +55,8 @@ class Whitening(NamedTuple):
     nu: jax.Array
 
 
-def whitening(*, largest: int, decay: float, second_decay: float, eps_root: float):
-    """The preconditioner of rules whose statistics are `features.Moments`.
+def soap_direction(*, largest: int, decay: float, second_decay: float, eps_root: float):
+    """The preconditioner of rules whose accumulators are `features.Moments`.
 
     The direction is m̃/√ν in the basis, back among the coordinates, with m̃ = b1·m̂ + (1 − b1)·g
     (Nesterov's, as in NAdam), times one number per tensor that gives it the length of m̃/√v̂: of what
@@ -75,7 +78,7 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
     """
 
     def grouped(shapes):
-        """{matrix: the numbers of the tensors taken for such}, of those with a side to whiten.
+        """{matrix: the numbers of the tensors taken for it}, of those with a side to have a basis.
         Matrices of one shape go together: what there is to compile grows with the shapes alone."""
         groups = {}
         for i, matrix in enumerate(map(matrix_of, shapes)):
@@ -83,7 +86,7 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
                 groups.setdefault(matrix, []).append(i)
         return groups
 
-    def statistics(params, dtype):
+    def accumulators(params, dtype):
         def basis(size, count):
             if size > largest:
                 return ()
@@ -92,10 +95,10 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
 
         groups = grouped([jnp.shape(leaf) for leaf in jax.tree.leaves(params)])
         bases = tuple(
-            tuple(basis(size, len(members)) for size in matrix)
-            for matrix, members in groups.items()
+            tuple(basis(size, len(numbers)) for size in matrix)
+            for matrix, numbers in groups.items()
         )
-        return Whitening(bases, jnp.zeros((base.count(params),), dtype))
+        return SoapAccumulators(bases, jnp.zeros((base.count(params),), dtype))
 
     def observe(gradient, moments, past, step, shapes):
         count = step + 1
@@ -116,9 +119,9 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
         lengths = features.pool([adam * adam], sizes, own) + TINY
         told, order, bases = [jnp.concatenate([lengths, jnp.ones_like(lengths)])], list(own), []
         after = {i: tensors[i][2:] for i in own}
-        for (matrix, members), pair in zip(groups.items(), past.bases, strict=True):
-            g, m, flat, second = jnp.stack([tensors[i] for i in members], 1).reshape(
-                4, len(members), *matrix
+        for (matrix, numbers), pair in zip(groups.items(), past.bases, strict=True):
+            g, m, flat, second = jnp.stack([tensors[i] for i in numbers], 1).reshape(
+                4, len(numbers), *matrix
             )
             pair = _follow(*jax.lax.stop_gradient((g, pair)), step)
             bases.append(pair)
@@ -131,16 +134,16 @@ def whitening(*, largest: int, decay: float, second_decay: float, eps_root: floa
             )
             length, adams = length + TINY, adams + TINY
             told.append(jnp.stack([length, along / jnp.sqrt(length * adams)]))
-            order += members
+            order += numbers
             scaled = direction * jnp.sqrt(adams / length)[:, None, None]
-            both = jnp.stack([scaled, second]).reshape(2, len(members), -1)
-            after |= {i: both[:, j] for j, i in enumerate(members)}
+            both = jnp.stack([scaled, second]).reshape(2, len(numbers), -1)
+            after |= {i: both[:, j] for j, i in enumerate(numbers)}
         told = jnp.concatenate(told, 1)[:, np.argsort(order)]
         told = jnp.stack([jnp.tanh(0.5 * jnp.log(told[0])), told[1]])
         direction, nu = jnp.concatenate([after[i] for i in range(len(sizes))], 1)
-        return direction[None], told, Whitening(tuple(bases), nu)
+        return direction[None], told, SoapAccumulators(tuple(bases), nu)
 
-    return base.Preconditioner(statistics, observe, ("whitened m̃/√ν",))
+    return base.Preconditioner(accumulators, observe, ("SOAP's m̃/√ν",))
 
 
 def _follow(gradients, pair, step):

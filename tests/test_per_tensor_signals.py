@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2l.optimizers import coordinates, tensors
+from l2l.optimizers import coordinates, per_tensor_signals
 from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.lstm import lstm
 
 LEARNED = lstm(hidden_size=2, tensor_size=3, eps_root=1e-30)
 RULE = LEARNED.rule
-NAMES = tensors.features_of(3)
+NAMES = per_tensor_signals.features_of(3)
 SHAPES = {"a": (7, 5), "b": (5,), "c": (2, 3, 4), "empty": (0, 4), "z": (40,)}
 SIZES = tuple(int(np.prod(shape)) for shape in SHAPES.values())
 ALL = tuple(SHAPES.values())
@@ -43,9 +43,9 @@ def watch(scale=1.0):
         i, g = xs
         p = flat * 1.1**i
         (_, seen), after, _ = coordinates.look(RULE, g, p, state, ALL)
-        _, statistics = RULE.observe(g, state.statistics, p, state.step)
+        _, accumulators = RULE.observe(g, state.accumulators, p, state.step)
         state = state._replace(
-            step=state.step + 1, statistics=statistics, tensors=(after, state.tensors[1])
+            step=state.step + 1, accumulators=accumulators, tensors=(after, state.tensors[1])
         )
         return state, seen
 
@@ -80,7 +80,7 @@ def test_what_is_seen_is_what_numpy_pools():
     # A drift is told from noise: b has one three times as large as the noise, a has none.
     assert seen["alignment, fast"][-1, 1] > 0.4 > 0.2 > abs(seen["alignment, fast"][-1, 0])
     sizes = [np.sqrt(np.mean(np.square(x))) if x.size else 0 for x in parameters().values()]
-    expected = (0.5 * np.log(np.square(sizes) + tensors.SMALLEST**2) + 2) / 2
+    expected = (0.5 * np.log(np.square(sizes) + per_tensor_signals.SMALLEST**2) + 2) / 2
     np.testing.assert_allclose(seen["rms θ"][0], expected, rtol=1e-5)
     growth = np.tanh(0.1 * np.log(1.1) * 10 * (STEPS - 1))
     np.testing.assert_allclose(seen["growth of rms θ"][-1, 0], growth, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""The whitened direction against closed forms, and what it must not depend on."""
+"""SOAP's direction, as `lstm` observes it, against closed forms, and what it must not depend on."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from l2l.optimizers import coordinates, features
 from l2l.optimizers.lstm import lstm
-from l2l.optimizers.whitening import whitening
+from l2l.optimizers.soap_coordinates import soap_direction
 
 B1, B2, ROOT = 0.9, 0.999, 1e-30
 SHAPES = {
@@ -23,7 +23,7 @@ SHAPES = {
 def see(gradients, shapes=None, largest=20):
     """Directions [T, P] and features of the tensors [T, S, G] for gradients [T, P]."""
     shapes = tuple((shapes or SHAPES).values())
-    rule = whitening(largest=largest, decay=B1, second_decay=B2, eps_root=ROOT)
+    rule = soap_direction(largest=largest, decay=B1, second_decay=B2, eps_root=ROOT)
     gradients = jnp.asarray(gradients)
     like = [jnp.zeros(shape, gradients.dtype) for shape in shapes]
     moments = features.zero_moments(1, gradients.shape[1], gradients.dtype)
@@ -35,7 +35,7 @@ def see(gradients, shapes=None, largest=20):
         moments, _ = features.update_moments(g, moments, i, decays=(B1,), second_decay=B2)
         return (moments, present), (directions[0], told)
 
-    start = (moments, rule.statistics(like, gradients.dtype))
+    start = (moments, rule.accumulators(like, gradients.dtype))
     steps = jnp.arange(len(gradients))
     return jax.jit(lambda: jax.lax.scan(step, start, (steps, gradients))[1])()
 

@@ -1,4 +1,4 @@
-"""A fleet: every member once, one summary, and whatever ends it, the same command goes on."""
+"""A sweep: every run once, one summary, and whatever ends it, the same command goes on."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from together import config_of
 
 import l2l
-from l2l import fleet
+from l2l import sweep
 
 # In place of `l2l.launch`: ends with the code that SEED_<n> names, else with results.
 RUN = """
@@ -42,13 +42,13 @@ def place(tmp_path, monkeypatch):
     config_of(tmp_path)
     (tmp_path / "run.py").write_text(RUN)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fleet, "COMMAND", (sys.executable, str(tmp_path / "run.py")))
+    monkeypatch.setattr(sweep, "COMMAND", (sys.executable, str(tmp_path / "run.py")))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     return tmp_path
 
 
 def start(*arguments):
-    return fleet.main(["fleet", "--config=tiny.py", "--workdir=all", *arguments])
+    return sweep.main(["sweep", "--config=tiny.py", "--workdir=all", *arguments])
 
 
 def order(place):
@@ -58,8 +58,8 @@ def order(place):
 def test_seeds_are_run_once_and_summed_up(place, capsys):
     assert start("--seeds=3") == 0
     assert order(place) == ["seed_3", "seed_4", "seed_5"]  # From that of the configuration on.
-    assert "fleet.md" in capsys.readouterr().out
-    (row,) = json.loads((place / "all/fleet.json").read_text())["results"]
+    assert "sweep.md" in capsys.readouterr().out
+    (row,) = json.loads((place / "all/sweep.json").read_text())["results"]
     # Ratios 2³, 2⁴, 2⁵: geometric mean 2⁴. Points 3, 4, 5: deviation 1. Adam's rows are left out.
     assert row["ratio"] == pytest.approx(16) and (row["lowest"], row["highest"]) == (8, 32)
     assert (row["points"], row["±"], row["diverged"], row["seeds"]) == (4, 1, 3, 3)
@@ -70,8 +70,8 @@ def test_seeds_are_run_once_and_summed_up(place, capsys):
 def test_a_sweep_is_multiplied_and_named(place):
     sweeps = ("--sweep=optimizer.learning_rate=1e-3,3e-3", "--sweep=evaluation.horizons=(6,),(6,8)")
     assert start(*sweeps, "--seeds=2") == 0
-    found = json.loads((place / "all/fleet.json").read_text())
-    assert len(found["members"]) == 8 and [row["seeds"] for row in found["results"]] == [2] * 4
+    found = json.loads((place / "all/sweep.json").read_text())
+    assert len(found["runs"]) == 8 and [row["seeds"] for row in found["results"]] == [2] * 4
     assert (place / "all/optimizer.learning_rate=1e-3/evaluation.horizons=_6,8_/seed_4").is_dir()
 
 
@@ -79,18 +79,18 @@ def test_a_member_that_fails_stops_no_other_and_is_tried_again(place, monkeypatc
     monkeypatch.setenv("SEED_4", "3")
     assert start("--seeds=3") == 3
     said = capsys.readouterr().out
-    assert "seed_4 failed with code 3; the others go on" in said and "1 of 3 members failed" in said
-    assert "ended with code 3" in (place / "all/fleet.md").read_text()
+    assert "seed_4 failed with code 3; the others go on" in said and "1 of 3 runs failed" in said
+    assert "ended with code 3" in (place / "all/sweep.md").read_text()
     monkeypatch.setenv("SEED_4", "0")
     assert start("--seeds=3") == 0
     assert order(place) == ["seed_3", "seed_4", "seed_5", "seed_4"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_member_and_ends_the_fleet(place, number):
+def test_a_signal_reaches_the_run_and_ends_the_sweep(place, number):
     program = (
-        "import sys; from l2l import fleet; fleet.COMMAND = (sys.executable, 'run.py');"
-        "sys.exit(fleet.main(sys.argv))"
+        "import sys; from l2l import sweep; sweep.COMMAND = (sys.executable, 'run.py');"
+        "sys.exit(sweep.main(sys.argv))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, "--config=tiny.py", "--workdir=all", "--seeds=3"],
@@ -104,8 +104,8 @@ def test_a_signal_reaches_the_member_and_ends_the_fleet(place, number):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number and "goes on from there" in said
     assert order(place) == ["seed_3", "seed_4"]
-    members = json.loads((place / "all/fleet.json").read_text())["members"]
-    states = [member["state"] for member in members]
+    runs = json.loads((place / "all/sweep.json").read_text())["runs"]
+    states = [run["state"] for run in runs]
     assert states == ["finished", f"ended with code {128 + number}", "not finished"]
 
 
@@ -121,8 +121,8 @@ def test_a_signal_while_a_member_starts_is_not_lost(place, monkeypatch, number):
 
     monkeypatch.setattr(subprocess, "Popen", interrupted)
     assert start("--seeds=2") == 128 + number
-    members = json.loads((place / "all/fleet.json").read_text())["members"]
-    assert members[0]["state"] == f"ended with code {128 + number}"
+    runs = json.loads((place / "all/sweep.json").read_text())["runs"]
+    assert runs[0]["state"] == f"ended with code {128 + number}"
 
 
 def test_one_member_of_an_array_and_the_summary_afterwards(place, monkeypatch, capsys):
@@ -170,10 +170,10 @@ def test_mistakes_are_one_sentence_before_anything_is_run(place, capsys, argumen
 
 @pytest.mark.slow
 def test_two_real_members(place, monkeypatch):
-    monkeypatch.setattr(fleet, "COMMAND", (sys.executable, "-m", "l2l.launch"))
+    monkeypatch.setattr(sweep, "COMMAND", (sys.executable, "-m", "l2l.launch"))
     monkeypatch.setenv("PYTHONPATH", str(Path(l2l.__file__).parent.parent))
     monkeypatch.setenv("XLA_FLAGS", "")  # The eight devices are the tests' own.
     assert start("--seeds=2") == 0
-    (row,) = json.loads((place / "all/fleet.json").read_text())["results"]
+    (row,) = json.loads((place / "all/sweep.json").read_text())["results"]
     assert row["seeds"] == 2 and row["lowest"] < row["highest"]
     assert start("--seeds=2") == 0  # And again, which runs nothing.

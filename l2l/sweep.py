@@ -1,14 +1,14 @@
-"""Several seeds, or a sweep over fields of a configuration, as one command and one summary.
+"""Several seeds, or values of settings, as one command with one summary.
 
-    python -m l2l.fleet --config=configs/mlp.py --workdir=runs/fleet --seeds=5
-    python -m l2l.fleet --config=configs/mlp.py --sweep=optimizer.learning_rate=1e-3,3e-3 --seeds=2
-    python -m l2l.fleet ... --index=3    # one member: `$SLURM_ARRAY_TASK_ID` of an array job
-    python -m l2l.fleet ... --gather     # the summary alone, of what there is
+    python -m l2l.sweep --config=configs/mlp.py --workdir=runs/seeds --seeds=5
+    python -m l2l.sweep --config=configs/mlp.py --sweep=optimizer.learning_rate=1e-3,3e-3 --seeds=2
+    python -m l2l.sweep ... --index=3    # one run: `$SLURM_ARRAY_TASK_ID` of an array job
+    python -m l2l.sweep ... --gather     # the summary alone, of the runs that have finished
 
-Each member is a run of `l2l.launch` in a directory below --workdir, one after another in processes
-of their own. The same command goes on where it left off: finished members are not run again. One
-that fails is told of and the others go on; Ctrl-C and SIGTERM reach the member at work, which
-saves, and end the fleet. Exit codes: those of `l2l.launch`; where members failed, the first one's.
+Each run is one of `l2l.launch`, in a directory below --workdir; they follow one another, each in a
+process of its own. The same command goes on where it left off: finished runs are not repeated. When
+a run fails this is reported and the others go on; Ctrl-C and SIGTERM reach the current run, which
+saves, and end the sweep. Exit codes: those of `l2l.launch`; where runs failed, the first one's.
 """
 
 import itertools
@@ -33,7 +33,7 @@ INTERRUPTED = (130, 143)
 COMMAND = (sys.executable, "-m", "l2l.launch")
 
 
-class Member(NamedTuple):
+class Run(NamedTuple):
     """One run. setting: what the sweep gives it, as text; arguments: of `l2l.launch`."""
 
     setting: str
@@ -42,8 +42,8 @@ class Member(NamedTuple):
     arguments: tuple[str, ...]
 
 
-def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Member]]:
-    """(the flags, the directory of all, the members) of a command line. All configurations are
+def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Run]]:
+    """(the flags, the directory of all, the runs) of a command line. All configurations are
     built, so that a mistake in any of them shows before the first is trained.
 
     Raises:
@@ -53,37 +53,37 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Member]]:
     values = typed.values
     if typed.config is None:
         raise UserError("there is nothing to train: add --config=configs/mlp.py")
-    # What is not the fleet's own goes on to every member as it was typed.
+    # What is not the sweep's own goes on to every run as it was typed.
     own = re.compile(r"--?(no)?(workdir|seeds|sweep|index|gather)(=|$)")
     passed = [text for text in argv[1:] if not own.match(text)]
-    root = files.local(values.workdir or f"checkpoints/{typed.name}-fleet")
+    root = files.local(values.workdir or f"checkpoints/{typed.name}-sweep")
     first = typed.config.get("seed", 0)
     choices = [_choices(text) for text in values.sweep]
-    members = []
+    runs = []
     for chosen in itertools.product(*choices):
         setting = ", ".join(chosen)
         for seed in range(first, first + values.seeds):
             folder = root.joinpath(*map(_plain, chosen), f"seed_{seed}")
             overrides = [*(f"--config.{one}" for one in chosen), f"--config.seed={seed}"]
-            members.append(Member(setting, seed, folder, (*passed, *overrides)))
-    if len({member.directory for member in members}) < len(members):
-        raise UserError("two members of the sweep would share a directory: give each value once")
-    if values.index is not None and values.index >= len(members):
-        raise UserError(f"--index={values.index}: the members are 0 to {len(members) - 1}")
-    for member in members if values.index is None else members[values.index : values.index + 1]:
-        _check(member)
-    return values, root, members
+            runs.append(Run(setting, seed, folder, (*passed, *overrides)))
+    if len({run.directory for run in runs}) < len(runs):
+        raise UserError("two runs of the sweep would share a directory: give each value once")
+    if values.index is not None and values.index >= len(runs):
+        raise UserError(f"--index={values.index}: the runs are 0 to {len(runs) - 1}")
+    for run in runs if values.index is None else runs[values.index : values.index + 1]:
+        _check(run)
+    return values, root, runs
 
 
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    about = "Of all members; by default checkpoints/<config>-fleet."
+    about = "Of all runs; by default checkpoints/<config>-sweep."
     flags.DEFINE_string("workdir", None, about, flag_values=values)
     about = "How many, from that of the configuration on."
     flags.DEFINE_integer("seeds", 1, about, lower_bound=1, flag_values=values)
     about = "field=value,value; several are multiplied."
     flags.DEFINE_multi_string("sweep", [], about, flag_values=values)
-    about = "Runs this member alone."
+    about = "Does this run alone."
     flags.DEFINE_integer("index", None, about, lower_bound=0, flag_values=values)
     flags.DEFINE_bool("gather", False, "Writes the summary alone.", flag_values=values)
     return values
@@ -111,33 +111,33 @@ def _plain(text: str) -> str:
     return re.sub(r"[^\w.,=+-]", "_", text)
 
 
-def _check(member: Member) -> None:
+def _check(run: Run) -> None:
     from l2l.training import experiment
 
-    typed = configuration.parse(["fleet", *member.arguments], flags.FlagValues(), _known, None)
+    typed = configuration.parse(["sweep", *run.arguments], flags.FlagValues(), _known, None)
     experiment.build_experiment(typed.config)
 
 
-def run(members: Sequence[Member], root: Path, environment, say=print) -> int:
-    """Runs the members that have not finished, one after another, and keeps the summary up to date:
+def run_all(runs: Sequence[Run], root: Path, environment, say=print) -> int:
+    """Does the runs that have not finished, one after another, and keeps the summary up to date:
     the exit code."""
     codes: dict[Path, int] = {}
-    for number, member in enumerate(members):
-        if not sweep_summary.finished(member.directory):
-            say(f"Member {number + 1} of {len(members)}: {member.directory}")
-            command = (*COMMAND, *member.arguments, f"--workdir={member.directory}")
-            codes[member.directory] = _wait(command, environment)
-            sweep_summary.write(root, members, codes)
-        code = codes.get(member.directory, 0)
+    for number, run in enumerate(runs):
+        if not sweep_summary.finished(run.directory):
+            say(f"Run {number + 1} of {len(runs)}: {run.directory}")
+            command = (*COMMAND, *run.arguments, f"--workdir={run.directory}")
+            codes[run.directory] = _wait(command, environment)
+            sweep_summary.write(root, runs, codes)
+        code = codes.get(run.directory, 0)
         if code in INTERRUPTED:
             say("Interrupted. The same command goes on from there.")
             return code
         if code:
-            say(f"{member.directory} failed with code {code}; the others go on.")
-    say(sweep_summary.write(root, members, codes))
+            say(f"{run.directory} failed with code {code}; the others go on.")
+    say(sweep_summary.write(root, runs, codes))
     failed = [code for code in codes.values() if code]
     if failed:
-        say(f"{len(failed)} of {len(members)} members failed; the same command tries them again.")
+        say(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again.")
     return failed[0] if failed else 0
 
 
@@ -151,7 +151,7 @@ def _wait(command, environment) -> int:
         else:
             process.send_signal(number)
 
-    # Before the command starts: a signal in between would end the fleet and leave the member.
+    # Before the command starts: a signal in between would end the sweep and leave the run behind.
     before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         # In a group of its own, so that Ctrl-C reaches it through here, and once: a second signal
@@ -168,20 +168,20 @@ def _wait(command, environment) -> int:
 
 @command
 def main(argv) -> int:
-    environment = dict(os.environ)  # Of the members.
+    environment = dict(os.environ)  # Of the runs.
     # This process only looks at configurations: it must not hold the memory of an accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    values, root, members = plan(argv)
+    values, root, runs = plan(argv)
     if values.index is not None:
-        member = members[values.index]
-        arguments = (*COMMAND, *member.arguments, f"--workdir={member.directory}")
-        files.folder(member.directory.parent)
+        run = runs[values.index]
+        arguments = (*COMMAND, *run.arguments, f"--workdir={run.directory}")
+        files.folder(run.directory.parent)
         os.execve(COMMAND[0], arguments, environment)
     files.folder(root)
     if values.gather:
-        print(sweep_summary.write(root, members, {}))
+        print(sweep_summary.write(root, runs, {}))
         return 0
-    return run(members, root, environment)
+    return run_all(runs, root, environment)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""An LSTM over whole tensors, which tells their coordinates what a coordinate cannot see.
+"""The second LSTM of `lstm`: it runs over whole tensors, and sends signals to their coordinates.
 
 How noisy the gradients of a tensor are, whether its steps overshoot and how large its weights are
 is hidden in the noise of one coordinate and plain in the mean over thousands. So a second network
 runs once a step and tensor (after the hierarchy of Wichrowska et al. 2017 and the per-tensor LSTM
 of Metz et al. 2022) and sends each coordinate of the tensor a few signals, of which the first is
-added to the logarithm of its rate. It costs next to nothing: tensors are few.
+added to the logarithm of its rate. It costs next to nothing: tensors are few. An optimizer that has
+no network per coordinate at all is `per_tensor.py`.
 """
 
 import math
@@ -22,7 +23,7 @@ from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # Numbers a tensor sends to its coordinates: the logarithm of its scale, the decay of its weights,
 # and inputs for their LSTM.
-SIGNALS = 6
+NUM_SIGNALS = 6
 # The decay an untrained network asks for is the logistic function of this, 0.02.
 NO_DECAY = -4.0
 # Averages over time of what is pooled over a tensor.
@@ -31,7 +32,7 @@ FAST, SLOW = 0.9, 0.99
 SMALLEST = 1e-3
 
 
-class TensorStatistics(NamedTuple):
+class TensorAccumulators(NamedTuple):
     """alignment, log_gradient: [2, G], averaged fast and slow. log_start: [G], log rms θ at the
     start. fixed: [3, G], log size, log fan-in and whether it is a vector."""
 
@@ -50,15 +51,15 @@ def features_of(num_decays: int) -> tuple[str, ...]:
     return (*dynamic, *own, *(f"all tensors: {name}" for name in dynamic))
 
 
-def tensor_rule(
+def tensor_signals(
     *,
     hidden_size: int,
     decays: tuple[float, ...],
     second_decay: float,
     eps_root: float,
     further: int = 0,
-) -> tuple[base.TensorRule, Callable]:
-    """The rule, and (key, context) -> its weights, which belong in theta["tensors"].
+) -> tuple[base.TensorSignals, Callable]:
+    """The signals, and (key, context) -> the weights, which belong in theta["tensors"].
 
     Seen of each tensor, pooled over its coordinates: the root mean square of m̂/√v̂ at every decay
     (1 for steady gradients, √((1−β)/(1+β)) for noise); the cosine between g/√v̂ and m̂/√v̂ (negative
@@ -70,7 +71,7 @@ def tensor_rule(
     """
     inputs = len(features_of(len(decays))) + further
 
-    def statistics(params, dtype):
+    def accumulators(params, dtype):
         leaves = jax.tree.leaves(params)
         fixed = [
             (
@@ -82,7 +83,7 @@ def tensor_rule(
         ]
         squares = [_mean(jnp.square(jnp.asarray(leaf, dtype))) for leaf in leaves]
         zeros = jnp.zeros((2, len(leaves)), dtype)
-        return TensorStatistics(
+        return TensorAccumulators(
             *(zeros, zeros + 0, _log_rms(jnp.asarray(squares, dtype))),
             jnp.asarray(fixed, dtype).reshape(-1, 3).T,
         )
@@ -136,7 +137,7 @@ def tensor_rule(
         columns, state = FeatureMajorLSTM(hidden_size, name="lstm")(rows, state, context)
         # The features once more: how a rate follows the size of the weights is all but linear.
         columns = jnp.concatenate([columns, rows])
-        return FeatureMajorLinear(SIGNALS, jnp.zeros, name="out")(columns, context), state
+        return FeatureMajorLinear(NUM_SIGNALS, jnp.zeros, name="out")(columns, context), state
 
     def hidden(theta, num_tensors):
         zeros = jnp.zeros((hidden_size, num_tensors), jax.tree.leaves(theta)[0].dtype)
@@ -152,7 +153,7 @@ def tensor_rule(
         rows = jnp.zeros((inputs, 1), jnp.float32)
         return network.init(key, rows, context, hk.LSTMState(zeros, zeros))
 
-    return base.TensorRule(statistics, observe, hidden, propose), init
+    return base.TensorSignals(accumulators, observe, hidden, propose), init
 
 
 def _mean(x: jax.Array) -> jax.Array:
