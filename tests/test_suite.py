@@ -12,9 +12,21 @@ import optax
 import pytest
 
 from l2l.cluster import environment
+from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.data import datasets
-from l2l.evaluation import baselines, cache, comparison, curves, report, statistics, suites, timing
+from l2l.evaluation import (
+    baselines,
+    budget,
+    cache,
+    comparison,
+    curves,
+    report,
+    statistics,
+    stored,
+    suites,
+    timing,
+)
 from l2l.evaluation.comparison import Cell, Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
@@ -115,9 +127,11 @@ def test_every_cell_takes_a_step(cell):
 
 
 def test_suites_reach_all_kinds_and_the_quick_one_needs_no_files():
-    for one in suites.SUITES.values():
-        assert one.seeds >= 5 and all(grid.limits and grid.roots for grid in one.grids)
-    assert {cell.kind for cell in suites.SUITES["scorecard"].cells} == set(suites.KINDS)
+    for name, one in suites.SUITES.items():
+        assert one.seeds >= (1 if name == "models" else 5)
+        assert all(grid.limits and grid.roots for grid in one.grids)
+    kinds = {cell.kind for cell in suites.SUITES["scorecard"].cells}
+    assert kinds | {cell.kind for cell in suites.SUITES["models"].cells} == set(suites.KINDS)
     needed = {suites.dataset_of(cell) for cell in suites.SUITES["quick"].cells}
     assert needed <= {"digits", "breast_cancer"}
 
@@ -151,6 +165,76 @@ def test_short_horizons_come_first_and_cheap_cells_before_dear_ones():
     assert costs[2] > costs[0] and costs[3] > costs[2] > 0
     # Runs at a constant rate serve all horizons of a part, so that a single cell is one.
     assert comparison.plan(cells[:1], (20_000, 200)) == [comparison.Part(cells[0], (200, 20_000))]
+
+
+def test_a_cell_has_its_own_horizons_and_a_sample_of_whole_splits():
+    own, other = suites.CELLS["vae"], suites.CELLS["mlp"]
+    order = comparison.plan([own, other], (200, 1_000))
+    assert order == [comparison.Part(other, (200, 1_000)), comparison.Part(own, (2_000,))]
+    family, data = suites.CELLS["mlp"].load()
+    sampled, _ = suites.CELLS["mlp"]._replace(scored=100).load()
+    problem = family.sample(jax.random.key(0))
+    for split in ("train", "validation", "test"):
+        whole = family.batch(None, problem, data, split)
+        part = sampled.batch(None, problem, data, split)
+        rows = np.arange(100) * len(whole.labels) // 100
+        assert rows[-1] > 0.98 * len(whole.labels)
+        np.testing.assert_array_equal(part.inputs, whole.inputs[rows])
+        np.testing.assert_array_equal(part.labels, whole.labels[rows])
+    batches = (f.batch(jax.random.key(1), problem, data, "train") for f in (family, sampled))
+    np.testing.assert_array_equal(*(batch.inputs for batch in batches))
+    # Whatever else a batch holds, like the key of a variational autoencoder's noise, is whole.
+    noise = comparison._spaced(lambda *a: (jnp.arange(9), jax.random.key(0)), 3)
+    assert noise(None, None, None, "train")[0].tolist() == [0, 3, 6]
+
+
+def test_cells_of_a_suite_by_name():
+    cells = suites.SUITES["models"].cells
+    assert [c.name for c in suites.select(cells, ["nanogpt", "vae"])] == ["vae", "nanogpt"]
+    with pytest.raises(UserError, match="did you mean 'vae'"):
+        suites.select(cells, ["vaes"])
+
+
+def test_a_text_that_is_absent_is_replaced_and_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path))
+    cells, notes = suites.available(suites.SUITES["models"].cells)
+    assert [cell.name for cell in cells] == ["char LSTM", "nanogpt on pydoc"]
+    assert sum("nanogpt on pydoc in its place" in note for note in notes) == 1
+    assert {note.split(":")[0] for note in notes} >= {"resnet", "vit", "vae"}
+
+
+# --- budgets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("2h", 7200), ("90s", 90), ("20m", 1200), ("1h30m", 5400), ("1.5h", 5400)]
+)
+def test_a_budget_is_a_time(text, seconds):
+    assert budget.read(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "h", "0s", "-1h", "2 hours", "1m2h"])
+def test_what_is_no_time_is_told(text):
+    with pytest.raises(UserError, match="is no time: write it like 2h"):
+        budget.read(text)
+
+
+def test_a_budget_spans_the_kinds_before_it_repeats_one():
+    kinds = {"a": "x", "b": "x", "c": "x", "d": "y", "e": "z"}
+    costs = [5.0, 2.0, 3.0, 10.0, 4.0]
+    parts = [comparison.Part(Cell(name, TASK, kind), (9,)) for name, kind in kinds.items()]
+
+    def fit(seconds):
+        plan = budget.fit(parts, costs, seconds)
+        assert sum(plan.costs) <= seconds and len(plan.parts) + len(plan.left_out) == 5
+        return ["".join(part.cell.name for part in some) for some in (plan.parts, plan.left_out)]
+
+    # The cheapest of each kind, b, e, d; then of those that are left.
+    assert fit(24) == ["bedca", ""]
+    assert fit(19) == ["bedc", "a"]
+    # What does not fit is left out, and what comes after it may still fit.
+    assert fit(9) == ["bec", "ad"]
+    assert fit(1) == ["", "abcde"]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +422,8 @@ def test_tables_say_what_is_missing(timed, tmp_path):
     assert report.LEGEND in table
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["seed"] == 1 and len(content["rows"]) == 3
-    assert content["cells"][1] == dict(name="two", kind="data", task=CELLS[1].task, rows=None)
+    two = dict(name="two", kind="data", task=CELLS[1].task, rows=None, scored=None)
+    assert content["cells"][1] == two | {"horizons": [3, 6]}
     assert len(content["rows"][0]["each"]["train_loss"]) == 2
     assert "losses" not in content["rows"][0]["each"]
     slow, adam = content["rows"][:2]
@@ -348,6 +433,40 @@ def test_tables_say_what_is_missing(timed, tmp_path):
     assert (tmp_path / "curves-3.png").read_bytes().startswith(b"\x89PNG")
     nothing = report.write(tmp_path / "n", [], CELLS, (3,))
     assert "Not yet measured at 3 steps: one, two." in nothing
+
+
+def test_what_was_stored_makes_the_same_tables(timed, tmp_path):
+    """The page of a directory has, of the JSON alone, the tables that the measurement wrote."""
+    rows = list(measure())
+    cells = (*CELLS, Cell("three", TASK, horizons=(7,)))
+    text = report.write(tmp_path / "a", rows, cells, HORIZONS, notes=["two: a note."], about=ABOUT)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "results.json").rename(tmp_path / "b" / "mine.json")
+    paths = stored.regenerate(tmp_path / "b")
+    assert [path.name for path in paths] == ["tables.md", "mine-scorecard.png", "mine-profile.png"]
+    page, table = paths[0].read_text(), (tmp_path / "a" / "table.md").read_text()
+
+    def tables(text):
+        lines = text.replace(report.LEGEND, "").splitlines()
+        return [line for line in lines if line.startswith(("|", "- "))]
+
+    assert tables(page) == tables(table) and "Not yet measured at 7 steps: three." in page
+    assert "`python -m l2l.evaluate --optimizer=slow`" in page and "scorecard.png" in text
+    read, found, _ = stored.read(tmp_path / "b" / "mine.json")
+    assert str(read[0]._replace(curves=None)) == str(rows[0]._replace(curves=None))
+    assert [cell.steps(()) for cell in found] == [(3, 6), (3, 6), (7,)]
+
+
+def test_what_is_no_result_is_told(tmp_path):
+    with pytest.raises(UserError, match="holds no"):
+        stored.page(tmp_path)
+    for content in ("{", "{}", "[]", '{"rows": [{}], "cells": []}'):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(UserError, match="that this version of l2l wrote"):
+            stored.page(tmp_path)
+
+
+ABOUT = dict(command=["x", "--optimizer=slow"], seeds=2, seed=0, seconds=1.5, versions={"jax": "1"})
 
 
 def test_columns_that_say_nothing_are_left_out(timed, tmp_path):
@@ -366,6 +485,10 @@ def test_columns_that_say_nothing_are_left_out(timed, tmp_path):
         (["--suite=quick", "--baseline=none"], "leave out --baseline."),
         (["--suite=quick", "--horizons=0"], "are no steps"),
         (["--suite=quick", "--horizons=2e2"], "are no steps"),
+        (["--suite=quick", "--cells=mpl"], "did you mean 'mlp'"),
+        (["--suite=quick", "--budget=2"], "is no time"),
+        (["--budget=2h", "--cells=mlp"], "--cells and --budget choose among the cells of a suite"),
+        (["--from=docs", "--suite=quick"], "leave out"),
     ],
 )
 def test_bad_input_gets_one_clear_sentence(tmp_path, arguments, message):

@@ -2,7 +2,8 @@
 
     python -m l2l.evaluate --optimizer=runs/mlp,"adam(1e-2)" --task=mlp --set hidden=32
         --vary activations=relu,tanh,sigmoid --horizons=500,1000 --seeds=10 --output=scores
-    python -m l2l.evaluate --optimizer=mlp --suite=scorecard
+    python -m l2l.evaluate --optimizer=mlp --suite=scorecard --budget=2h
+    python -m l2l.evaluate --from=docs/results
 
 Its flags are explained by `--help`. Exit codes: 0 done, 2 an error to mend, 130 interrupted: the
 same command goes on from there.
@@ -27,7 +28,8 @@ from l2l.console.commands import command
 from l2l.console.configuration import split
 from l2l.console.errors import UserError
 from l2l.console.progress import Bar
-from l2l.evaluation import baselines, comparison, report, suites
+from l2l.evaluation import baselines, comparison, report, stored, suites
+from l2l.evaluation import budget as budgets
 from l2l.evaluation.comparison import Cell, Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.suites import Suite
@@ -123,6 +125,18 @@ def _flags() -> flags.FlagValues:
         "'sgd(0.1, momentum=0.9)'; comma-separated or repeated.",
     )
     text("suite", None, f"Score on the cells of a suite: {', '.join(suites.SUITES)}.")
+    listed("cells", None, "Of the suite these alone, by their names.")
+    text(
+        "budget",
+        None,
+        "Measure those cells of the suite that fit into a time like 2h, 20m or 90s, of every kind "
+        "some; what was left out is said.",
+    )
+    text(
+        "from",
+        None,
+        "Measure nothing: make tables and figures from the .json files of this directory, in it.",
+    )
     text("task", "mlp", f"One of {', '.join(registry.TASKS)}, or path/to/file.py:function.")
     several("set", [], "A setting of the task, like hidden=64,64.")
     text("vary", None, "One task for each value, like activations=relu,tanh,sigmoid.")
@@ -161,24 +175,39 @@ def main(argv, known: configuration.Known) -> int:
     """known: what may stand in which section of a configuration."""
     typed = configuration.parse(argv, _flags(), lambda: known, __doc__)
     values = typed.values
+    if (directory := values["from"].value) is not None:
+        return _regenerate(values, directory)
     environment.prepare()  # JAX is imported already, but reads this at its first use.
     entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
     if values.suite is None:
         sections = _sections(values, typed.config, known)
         cells = [cell for section in sections for cell in read_cells(section, values.vary)]
+        if given := [f"--{name}" for name in ("cells", "budget") if values[name].present]:
+            raise UserError(
+                f"{' and '.join(given)} choose among the cells of a suite: add --suite."
+            )
         chosen, notes = Suite(tuple(cells), (500, 1000), 10, _grids(values)), []
     else:
         chosen, notes = _suite(values, typed.config)
     chosen = chosen._replace(
         horizons=_horizons(values, chosen.horizons), seeds=values.seeds or chosen.seeds
     )
+    budget = None if values.budget is None else budgets.read(values.budget)
     # Before hours of work that it could not keep.
     output = files.folder(values.output, "--output")
+    parts, left = _plan(chosen, len(entries), budget, output)
+    notes = [*notes, *left]
     for note in notes:
         print(note, file=sys.stderr)
-    if values.suite is not None:
-        _announce(chosen, len(entries), output)
-    return _measure(values, entries, chosen, notes, output)
+    return _measure(values, entries, chosen, parts, notes, output, budget)
+
+
+def _regenerate(values, directory) -> int:
+    given = [f"--{name}" for name in values if values[name].present and name != "from"]
+    if given:
+        raise UserError(f"--from measures nothing: leave out {', '.join(given)}.")
+    print("\n".join(map(str, stored.regenerate(directory))))
+    return 0
 
 
 def _grids(values) -> tuple[Grid, ...]:
@@ -195,22 +224,41 @@ def _suite(values, config) -> tuple[Suite, list[str]]:
             f"leave out {', '.join(given)}."
         )
     chosen = suites.find(values.suite)
+    if values.cells is not None:
+        chosen = chosen._replace(cells=suites.select(chosen.cells, values.cells))
     cells, notes = suites.available(chosen.cells)
+    if values.horizons is not None:  # What is typed comes before a cell's own.
+        cells = tuple(cell._replace(horizons=()) for cell in cells)
     return chosen._replace(cells=cells), notes
 
 
-def _announce(chosen: Suite, entries: int, output) -> None:
+def _plan(chosen: Suite, entries: int, budget: float | None, output):
+    """(the parts to be measured, in order; sentences about what a budget leaves out). Says what
+    they cost."""
     parts = comparison.plan(chosen.cells, chosen.horizons)
-    seconds = sum(comparison.estimate(p, chosen.grids, chosen.seeds, entries) for p in parts)
-    print(
-        f"{len(chosen.cells)} cells × {len(chosen.horizons)} horizons × {chosen.seeds} problems: "
-        f"some {suites.duration(seconds)} of CPU time on one core, less what {output / 'cache'} "
-        "holds.",
-        file=sys.stderr,
-    )
+    costs = [comparison.estimate(p, chosen.grids, chosen.seeds, entries) for p in parts]
+    left = []
+    if budget is not None:
+        cores = min(len(jax.local_devices()), chosen.seeds)
+        parts, costs, rest = budgets.fit(parts, costs, budget * cores)
+        steps = sorted({h for part in rest for h in part.horizons})
+        for h in steps:
+            names = ", ".join(part.cell.name for part in rest if h in part.horizons)
+            left.append(f"Left out at {h:,} steps by the budget: {names}.")
+    runs = sum(len(part.horizons) for part in parts)
+    if budget is not None or any(cell.kind for cell in chosen.cells):
+        print(
+            f"{len({part.cell.name for part in parts})} cells, {runs} horizons in all, "
+            f"{chosen.seeds} {'problems' if chosen.seeds > 1 else 'problem'} each: some "
+            f"{suites.duration(sum(costs))} of CPU time on one core, less what "
+            f"{output / 'cache'} holds.",
+            file=sys.stderr,
+        )
+    return parts, left
 
 
-def _measure(values, entries, chosen: Suite, notes, output) -> int:
+# Seven: what is measured, how long, and where it goes.
+def _measure(values, entries, chosen: Suite, parts, notes, output, budget) -> int:
     """Measures, and writes what there is after every cell: a run that is killed leaves tables."""
     began, rows, bar = time.monotonic(), [], Bar(1.0)
 
@@ -225,14 +273,20 @@ def _measure(values, entries, chosen: Suite, notes, output) -> int:
         grids=chosen.grids,
         timed=True,
         cache_dir=output / "cache",
+        parts=parts,
         progress=bar.show,
     )
     code, field = 0, len(entries) + len(chosen.grids)
+    whole = field * sum(len(part.horizons) for part in parts)
     try:
         for row in measured:
             rows.append(row)
             if len(rows) % field == 0:
                 write(draw=False)
+                late = budget is not None and time.monotonic() - began > budget
+                if late and len(rows) < whole:
+                    notes = [*notes, "The budget was spent before all that it planned was done."]
+                    break
     except KeyboardInterrupt:
         code = 130
     bar.close()

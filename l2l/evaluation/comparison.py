@@ -43,6 +43,9 @@ class Cell(NamedTuple):
     whole:   likewise, CPU milliseconds a run for its measurements over whole splits.
     rows:    so many of each split are used; None for all.
     instead: the cell that is measured where this one's data are absent; None for none.
+    scored:  so many rows of a whole split are measured, evenly spaced, where batches come from all
+             of them; None for all.
+    horizons: its own training steps, in place of those that are asked for; () for none.
     """
 
     name: str
@@ -52,6 +55,12 @@ class Cell(NamedTuple):
     whole: float = 3.0
     rows: int | None = None
     instead: str | None = None
+    scored: int | None = None
+    horizons: tuple[int, ...] = ()
+
+    def steps(self, horizons: Sequence[int]) -> tuple[int, ...]:
+        """The steps after which it is measured where `horizons` are asked for, increasing."""
+        return tuple(sorted(set(self.horizons or horizons)))
 
     def load(self) -> tuple[base.TaskFamily, Any]:
         """The family and its data, cut to `rows` and placed once."""
@@ -60,7 +69,22 @@ class Cell(NamedTuple):
         data = family.data()
         if self.rows is not None:
             data = jax.tree.map(lambda x: x[: self.rows], data)
+        if self.scored is not None:
+            family = family._replace(batch=_spaced(family.batch, self.scored))
         return family, jax.device_put(data)
+
+
+def _spaced(batch: Callable, count: int) -> Callable:
+    """`batch` of a family, of whose whole splits at most `count` rows are left, evenly spaced."""
+
+    def cut(x):
+        return x[np.arange(count) * len(x) // count] if x.ndim and len(x) > count else x
+
+    def spaced(key, problem, data, split):
+        rows = batch(key, problem, data, split)
+        return rows if key is not None else jax.tree.map(cut, rows)
+
+    return spaced
 
 
 class Trial(NamedTuple):
@@ -126,6 +150,7 @@ def measure(
     grids: Sequence[Grid] = (Grid("adam"),),
     timed: bool = False,
     cache_dir: str | os.PathLike | None = None,
+    parts: Sequence["Part"] | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Iterator[Row]:
     """Measures optimizers and the best of each grid, in the order of `plan`. The rows of a cell at
@@ -138,10 +163,11 @@ def measure(
       timed: whether to measure the seconds of a training step too.
       cache_dir: where everything is kept as it comes, the timings too: the same call goes on where
         another was interrupted.
+      parts: what of `plan` is measured, and in which order; by default all of it.
       progress: called with (the part of the work that is done, what is being done).
     """
     entries = [_bindable(entry) for entry in entries]
-    parts = plan(cells, horizons)
+    parts = plan(cells, horizons) if parts is None else parts
     costs = [estimate(part, grids, problems.count, len(entries)) for part in parts]
     for i, (part, cost) in enumerate(zip(parts, costs, strict=True)):
         steps = ", ".join(f"{h:,}" for h in part.horizons)
@@ -166,13 +192,18 @@ def plan(cells: Sequence[Cell], horizons: Sequence[int]) -> list[Part]:
     """The parts in the order of measuring. Of several cells, the short horizons in all of them
     first, then each longer one, always from the cheapest cell on, so that what was done when it
     ends early is of use. A single cell is one part: its grids share their runs."""
-    steps = tuple(sorted(set(horizons)))
-    short = tuple(h for h in steps if h <= TOGETHER)
-    groups = [short] * bool(short) + [(h,) for h in steps if h > TOGETHER]
-    if len(cells) == 1:
-        groups = [steps]
-    cheapest = sorted(cells, key=lambda cell: cell.cost)
-    return [Part(cell, group) for group in groups for cell in cheapest]
+    parts = []
+    for cell in cells:
+        steps = cell.steps(horizons)
+        short = tuple(h for h in steps if h <= TOGETHER)
+        groups = [short] * bool(short) + [(h,) for h in steps if h > TOGETHER]
+        parts += [Part(cell, group) for group in ([steps] if len(cells) == 1 else groups)]
+
+    def place(part):
+        longest = part.horizons[-1]
+        return longest if longest > TOGETHER else 0, part.cell.cost
+
+    return sorted(parts, key=place)
 
 
 def estimate(part: Part, grids: Sequence[Grid], count: int, entries: int) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from l2l.console.errors import UserError
+from l2l.evaluation import aggregate
 from l2l.storage import files
 
 if TYPE_CHECKING:  # Tables need no JAX.
@@ -146,9 +147,58 @@ def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) ->
     return Path(path)
 
 
+def profiles(scores: Sequence[aggregate.Score], path: str | os.PathLike) -> Path:
+    """Draws performance profiles in steps and, where steps were timed, in seconds
+    (`aggregate.profile`), and writes them as PNG. Higher and further left is better.
+
+    Args:
+      path: of the file; its directory must exist.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = not all(math.isnan(score.time) for score in scores)
+    measures = (("cost", "steps"), ("time", "seconds"))[: 1 + timed]
+    canvas = Figure(figsize=(4.6 * len(measures), 3.8), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(1, len(measures), squeeze=False, sharey=True)[0]
+    factors = np.geomspace(1, 16, 400)
+    for axis, (of, unit) in zip(axes, measures, strict=True):
+        for i, (name, shares) in enumerate(aggregate.profile(scores, of, factors.tolist()).items()):
+            style = dict(color=PALETTE[i % len(PALETTE)], linewidth=1.6)
+            axis.step(factors, shares, where="post", label=name, ls=LINES[i % len(LINES)], **style)
+        axis.set(xscale="log", xlim=(1, 16), ylim=(-0.02, 1.02))
+        axis.set(xlabel=f"times the fewest {unit} to the validation target")
+        axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0].set_ylabel("share of cells")
+    axes[0].legend(fontsize="small")
+    image = io.BytesIO()
+    canvas.savefig(image, format="png", dpi=150)
+    files.write(path, image.getvalue())
+    return Path(path)
+
+
 def all_of(directory: Path, rows: Sequence["Row"]) -> list[Path]:
     """Draws curves-….png, one for each horizon, and for several cells with a baseline one scorecard
-    for each optimizer; the paths."""
+    for each optimizer and the performance profiles; the paths."""
+    paths = comparisons(directory, rows)
+    for steps in sorted({row.steps for row in rows}):
+        panels: dict[str, dict] = {}
+        for row in rows:
+            if row.steps == steps:
+                panels.setdefault(row.cell, {})[row.optimizer] = row.curves.losses
+        paths.append(curves(panels, directory / f"curves-{steps}.png"))
+    return paths
+
+
+def comparisons(directory: Path, rows: Sequence["Row"], prefix: str = "") -> list[Path]:
+    """Draws what `results.json` has enough for: of several cells with a baseline one scorecard for
+    each optimizer and the performance profiles; the paths.
+
+    Args:
+      prefix: of the names of the files.
+    """
     paths = []
     names = list(dict.fromkeys(row.optimizer for row in rows if row.setting is None))
     several = len({row.cell for row in rows}) > 1
@@ -163,14 +213,11 @@ def all_of(directory: Path, rows: Sequence["Row"]) -> list[Path]:
             where = {"cell": row.cell, "kind": row.kind or "all", "steps": row.steps}
             ratio, speed = (row.ratio, *row.interval), (sooner["steps"], *sooner["interval"])
             points.append(where | {"ratio": ratio, "sooner": speed})
-        path = directory / ("scorecard.png" if i == 0 else f"scorecard-{i + 1}.png")
+        path = directory / f"{prefix}scorecard{f'-{i + 1}' if i else ''}.png"
         paths.append(scorecard(points, path, f"{name} beside tuned {reference}"))
-    for steps in sorted({row.steps for row in rows}):
-        panels: dict[str, dict] = {}
-        for row in rows:
-            if row.steps == steps:
-                panels.setdefault(row.cell, {})[row.optimizer] = row.curves.losses
-        paths.append(curves(panels, directory / f"curves-{steps}.png"))
+    scores = aggregate.score(rows) if several else []
+    if scores:
+        paths.append(profiles(scores, directory / f"{prefix}profile.png"))
     return paths
 
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from l2l.evaluation import figures, statistics
+from l2l.evaluation import aggregate, figures, statistics
 from l2l.storage import files
 
 if TYPE_CHECKING:  # Tables need no JAX.
@@ -39,10 +39,32 @@ training loss, for this cell and horizon, chosen on the very problems it is comp
   a baseline against itself; geometric mean over problems.
 - *time/…*: the same in time: steps/… times the seconds of a training step of the baseline over
   those of this optimizer (*µs*), both measured in turns in the same run, medians.
+- *validation*: loss over the validation split (over 1,024 evenly spaced examples where it has more)
+  after the last step, mean over problems; of a tuned baseline, that of its setting with the lowest
+  one, which need not be the setting of *train*. *validation ratio*: that over the one of the first
+  tuned baseline, whose end is the validation target.
+- *to target*: how many times fewer steps than the first tuned baseline to the validation target. It
+  is looked at after every twentieth of the horizon, in means over problems. Of one that never
+  reaches the target, the steps of both to the best that it does reach; a run whose loss is never
+  finite took all its steps for the baseline's first measurement. *target in time*: the same in
+  seconds.
 
 In the summary: *steps/…* and *time/…*, medians over cells; *ratio*, geometric mean over cells;
 *train no worse*, the share of cells with a ratio of at most 1; *test within 2 %*, the share with a
 test ratio of at most 1.02; *points*, the mean over cells.
+
+Over cells, all is beside the first tuned baseline. *to target*, *target in time*, *validation
+ratio*, *ratio* (of training losses): interquartile means of the logarithms, which leave out a
+quarter of the cells at either end, and in brackets their 95 % intervals (percentile bootstrap over
+cells; several horizons of a cell are one number, their mean; ratios count within 1e-8 and 1e8).
+*judged*: of *ratio*, but of *validation ratio* where the training loss of either of the two ends
+below 1e-4, as good as zero. *reached*: the share of cells and horizons in which the target was
+reached. *trained on* are families that the released optimizers were trained on, *unseen* the
+others.
+
+The performance profile (Dolan and Moré, 2002): the share of cells and horizons in which an
+optimizer reached the validation target with at most so many times the steps, or the seconds, of
+the optimizer in these tables that was there first.
 """
 
 
@@ -84,41 +106,127 @@ def write(
       about: what else results.json should say, as plain data.
     """
     directory = files.folder(directory, "--output")
-    order = [cell.name for cell in cells]
-    rows = sorted(rows, key=lambda row: (row.steps, order.index(row.cell)))
-    summary, lacking = statistics.summarise(rows), missing(rows, cells, horizons)
-    notes = [*lacking, *notes, *statistics.without_ratio(rows)]
-    notes += [f"{row.cell}: {note}" for row in rows for note in row.notes]
-    tables = {steps: _at(steps, rows, cells) for steps in sorted(set(horizons))}
-    whole = "".join(f"\n## {steps:,} steps\n\n{text}" for steps, text in tables.items())
-    overall = table([_joined(row) for row in summary]) if rows else ""
-    short = overall if len(cells) > 1 else whole
-    said = "".join(f"\n{note}\n" for note in (notes if len(cells) == 1 else lacking))
-    text = f"# Scorecard\n\n{overall}\n{LEGEND}{whole}"
-    text += "\n## Notes\n\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
+    page = lay_out(rows, cells, horizons, notes)
     paths = [directory / "table.md"]
-    files.write(paths[0], text.encode())
-    content = dict(about, summary=summary, rows=[_stored(row) for row in rows], notes=notes)
-    content["cells"] = [_described(cell) for cell in cells]
+    files.write(paths[0], f"# Scorecard\n\n{page.overall}\n{LEGEND}{page.rest}".encode())
+    stored = [_stored(row) for row in page.rows]
+    content = dict(about, summary=statistics.summarise(page.rows), rows=stored, notes=page.notes)
+    content["cells"] = [_described(cell, horizons) for cell in cells]
     paths.append(write_json(directory / "results.json", content))
     if draw and rows:
-        paths += figures.all_of(directory, rows)
-    return f"{short}{said}\n" + "\n".join(map(str, paths))
+        paths += figures.all_of(directory, page.rows)
+    return f"{page.short}\n" + "\n".join(map(str, paths))
+
+
+class Page(NamedTuple):
+    """Rows in the order of the tables, and the tables.
+
+    overall: the summaries over cells. rest: a table a horizon, and the notes. short: what a
+    terminal is shown. notes: the sentences for the reader.
+    """
+
+    rows: list["Row"]
+    overall: str
+    rest: str
+    short: str
+    notes: list[str]
+
+
+def lay_out(
+    rows: Sequence["Row"],
+    cells: Sequence["Cell"],
+    horizons: Sequence[int],
+    notes: Sequence[str] = (),
+    level: str = "##",
+) -> Page:
+    """The tables of some rows, under headings of a level; for the rest see `write`."""
+    order = [cell.name for cell in cells]
+    rows = sorted(rows, key=lambda row: (row.steps, order.index(row.cell)))
+    lacking = missing(rows, cells, horizons)
+    notes = [*lacking, *notes, *statistics.without_ratio(rows)]
+    notes += [f"{row.cell}: {note}" for row in rows for note in row.notes]
+    notes = list(dict.fromkeys(notes))  # Notes that were stored hold all of these already.
+    scores = aggregate.score(rows)
+    tables = {steps: _at(steps, rows, scores, wanted) for steps, wanted in _wanted(cells, horizons)}
+    whole = "".join(f"\n{level} {steps:,} steps\n\n{text}" for steps, text in tables.items())
+    summary = table([_joined(row) for row in statistics.summarise(rows)]) if rows else ""
+    over = over_cells(scores, level) if len(cells) > 1 else ""
+    said = "".join(f"\n{note}\n" for note in (notes if len(cells) == 1 else lacking))
+    told = f"\n{level} Notes\n\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
+    short = summary + over if len(cells) > 1 else whole
+    return Page(rows, summary + over, whole + told, short + said, notes)
+
+
+def over_cells(scores: Sequence[aggregate.Score], level: str = "##") -> str:
+    """Interquartile means and performance profiles as tables; nothing of no scores."""
+    if not scores:
+        return ""
+    shown = []
+    for row in aggregate.overall(scores):
+        one = {"optimizer": row["optimizer"], "cells": f"{row['cells']}, {row['n']}"}
+        for name, measure in _MEASURES.items():
+            one[name] = _interval(*row[measure])
+        shown.append(one | {"reached": row["reached"]})
+    text = f"\n{level} Over cells\n\n{table(shown)}"
+    timed = not all(math.isnan(score.time) for score in scores)
+    for of, title in (("cost", "Steps"), ("time", "Seconds"))[: 1 + timed]:
+        shares = aggregate.profile(scores, of)
+        headed = [
+            {"optimizer": name, **dict(zip(_FACTORS, own, strict=True))}
+            for name, own in shares.items()
+        ]
+        text += f"\n{level} {title} to the validation target, of the fewest\n\n{table(headed)}"
+    return text
+
+
+_MEASURES = {
+    "to target": "sooner",
+    "target in time": "quicker",
+    "validation ratio": "validation",
+    "ratio": "train",
+    "judged": "judged",
+}
+_FACTORS = [
+    "reached" if math.isinf(factor) else f"within {factor:g} ×" for factor in aggregate.FACTORS
+]
+
+
+def _interval(middle: float, low: float, high: float) -> str:
+    return _text(middle) + ("" if math.isnan(low) else f" ({low:.2g} … {high:.2g})")
 
 
 def missing(rows: Sequence["Row"], cells: Sequence["Cell"], horizons: Sequence[int]) -> list[str]:
     """A sentence a horizon for the cells that should have been measured and were not."""
     have = {(row.cell, row.steps) for row in rows}
     sentences = []
-    for steps in sorted(set(horizons)):
-        if lacking := [cell.name for cell in cells if (cell.name, steps) not in have]:
+    for steps, wanted in _wanted(cells, horizons):
+        if lacking := [cell.name for cell in wanted if (cell.name, steps) not in have]:
             sentences.append(f"Not yet measured at {steps:,} steps: {', '.join(lacking)}.")
     return sentences
 
 
-def _at(steps: int, rows: Sequence["Row"], cells: Sequence["Cell"]) -> str:
+def _wanted(cells: Sequence["Cell"], horizons: Sequence[int]) -> list[tuple[int, list["Cell"]]]:
+    """The cells that are to be measured at each horizon, in its order."""
+    found: dict[int, list[Cell]] = {}
+    for cell in cells:
+        for steps in cell.steps(horizons):
+            found.setdefault(steps, []).append(cell)
+    return sorted(found.items())
+
+
+def _at(
+    steps: int,
+    rows: Sequence["Row"],
+    scores: Sequence[aggregate.Score],
+    cells: Sequence["Cell"],
+) -> str:
     """The table of one horizon, without the columns that say nothing in any row."""
-    here = [_shown(row) for row in rows if row.steps == steps]
+    scored = {(one.cell, one.horizon, one.optimizer): one for one in scores}
+    here = [
+        _shown(row, scored.get((row.cell, steps, row.optimizer)))
+        for row in rows
+        if row.steps == steps
+    ]
     done = {row["cell"] for row in here}
     here += [
         {"cell": cell.name, "kind": cell.kind or None, "optimizer": "not yet measured"}
@@ -131,7 +239,7 @@ def _at(steps: int, rows: Sequence["Row"], cells: Sequence["Cell"]) -> str:
     return table([{c: v for c, v in row.items() if c not in empty} for row in here])
 
 
-def _shown(row: "Row") -> dict:
+def _shown(row: "Row", score: aggregate.Score | None) -> dict:
     """A row as the table has it."""
     low, high = row.interval
     shown = {
@@ -151,6 +259,10 @@ def _shown(row: "Row") -> dict:
     for measure in ("steps", "time"):
         for kind, sooner in row.sooner.items():
             shown[f"{measure}/{kind}"] = sooner[measure]
+    if score is not None:
+        shown["validation"] = float(aggregate.validation_of(row)[-1])
+        shown["validation ratio"] = score.validation
+        shown |= {"to target": score.sooner, "target in time": score.quicker}
     return shown | {"µs": 1e6 * row.seconds}
 
 
@@ -174,10 +286,11 @@ def _each(runs: "Curves") -> dict:
     return {name: x for name, x in runs._asdict().items() if name != "losses"}
 
 
-def _described(cell: "Cell") -> dict:
+def _described(cell: "Cell", horizons: Sequence[int]) -> dict:
     """A cell as results.json has it: of a family its name alone."""
     task = getattr(cell.task, "name", cell.task)
-    return {"name": cell.name, "kind": cell.kind, "task": task, "rows": cell.rows}
+    described = {"name": cell.name, "kind": cell.kind, "task": task, "rows": cell.rows}
+    return described | {"scored": cell.scored, "horizons": cell.steps(horizons)}
 
 
 def write_json(path: str | os.PathLike, content) -> Path:

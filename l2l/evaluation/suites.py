@@ -2,6 +2,7 @@
 
     python -m l2l.evaluate --optimizer=mlp --suite=quick
     python -m l2l.evaluate --optimizer=mlp --suite=scorecard --horizons=200,1000
+    python -m l2l.evaluate --optimizer=lstm --suite=models --cells=vae,nanogpt
 
 The problems of a cell differ in their initial values and batches alone.
 """
@@ -21,6 +22,7 @@ KINDS = (
     "activation",
     "architecture",
     "data",
+    "models",
 )
 
 
@@ -100,9 +102,54 @@ _CELLS = (
     Cell("diabetes", _mlp("tanh", "diabetes"), "data", 18, 1),
     Cell("wine", _mlp("gelu", "wine"), "data", 17, 1),
 )
-CELLS = {cell.name: cell for cell in _CELLS}
+
+# Models of real size, each some minutes of a core: the horizons are their own, and of whole splits
+# a sample is measured. The steps of nanogpt are those of its recipe.
+_MODELS = (
+    Cell(
+        "vae",
+        _task("vae", activations=("relu",)),
+        "models",
+        5500,
+        60,
+        scored=2000,
+        horizons=(2000,),
+    ),
+    Cell(
+        "mlp with LayerNorm",
+        _mlp("gelu", "mnist", (512, 512), layer_norm=True, batch_size=1024),
+        *("models", 32_000, 60),
+        scored=2000,
+        horizons=(500,),
+    ),
+    Cell("char LSTM", _task("char_lstm"), "models", 72_000, 900, scored=400, horizons=(500,)),
+    Cell(
+        "vit",
+        _task("vit", patch=7, activations=("gelu",)),
+        *("models", 100_000, 900),
+        scored=1000,
+        horizons=(500,),
+    ),
+    Cell(
+        "nanogpt",
+        _task("nanogpt", dataset="tinyshakespeare"),
+        *("models", 142_000, 2400),
+        instead="nanogpt on pydoc",
+        scored=600,
+        horizons=(2000,),
+    ),
+    Cell("resnet", _task("resnet"), "models", 310_000, 2400, scored=500, horizons=(500,)),
+    Cell(
+        "nanogpt on pydoc",
+        _task("nanogpt", dataset="pydoc"),
+        *("models", 142_000, 2400),
+        scored=600,
+        horizons=(2000,),
+    ),
+)
+CELLS = {cell.name: cell for cell in (*_CELLS, *_MODELS)}
 _QUICK = ("mlp", "mlp 4x wider", "logistic from zero", "breast cancer")
-_STAND_INS = ("breast cancer", "diabetes", "wine")
+_STAND_INS = ("breast cancer", "diabetes", "wine", "nanogpt on pydoc")
 SUITES = {
     "scorecard": Suite(
         cells=tuple(cell for cell in _CELLS if cell.name not in _STAND_INS),
@@ -116,12 +163,26 @@ SUITES = {
         seeds=6,
         grids=(Grid("adam", eps_roots=(0.0,)),),
     ),
+    "models": Suite(
+        cells=tuple(cell for cell in _MODELS if cell.name not in _STAND_INS),
+        horizons=(500,),
+        seeds=1,  # A run takes minutes.
+        grids=(Grid("adamw", (6e-4, 1.6e-2, 4), ("cosine",), eps_roots=(0.0,), extensions=0),),
+    ),
 }
 
 
 def find(name: str) -> Suite:
     """The suite of that name; UserError with the nearest for an unknown one."""
     return SUITES[datasets.check_name("suite", name, SUITES)]
+
+
+def select(cells: Sequence[Cell], names: Sequence[str]) -> tuple[Cell, ...]:
+    """The cells of these names, in the order of the suite; UserError with the nearest for an
+    unknown one."""
+    known = [cell.name for cell in cells]
+    wanted = [datasets.check_name("cell of the suite", name, known) for name in names]
+    return tuple(cell for cell in cells if cell.name in wanted)
 
 
 def dataset_of(cell: Cell) -> str:

@@ -1,0 +1,114 @@
+"""Results that were stored as JSON, and the page of tables and figures that is made of them alone:
+
+    python -m l2l.evaluate --from=docs/results
+
+reads every `NAME.json` of a directory, each the `results.json` of a measurement, and writes
+`tables.md`, and figures `NAME-….png`, beside them.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2l.console.errors import UserError
+from l2l.evaluation import figures, report
+from l2l.evaluation.comparison import Cell, Row, Selected, Trial
+from l2l.evaluation.curves import Curves
+from l2l.storage import files
+
+PAGE = "tables.md"
+
+
+def read(path: str | os.PathLike) -> tuple[list[Row], list[Cell], dict]:
+    """(rows, cells, whatever else it says) of a `results.json`; of the rows' curves the loss of
+    each batch is not there, (). UserError if it is none, or one of another version."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+        rows = [_row(row) for row in content.pop("rows")]
+        cells = [_cell(cell) for cell in content.pop("cells")]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a results.json that this version of l2l wrote ({error!r}): measure it "
+            "anew with `python -m l2l.evaluate`."
+        ) from None
+    return rows, cells, content
+
+
+def page(directory: str | os.PathLike) -> tuple[str, dict[str, list[Row]]]:
+    """(the page of tables, the rows by the names of their files) of all results in a directory;
+    UserError where there are none."""
+    paths = sorted(Path(directory).glob("*.json"))
+    if not paths:
+        raise UserError(f"{directory} holds no .json: copy a results.json into it, by any name.")
+    text = (
+        "# Measured\n\nMade from the JSON files beside it, by "
+        f"`python -m l2l.evaluate --from={Path(directory).as_posix()}`.\n\n{report.LEGEND}"
+    )
+    found = {}
+    for path in paths:
+        rows, cells, about = read(path)
+        found[path.stem] = rows
+        laid = report.lay_out(rows, cells, (), about["notes"], "###")
+        text += f"\n## {path.stem}\n\n{_told(about)}\n{laid.overall}{laid.rest}"
+    return text, found
+
+
+def regenerate(directory: str | os.PathLike) -> list[Path]:
+    """Writes the page of a directory and its figures into it; their paths."""
+    text, found = page(directory)
+    paths = [Path(directory) / PAGE]
+    files.write(paths[0], text.encode())
+    for name, rows in found.items():
+        paths += figures.comparisons(Path(directory), rows, f"{name}-")
+    return paths
+
+
+def _told(about: dict) -> str:
+    command = " ".join(["python -m l2l.evaluate", *about["command"][1:]])
+    return (
+        f"`{command}`\n\n{about['seeds']} problems a cell, seed {about['seed']}; "
+        f"{about['seconds']:g} seconds, less what was kept of earlier ones; "
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        + "."
+    ) + "\n"
+
+
+def _row(stored: dict) -> Row:
+    stored = dict(stored)
+    given = {
+        "curves": _curves(stored.pop("each")),
+        "by_validation": _selected(stored.pop("by_validation")),
+        "trials": tuple(Trial(**_numbers(trial)) for trial in stored.pop("trials")),
+        "setting": stored.pop("setting"),
+        "notes": tuple(stored.pop("notes")),
+    }
+    return Row(**_numbers(stored), **given)
+
+
+def _selected(stored: dict | None) -> Selected | None:
+    return None if stored is None else Selected(stored["setting"], _curves(stored["each"]))
+
+
+def _curves(each: dict) -> Curves:
+    return Curves(losses=(), **{name: np.asarray(_numbers(x)) for name, x in each.items()})
+
+
+def _cell(stored: dict) -> Cell:
+    stored = dict(stored, horizons=tuple(stored["horizons"]))
+    return Cell(**stored)
+
+
+def _numbers(content) -> Any:
+    """What `report.plain` made of numbers: null is NaN, and infinities are text."""
+    if isinstance(content, dict):
+        return {key: _numbers(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return tuple(_numbers(value) for value in content)
+    if content is None:
+        return math.nan
+    return float(content) if content in ("inf", "-inf") else content
