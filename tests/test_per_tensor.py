@@ -16,7 +16,7 @@ from l2l.estimators.autodiff import truncated
 from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import Objective
 from l2l.optimizers import soap
-from l2l.optimizers.per_tensor import FEATURES, per_tensor
+from l2l.optimizers.per_tensor import FEATURES, RAMP, per_tensor
 from l2l.storage import exports
 from l2l.training import meta_step
 
@@ -82,8 +82,9 @@ def test_decay_acts_where_the_step_goes_towards_zero_too():
     plain, decayed = (run(bound(weight_decay=x, bound=0.0), 1)[0] for x in (0.0, 0.5))
     for name, p in PARAMS.items():
         rate = 0.025 * (64 / max(p.size // p.shape[-1], p.shape[-1])) ** 0.5
-        wanted = jnp.where((plain[name] * p < 0) & (p.ndim > 1), -rate * 0.5 * p, 0)
-        assert bool(jnp.any(wanted == 0)) and (p.ndim == 1 or bool(jnp.any(wanted != 0)))
+        towards = jnp.clip(-plain[name] / rate * jnp.sign(p) / RAMP, 0, 1) * (p.ndim > 1)
+        assert bool(jnp.any(towards == 0)) and (p.ndim == 1 or bool(jnp.any(towards == 1)))
+        wanted = -rate * 0.5 * towards * p
         np.testing.assert_allclose(decayed[name] - plain[name], wanted, rtol=1e-3, atol=1e-7)
 
 

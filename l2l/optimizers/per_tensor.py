@@ -24,6 +24,9 @@ from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # Averages over time of what is pooled over a tensor, a step.
 FAST, SLOW = 0.9, 0.99
+# Decay is whole where the nominal direction goes so far towards zero; its numbers are 1 in size
+# where gradients agree. From 0 to here decay grows: a sudden switch would have no derivative.
+RAMP = 0.1
 LEARN = ("network", "numbers", "all")
 # What is left of the rate at the horizon, before the power.
 ANNEALED = 1e-3
@@ -255,7 +258,8 @@ def _combine(settings, decayed: bool, seen, coefficients, params):
         zip(leaves, jax.tree.leaves(ahead), jax.tree.leaves(moved), strict=True)
     ):
         step = coefficients[0, i] * d if single else u
-        decay = jnp.where(p * d > 0, coefficients[-1, i] * p, 0)
+        towards = jnp.clip(jnp.sign(p) * d / RAMP, 0, 1)
+        decay = coefficients[-1, i] * towards * p
         updates.append((step + decay).astype(p.dtype))
     return treedef.unflatten(updates)
 
