@@ -1,4 +1,4 @@
-"""AdamW with its settings in theta: against optax, and at the end of a run against random search."""
+"""AdamW with its settings in theta: against optax, and as a run ends beside random search."""
 
 import json
 
