@@ -6,7 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from l2l.evaluation import baselines
+import l2l
+from l2l import tasks
+from l2l.core import unroll
+from l2l.evaluation import baselines, suites, tuning
+from l2l.evaluation.curves import Problems
 from l2l.optimizers import adam
 
 STEPS = 5
@@ -57,20 +61,95 @@ def test_learned_adam_has_a_meta_gradient_only_thanks_to_eps_root():
 
 
 @pytest.mark.parametrize("name", baselines.KINDS)
-@pytest.mark.parametrize("horizon", [0, STEPS])
-def test_a_grid_is_what_its_expression_says(name, horizon):
-    point = baselines.setting(0.03, horizon, 1e-8)
+@pytest.mark.parametrize("schedule", baselines.SCHEDULE_KINDS)
+def test_a_point_is_what_its_expression_says(name, schedule):
+    point = baselines.scheduled(0.03, schedule, STEPS, 1e-8, 0.1)
     own = walk(baselines.grid(name).bind(point))
     typed = baselines.parse(baselines.expression(name, point))
     np.testing.assert_allclose(own, walk(typed), rtol=1e-5)
     assert bool(jnp.isfinite(walk(baselines.grid(name).bind(baselines.setting(0.03)))).all())
 
 
+def muon(rate, decay):
+    return optax.contrib.muon(rate, weight_decay=decay, adam_weight_decay=decay, consistent_rms=0.2)
+
+
+RIVALS = {
+    "adam": lambda rate, decay: optax.adam(rate),
+    "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
+    "nadamw": lambda rate, decay: optax.nadamw(rate, weight_decay=decay),
+    "muon": muon,
+    "schedule_free_adamw": lambda rate, decay: optax.contrib.schedule_free_adamw(
+        rate, weight_decay=decay
+    ),
+    "prodigy": lambda rate, decay: optax.contrib.prodigy(rate, weight_decay=decay),
+    "soap": lambda rate, decay: l2l.soap(rate, weight_decay=decay),
+}
+
+
+@pytest.mark.parametrize("kind", suites.RIVALS, ids=lambda grid: grid.kind)
+def test_every_trial_of_a_rival_is_its_optimizer_run_by_hand(kind):
+    """Two layers, so that there are matrices; the schedules are optax's."""
+    family = tasks.mlp(hidden=(4,), activations=("tanh",), batch_size=8)
+    data, key, steps = family.data(), jax.random.key(2), 6
+    grid = kind._replace(rates=(0.01, 0.1, 2))
+    trials = grid.trials()
+    tuned = tuning.tune(grid, family, data, Problems(key, 1), (steps,))
+    assert len(tuned.points) == len(trials) == 2 * tuning.EACH
+    for point in tuned.points[1::2]:
+        rate, horizon = point.learning_rate, point.horizon
+        schedule = {
+            "constant": rate,
+            "warmup": optax.warmup_constant_schedule(0.1 * rate, rate, 1),
+            "cosine": optax.cosine_decay_schedule(rate, horizon),
+            "warmup cosine": optax.warmup_cosine_decay_schedule(0.1 * rate, rate, 1, horizon),
+        }[point.schedule]
+        optimizer = RIVALS[grid.kind](schedule, point.weight_decay)
+        losses = by_hand(optimizer, family, data, jax.random.fold_in(key, 0), horizon)
+        found = [x[0] for x in (point.train_loss, point.validation_loss, point.test_loss)]
+        np.testing.assert_allclose(found, losses, rtol=1e-3)
+
+
+def by_hand(optimizer, family, data, key, steps):
+    """The losses over whole splits at the end of a run, of the averages where it has them."""
+    fold = jax.random.fold_in
+    problem = family.sample(fold(key, unroll.SAMPLE))
+    params = family.init(fold(key, unroll.INIT), problem)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, t):
+        batch = family.batch(fold(fold(key, unroll.TRAIN), t), problem, data, "train")
+        gradient = jax.grad(family.loss)(params, problem, batch)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for t in range(steps):
+        params, state = step(params, state, t)
+    if hasattr(state, "z"):
+        params = optax.contrib.schedule_free_eval_params(state, params)
+    splits = ("train", "validation", "test")
+    return [family.loss(params, problem, family.batch(None, problem, data, s)) for s in splits]
+
+
+def test_spaces_are_declared_and_have_the_same_number_of_trials():
+    for grid in suites.RIVALS:
+        kind, trials = baselines.kind(grid.kind), grid.trials()
+        assert len(set(trials)) == len(trials) == tuning.TRIALS and grid.trials() == trials
+        assert {t.schedule for t in trials} == set(kind.schedules)
+        assert {t.weight_decay for t in trials} == set(kind.decays)
+        rates = [grid.rate(t.number) for t in trials]
+        np.testing.assert_allclose((min(rates), max(rates)), (kind.low, kind.high))
+        others = [t[1:] for t in trials]
+        often = [others.count(other) for other in set(others)]
+        assert max(often) - min(often) <= 1  # All settings equally often.
+
+
 def test_adam_of_the_grid_is_optax_adam():
-    own = baselines.grid("adam", b1=0.8).bind(baselines.setting(0.03, 0, 1e-6))
+    own = baselines.grid("adam", b1=0.8).bind(baselines.setting(0.03, eps_root=1e-6))
     np.testing.assert_allclose(walk(own), walk(optax.adam(0.03, 0.8, eps_root=1e-6)), rtol=1e-6)
     schedule = optax.cosine_decay_schedule(0.03, 4)
-    own = baselines.grid("adam").bind(baselines.setting(0.03, 4))
+    own = baselines.grid("adam").bind(baselines.setting(0.03, horizon=4))
     np.testing.assert_allclose(walk(own), walk(optax.adam(schedule)), rtol=1e-5)
 
 

@@ -14,7 +14,7 @@ from together import config_of
 import l2l
 from l2l.console.commands import command
 from l2l.console.errors import UserError
-from l2l.evaluation import cli
+from l2l.evaluation import cli, entries
 from l2l.storage import exports, files
 from l2l.tasks import called, registry
 from l2l.training import experiment, run_directory, sweep_summary
@@ -239,7 +239,7 @@ def test_an_optimizer_that_is_not_there(tmp_path, monkeypatch, text, sentence):
     (tmp_path / "myrun").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=sentence) as error:
-        cli.read_optimizer(text)
+        entries.read(text)
     assert "\n" not in str(error.value)
 
 
@@ -248,8 +248,8 @@ def test_a_name_is_not_moved_by_what_lies_in_the_working_directory(tmp_path, mon
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     assert exports.locate("lstm") == exports.released()["lstm"]
-    assert cli.read_optimizer("lstm").name == "lstm"
-    assert cli.read_optimizer("adam").theta is None
+    assert entries.read("lstm").name == "lstm"
+    assert entries.read("adam").theta is None
     for path in ("./lstm", Path("lstm"), tmp_path / "lstm"):
         with pytest.raises(UserError, match=r"has no optimizer\.safetensors yet"):
             exports.locate(path)

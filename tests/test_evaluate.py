@@ -186,7 +186,7 @@ def test_ratios_of_losses():
 
 def measured(family, tmp_path):
     """(the row of a slow descent, that of the best of three, the text of their table)."""
-    grid = Grid("sgd", rates=(0.1, 1.0, 3), eps_roots=(0.0,), extensions=0)
+    grid = Grid("sgd", rates=(0.1, 1.0, 3), extensions=0)
     cell, problems = comparison.Cell(family.name, family), Problems(jax.random.key(0), 2)
     entry = comparison.Entry("slow", optax.sgd(1e-3))
     rows = list(comparison.measure([entry], [cell], (4,), problems, grids=(grid,)))
@@ -358,9 +358,9 @@ def test_two_devices_give_what_one_gives():
 
 def test_prefixes_of_a_constant_rate_equal_direct_runs():
     family, key = noisy(), jax.random.key(4)
-    grid = Grid("adam", rates=(1e-3, 1e-1, 3), extensions=0)
+    grid = Grid("adam", (1e-3, 1e-1, 3), eps_roots=(0.0, 1e-8), each=None, extensions=0)
     tuned = tuning.tune(grid, family, (), Problems(key, 2), (3, 6))
-    assert len(tuned.points) == 2 * 2 * 2 * 3
+    assert len(tuned.points) == 2 * 2 * 3 * 3
     for point in tuned.points[:: len(tuned.points) // 5]:
         name = baselines.expression("adam", tuning.point_setting(point))
         direct = evaluate.evaluate(key, baselines.parse(name), family, (), 2, point.horizon)
@@ -375,11 +375,12 @@ def test_a_grid_grows_where_its_best_is_at_the_edge_and_says_so():
         tuned = tuning.tune(grid, bowl(), (), problems, (10,))
         best = tuned.by_train_loss[10]
         assert 0.3 < best.learning_rate < 2.5
-        assert len(tuned.points) > 5 and len(tuned.points) % 3 == 2
+        rates = [point.learning_rate for point in tuned.points]
+        assert len(rates) > 5 and len(rates) % 3 == 2 and len(set(rates)) == len(rates)
         assert "was extended to" in tuned.notes[0] and len(tuned.notes) == 1, end
     grid = Grid("sgd", rates=(1e-6, 1e-5, 5), schedules=("constant",), extensions=1)
     stuck = tuning.tune(grid, bowl(), (), problems, (10,))
-    assert "still sits at the edge" in stuck.notes[-1]
+    assert "sits at the edge" in stuck.notes[-1] and "allow more than 1" in stuck.notes[-1]
 
 
 def test_the_cache_saves_the_work_and_knows_other_work(tmp_path, monkeypatch):

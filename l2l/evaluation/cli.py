@@ -10,11 +10,8 @@ same command goes on from there.
 """
 
 import ast
-import difflib
 import functools
 import inspect
-import os
-import re
 import sys
 import time
 from typing import Any
@@ -23,52 +20,19 @@ import jax
 from absl import flags
 
 from l2l.cluster import environment
-from l2l.console import configuration, modules, schema
+from l2l.console import configuration, schema
 from l2l.console.commands import command
 from l2l.console.configuration import split
 from l2l.console.errors import UserError
 from l2l.console.progress import Bar
-from l2l.evaluation import baselines, comparison, report, stored, suites
+from l2l.evaluation import baselines, comparison, entries, report, stored, suites
 from l2l.evaluation import budget as budgets
 from l2l.evaluation.comparison import Cell, Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.suites import Suite
 from l2l.evaluation.tuning import Grid
-from l2l.storage import exports, files
+from l2l.storage import files
 from l2l.tasks import registry
-
-
-def read_optimizer(text: str) -> Entry:
-    """An entry from a released name, an optax expression, or the path of an export or run: what is
-    meant by a name is not moved by what lies in the working directory.
-
-    Raises:
-      UserError: it is none of these; the sentence names the nearest, released ones first.
-    """
-    released = text in exports.released()
-    expression = re.fullmatch(r"[A-Za-z_][\w.]*\s*(\(.*\))?", text, re.DOTALL) is not None
-    name = re.split(r"[\s(]", text)[0].removeprefix("optax.")
-    if not released and expression and (name in baselines.OPTIMIZERS or "(" in text):
-        return Entry(text, baselines.parse(text))
-    path = files.readable(text)
-    if not released and os.sep not in text and not path.exists():
-        raise UserError(_unknown(text, name))
-    optimizer, theta, _ = exports.read(exports.locate(text))
-    return Entry(text if released else _stem(path), optimizer, theta)
-
-
-def _stem(path) -> str:
-    return path.name if path.is_dir() else path.stem
-
-
-def _unknown(text: str, name: str) -> str:
-    released, optax = list(exports.released()), list(baselines.OPTIMIZERS)
-    near = [m for kind in (released, optax) for m in difflib.get_close_matches(name, kind, 1)]
-    hint = f"Did you mean {' or '.join(near)}?" if near else modules.nearest_path(text).strip()
-    return (
-        f"There is no optimizer {text!r}. {hint} Released are {', '.join(released)}; of optax "
-        f"{', '.join(optax)}; and any path to an export or to a run directory will do."
-    )
 
 
 def read_cells(section: dict, vary: str | None) -> list[Cell]:
@@ -121,8 +85,9 @@ def _flags() -> flags.FlagValues:
     several(
         "optimizer",
         ["adam"],
-        "Released names, paths of exports or of runs, or optax expressions like "
-        "'sgd(0.1, momentum=0.9)'; comma-separated or repeated.",
+        "Released names, paths of exports or of runs, optax expressions like "
+        "'sgd(0.1, momentum=0.9)', or package.module:function, which is called with num_steps= if "
+        "it takes it; comma-separated or repeated.",
     )
     text("suite", None, f"Score on the cells of a suite: {', '.join(suites.SUITES)}.")
     listed("cells", None, "Of the suite these alone, by their names.")
@@ -144,8 +109,16 @@ def _flags() -> flags.FlagValues:
     whole("seeds", None, "Problems of each task; by default 10 or the suite's.", lower_bound=1)
     whole("seed", 1_000_003, "Decides the problems.")
     listed("baseline", ["adam"], f"Grids to tune: {', '.join(baselines.KINDS)}; or none.")
-    about = "Grids are tried with this eps_root, and with 0."
-    flags.DEFINE_float("eps_root", 1e-8, about, flag_values=values)
+    about = "Adam, AdamW, NAdamW and RMSprop are tried with this eps_root, and with 0."
+    flags.DEFINE_float("eps_root", 0.0, about, flag_values=values)
+    about = "Measure learned optimizers untrained too, at their nominal and their best single rate."
+    flags.DEFINE_bool("untrained", True, about, flag_values=values)
+    listed(
+        "told",
+        None,
+        f"What a learned optimizer is told of a run's length: {', '.join(entries.TOLD)}; by "
+        "default what is right, or as the suite has it.",
+    )
     text("output", "scores", "The directory to write to; its `cache` keeps what was measured.")
     return values
 
@@ -178,7 +151,7 @@ def main(argv, known: configuration.Known) -> int:
     if (directory := values["from"].value) is not None:
         return _regenerate(values, directory)
     environment.prepare()  # JAX is imported already, but reads this at its first use.
-    entries = [read_optimizer(part) for text in values.optimizer for part in split(text)]
+    typed_entries = [entries.read(part) for text in values.optimizer for part in split(text)]
     if values.suite is None:
         sections = _sections(values, typed.config, known)
         cells = [cell for section in sections for cell in read_cells(section, values.vary)]
@@ -195,11 +168,29 @@ def main(argv, known: configuration.Known) -> int:
     budget = None if values.budget is None else budgets.read(values.budget)
     # Before hours of work that it could not keep.
     output = files.folder(values.output, "--output")
-    parts, left = _plan(chosen, len(entries), budget, output)
+    field = _field(values, typed_entries, chosen)
+    parts, left = _plan(chosen, len(field), budget, output)
     notes = [*notes, *left]
     for note in notes:
         print(note, file=sys.stderr)
-    return _measure(values, entries, chosen, parts, notes, output, budget)
+    return _measure(values, field, chosen, parts, notes, output, budget)
+
+
+def _field(values, typed: list[Entry], chosen: Suite) -> list[Entry]:
+    """What was typed, each followed by what it is measured beside."""
+    told = chosen.told
+    if values.told is not None:
+        if unknown := [name for name in values.told if name not in entries.TOLD]:
+            raise UserError(
+                f"--told={','.join(unknown)} is unknown: choose from {', '.join(entries.TOLD)}."
+            )
+        told = tuple(entries.TOLD[name] for name in values.told)
+    rates = entries.MULTIPLIERS if values.untrained else ()
+    field = [x for entry in typed for x in (entry, *entries.variants(entry, told, rates))]
+    for entry in field:
+        for horizon in {h for cell in chosen.cells for h in cell.steps(chosen.horizons)}:
+            entry.at(horizon)  # A function of the user's is called now, not in an hour.
+    return field
 
 
 def _regenerate(values, directory) -> int:
@@ -232,11 +223,11 @@ def _suite(values, config) -> tuple[Suite, list[str]]:
     return chosen._replace(cells=cells), notes
 
 
-def _plan(chosen: Suite, entries: int, budget: float | None, output):
+def _plan(chosen: Suite, count: int, budget: float | None, output):
     """(the parts to be measured, in order; sentences about what a budget leaves out). Says what
     they cost."""
     parts = comparison.plan(chosen.cells, chosen.horizons)
-    costs = [comparison.estimate(p, chosen.grids, chosen.seeds, entries) for p in parts]
+    costs = [comparison.estimate(p, chosen.grids, chosen.seeds, count) for p in parts]
     left = []
     if budget is not None:
         cores = min(len(jax.local_devices()), chosen.seeds)
@@ -258,7 +249,7 @@ def _plan(chosen: Suite, entries: int, budget: float | None, output):
 
 
 # Seven: what is measured, how long, and where it goes.
-def _measure(values, entries, chosen: Suite, parts, notes, output, budget) -> int:
+def _measure(values, field, chosen: Suite, parts, notes, output, budget) -> int:
     """Measures, and writes what there is after every cell: a run that is killed leaves tables."""
     began, rows, bar = time.monotonic(), [], Bar(1.0)
 
@@ -268,7 +259,7 @@ def _measure(values, entries, chosen: Suite, parts, notes, output, budget) -> in
         return report.write(*where, notes=notes, about=about, draw=draw)
 
     measured = comparison.measure(
-        *(entries, chosen.cells, chosen.horizons),
+        *(field, chosen.cells, chosen.horizons),
         Problems(jax.random.key(values.seed), chosen.seeds),
         grids=chosen.grids,
         timed=True,
@@ -276,12 +267,12 @@ def _measure(values, entries, chosen: Suite, parts, notes, output, budget) -> in
         parts=parts,
         progress=bar.show,
     )
-    code, field = 0, len(entries) + len(chosen.grids)
-    whole = field * sum(len(part.horizons) for part in parts)
+    code, count = 0, len(field) + len(chosen.grids)
+    whole = count * sum(len(part.horizons) for part in parts)
     try:
         for row in measured:
             rows.append(row)
-            if len(rows) % field == 0:
+            if len(rows) % count == 0:
                 write(draw=False)
                 late = budget is not None and time.monotonic() - began > budget
                 if late and len(rows) < whole:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from l2l.core import base
 from l2l.evaluation import baselines, cache, curves, statistics, timing, tuning
@@ -26,11 +28,47 @@ TUNING = 0.9  # Of the work on a cell, the part that is spent on its grids.
 
 
 class Entry(NamedTuple):
-    """An optimizer to be measured; theta only where it is a `LearnedOptimizer`."""
+    """An optimizer to be measured.
+
+    optimizer:  an optax transformation; a `LearnedOptimizer`, with its theta; or a function
+                (num_steps) -> an optax transformation.
+    told:       the part of a run's length that the optimizer is told to be the whole; 0 tells it
+                nothing.
+    variant_of: of a row that is there to be compared with a learned optimizer's own, the name of
+                that; see `entries.variants`.
+    multiplier: of an untrained optimizer, that of its rate; None for others.
+    """
 
     name: str
     optimizer: Any
     theta: Any = None
+    told: float = 1.0
+    variant_of: str | None = None
+    multiplier: float | None = None
+
+    def at(self, num_steps: int) -> tuple[base.LearnedOptimizer, Any]:
+        """(optimizer, theta) of runs of that length."""
+        optimizer, theta = self.optimizer, self.theta
+        if not isinstance(optimizer, base.LearnedOptimizer):
+            made = optimizer if hasattr(optimizer, "init") else optimizer(num_steps)
+            optimizer, theta = base.fixed(made), ()
+        return optimizer if self.told == 1 else telling(optimizer, self.told), theta
+
+
+def telling(optimizer: base.LearnedOptimizer, share: float) -> base.LearnedOptimizer:
+    """An optimizer that is told `share` of the steps it would be told, rounded; 0 is nothing."""
+
+    def bind(theta):
+        transform = optimizer.bind(theta)
+
+        def update(updates, state, params=None, *, num_steps=None, **extra_args):
+            if num_steps is not None:
+                num_steps = jnp.round(share * num_steps).astype(jnp.int32)
+            return transform.update(updates, state, params, num_steps=num_steps, **extra_args)
+
+        return optax.GradientTransformationExtraArgs(transform.init, update)
+
+    return base.LearnedOptimizer(optimizer.init, bind)
 
 
 class Cell(NamedTuple):
@@ -107,6 +145,7 @@ class Selected(NamedTuple):
 class Row(NamedTuple):
     """One optimizer in one cell at one horizon; the numbers are those of `report.LEGEND`.
 
+    told, variant_of, multiplier: as of its `Entry`.
     setting:  of a tuned baseline, as `baselines.parse` reads it; None of others.
     interval: (low, high) of `ratio`.
     seconds:  of a training step of one problem; NaN where steps are not timed.
@@ -114,6 +153,7 @@ class Row(NamedTuple):
     notes:    of a tuned baseline, sentences about its grid.
     trials:   of a tuned baseline, all settings that were tried at this horizon, in the order of
               trying, which the grid alone decides; the row itself is the best of them by `train`.
+    start:    the loss of the first batch, before the first step; mean over problems.
     curves:   the runs of this optimizer; of a tuned baseline those of `setting`.
     by_validation: of a tuned baseline, the best trial by `validation` and its runs.
     """
@@ -122,6 +162,9 @@ class Row(NamedTuple):
     kind: str
     steps: int
     optimizer: str
+    told: float
+    variant_of: str | None
+    multiplier: float | None
     setting: str | None
     train: float
     ratio: float
@@ -137,6 +180,7 @@ class Row(NamedTuple):
     sooner: dict[str, dict]
     notes: tuple[str, ...]
     trials: tuple[Trial, ...]
+    start: float
     curves: Curves
     by_validation: Selected | None
 
@@ -166,7 +210,6 @@ def measure(
       parts: what of `plan` is measured, and in which order; by default all of it.
       progress: called with (the part of the work that is done, what is being done).
     """
-    entries = [_bindable(entry) for entry in entries]
     parts = plan(cells, horizons) if parts is None else parts
     costs = [estimate(part, grids, problems.count, len(entries)) for part in parts]
     for i, (part, cost) in enumerate(zip(parts, costs, strict=True)):
@@ -209,9 +252,8 @@ def plan(cells: Sequence[Cell], horizons: Sequence[int]) -> list[Part]:
 def estimate(part: Part, grids: Sequence[Grid], count: int, entries: int) -> float:
     """CPU seconds of one part, without extensions of the grids."""
     cell, horizons = part
-    points = sum(len(grid.roots) * grid.limits[2] for grid in grids)
-    swept = points * (max(horizons) + sum(horizons))
-    runs = points * (1 + len(horizons))
+    swept = sum(g.steps(horizons) * baselines.kind(g.kind).cost for g in grids)
+    runs = sum(len(g.trials()) for g in grids) * (1 + len(horizons))
     single = sum(horizons) * (len(grids) + LEARNED * entries)
     programs = (len(grids) * 2 + entries) * (len(horizons) + 1)
     steps, whole = cell.cost * 1e-6 * (swept + single), cell.whole * 1e-3 * runs
@@ -249,23 +291,24 @@ class _Field:
             runs = {}
             for entry in field:
                 self.report((1 + TUNING) / 2, f"{entry.name} at {horizon:,}")
-                runs[entry.name] = self._trained(entry.optimizer, entry.theta, horizon)
+                runs[entry.name] = self._trained(entry.at(horizon), horizon)
             for entry in field:
                 yield self._row(entry, horizon, runs, seconds)
 
-    def _trained(self, optimizer, theta, horizon: int) -> Curves:
+    def _trained(self, made: tuple[base.LearnedOptimizer, Any], horizon: int) -> Curves:
         where = (self.family, self.data, self.problems, horizon, self.cache_dir)
-        return cache.trained(optimizer, theta, *where)
+        return cache.trained(*made, *where)
 
     def _selected(self, grid: Grid, tuned: tuning.Tuned, horizon: int, own: Curves) -> Selected:
         """The best by validation loss; `own` are the runs of the best by training loss."""
         point = tuned.by_validation_loss[horizon]
         if point != tuned.by_train_loss[horizon]:
-            own = self._trained(grid.optimizer(), tuning.point_setting(point), horizon)
+            own = self._trained((grid.optimizer(), tuning.point_setting(point)), horizon)
         return Selected(_setting(grid, point), own)
 
     def _row(self, entry, horizon: int, runs: Mapping[str, Curves], seconds: Mapping) -> Row:
-        own, duration = runs[entry.name], seconds.get(entry.name, math.nan)
+        # A step of a variant costs what one of the optimizer itself does.
+        own, duration = runs[entry.name], seconds.get(entry.variant_of or entry.name, math.nan)
         final = own.train_loss[:, -1]
         test = float(np.mean(statistics.or_infinite(own.test_loss[:, -1])))
         accuracy = float(np.mean(own.test_accuracy[:, -1], dtype=float))
@@ -297,6 +340,9 @@ class _Field:
             kind=self.cell.kind,
             steps=horizon,
             optimizer=entry.name,
+            told=entry.told,
+            variant_of=entry.variant_of,
+            multiplier=entry.multiplier,
             setting=setting,
             train=float(np.mean(statistics.or_infinite(final))),
             ratio=middle,
@@ -312,13 +358,15 @@ class _Field:
             sooner=sooner,
             notes=notes,
             trials=trials,
+            start=float(np.mean(own.losses[:, 0], dtype=float)),
             curves=own,
             by_validation=selected,
         )
 
     def _seconds(self) -> dict[str, float]:
         """`timing.step_seconds` of all, in one go: kept together, since they are compared."""
-        field = {e.name: (e.optimizer, e.theta) for e in self.entries}
+        longest = self.horizons[-1]
+        field = {e.name: e.at(longest) for e in self.entries if e.variant_of is None}
         for grid in self.grids:
             field[tuned_name(grid.kind)] = grid.optimizer(), baselines.setting(1e-3)
         inputs, key = (), self.problems.key
@@ -347,10 +395,3 @@ def _trial(grid: Grid, point: tuning.Point) -> Trial:
 def tuned_name(kind: str) -> str:
     """What the tuned baseline of a kind is called."""
     return f"{kind}, tuned"
-
-
-def _bindable(entry: Entry) -> Entry:
-    """An entry whose optimizer is a `LearnedOptimizer`."""
-    if isinstance(entry.optimizer, base.LearnedOptimizer):
-        return entry
-    return Entry(entry.name, base.fixed(entry.optimizer), ())

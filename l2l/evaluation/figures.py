@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from l2l.console.errors import UserError
-from l2l.evaluation import aggregate
+from l2l.evaluation import aggregate, trials, untrained
 from l2l.storage import files
 
 if TYPE_CHECKING:  # Tables need no JAX.
@@ -179,10 +179,47 @@ def profiles(scores: Sequence[aggregate.Score], path: str | os.PathLike) -> Path
     return Path(path)
 
 
+def to_match(found: Sequence[trials.Match], optimizer: str, path: str | os.PathLike) -> Path:
+    """Draws how good the best of so many random trials of each baseline is beside an optimizer's
+    one run, by training and by validation loss, and writes it as PNG. Where a line comes down to 1,
+    so many trials match it. Thin: the cells and horizons of the first baseline.
+
+    Args:
+      path: of the file; its directory must exist.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    own = [match for match in found if match.optimizer == optimizer]
+    names = list(dict.fromkeys(match.baseline for match in own))
+    canvas = Figure(figsize=(9.2, 3.8), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(1, len(trials.LOSSES))
+    for axis, loss in zip(axes, trials.LOSSES, strict=True):
+        for match in own:
+            if (match.baseline, match.loss) == (names[0], loss):
+                tried = np.arange(1, len(match.ratios) + 1)
+                axis.plot(tried, match.ratios, color=PALETTE[0], alpha=0.25, linewidth=0.7)
+        for i, name in enumerate(names):
+            ratios = trials.curve(found, optimizer, name, loss)
+            style = dict(color=PALETTE[i % len(PALETTE)], ls=LINES[i // len(PALETTE) % len(LINES)])
+            axis.plot(np.arange(1, len(ratios) + 1), ratios, label=name, linewidth=1.8, **style)
+        axis.axhline(1, color="0.4", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="random trials, of which the best counts")
+        axis.set_ylabel(f"final {loss} loss / {optimizer}'s")
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0].legend(fontsize="small")
+    image = io.BytesIO()
+    canvas.savefig(image, format="png", dpi=150)
+    files.write(path, image.getvalue())
+    return Path(path)
+
+
 def all_of(directory: Path, rows: Sequence["Row"]) -> list[Path]:
     """Draws curves-….png, one for each horizon, and for several cells with a baseline one scorecard
     for each optimizer and the performance profiles; the paths."""
     paths = comparisons(directory, rows)
+    rows, _ = untrained.with_best_rates(rows)
     for steps in sorted({row.steps for row in rows}):
         panels: dict[str, dict] = {}
         for row in rows:
@@ -194,12 +231,14 @@ def all_of(directory: Path, rows: Sequence["Row"]) -> list[Path]:
 
 def comparisons(directory: Path, rows: Sequence["Row"], prefix: str = "") -> list[Path]:
     """Draws what `results.json` has enough for: of several cells with a baseline one scorecard for
-    each optimizer and the performance profiles; the paths.
+    each optimizer and the performance profiles, and with a baseline the trials that match each
+    optimizer; the paths.
 
     Args:
       prefix: of the names of the files.
     """
     paths = []
+    rows, _ = untrained.with_best_rates(rows)
     names = list(dict.fromkeys(row.optimizer for row in rows if row.setting is None))
     several = len({row.cell for row in rows}) > 1
     for i, name in enumerate(names):
@@ -218,6 +257,10 @@ def comparisons(directory: Path, rows: Sequence["Row"], prefix: str = "") -> lis
     scores = aggregate.score(rows) if several else []
     if scores:
         paths.append(profiles(scores, directory / f"{prefix}profile.png"))
+    found = trials.matches(rows)
+    for i, name in enumerate(dict.fromkeys(match.optimizer for match in found)):
+        path = directory / f"{prefix}trials{f'-{i + 1}' if i else ''}.png"
+        paths.append(to_match(found, name, path))
     return paths
 
 

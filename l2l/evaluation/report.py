@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from l2l.evaluation import aggregate, figures, statistics
+from l2l.evaluation import aggregate, figures, statistics, trials, untrained
 from l2l.storage import files
 
 if TYPE_CHECKING:  # Tables need no JAX.
@@ -17,9 +17,19 @@ if TYPE_CHECKING:  # Tables need no JAX.
 
 LEGEND = """\
 Every optimizer was told the horizon and met the same problems; a cell's problems differ in their
-initial values and batches, and in what else its task draws. A tuned baseline is the best of its
-grid (by default 15 rates × {constant, cosine}, grown where the best sat at its edge) by mean final
-training loss, for this cell and horizon, chosen on the very problems it is compared on.
+initial values and batches, and in what else its task draws. A tuned baseline is the best of the
+trials of its space by mean final training loss, for this cell and horizon, chosen on the very
+problems it is compared on. Each baseline has as many trials as any other: 15 log-spaced rates, and
+with each of them 2 of all combinations of the schedules (constant; cosine to 0; the same after a
+warm-up over the first twentieth; of Schedule-Free constant, with and without the warm-up) and of
+the weight decays (0, 0.001, 0.01 and 0.1; Adam has none), all of them equally often. Outside of
+suites the rates go on where the best sat at their edge. Of Schedule-Free the averaged parameters
+are what is measured, save in training curves.
+
+*untrained* is a learned optimizer with the weights that its training began with, and *best rate*
+the same at the one multiple of its rate that is best in all cells by validation loss. *told
+nothing* and *told third* are the optimizer itself, told nothing of the length of the run or a
+third of it.
 
 - *train*, *test*: loss over the whole training and test split after the last step, mean over
   problems; infinite if one is not finite.
@@ -48,6 +58,13 @@ training loss, for this cell and horizon, chosen on the very problems it is comp
   reaches the target, the steps of both to the best that it does reach; a run whose loss is never
   finite took all its steps for the baseline's first measurement. *target in time*: the same in
   seconds.
+
+In *trials to match*, of every baseline the best of so many random trials (the expectation over all
+subsets of those made, for each cell and horizon; a trial counts with at most the loss at the start)
+over the loss of the optimizer's single run: geometric means over cells and horizons. *matched by 1*
+and *never matched* are the shares of these in which one trial is enough, and in which all are not;
+*trials to match* is the median of the least number that is. Once by training loss, and once chosen
+and judged by validation loss.
 
 In the summary: *steps/…* and *time/…*, medians over cells; *ratio*, geometric mean over cells;
 *train no worse*, the share of cells with a ratio of at most 1; *test within 2 %*, the share with a
@@ -119,7 +136,7 @@ def write(
 
 
 class Page(NamedTuple):
-    """Rows in the order of the tables, and the tables.
+    """Rows in the order of the tables, those of all rates that were tried, and the tables.
 
     overall: the summaries over cells. rest: a table a horizon, and the notes. short: what a
     terminal is shown. notes: the sentences for the reader.
@@ -141,9 +158,10 @@ def lay_out(
 ) -> Page:
     """The tables of some rows, under headings of a level; for the rest see `write`."""
     order = [cell.name for cell in cells]
-    rows = sorted(rows, key=lambda row: (row.steps, order.index(row.cell)))
+    whole_rows = sorted(rows, key=lambda row: (row.steps, order.index(row.cell)))
+    rows, rates = untrained.with_best_rates(whole_rows)
     lacking = missing(rows, cells, horizons)
-    notes = [*lacking, *notes, *statistics.without_ratio(rows)]
+    notes = [*lacking, *notes, *rates, *statistics.without_ratio(rows)]
     notes += [f"{row.cell}: {note}" for row in rows for note in row.notes]
     notes = list(dict.fromkeys(notes))  # Notes that were stored hold all of these already.
     scores = aggregate.score(rows)
@@ -151,10 +169,11 @@ def lay_out(
     whole = "".join(f"\n{level} {steps:,} steps\n\n{text}" for steps, text in tables.items())
     summary = table([_joined(row) for row in statistics.summarise(rows)]) if rows else ""
     over = over_cells(scores, level) if len(cells) > 1 else ""
+    over += to_match(trials.matches(rows), level)
     said = "".join(f"\n{note}\n" for note in (notes if len(cells) == 1 else lacking))
     told = f"\n{level} Notes\n\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
     short = summary + over if len(cells) > 1 else whole
-    return Page(rows, summary + over, whole + told, short + said, notes)
+    return Page(whole_rows, summary + over, whole + told, short + said, notes)
 
 
 def over_cells(scores: Sequence[aggregate.Score], level: str = "##") -> str:
@@ -177,6 +196,11 @@ def over_cells(scores: Sequence[aggregate.Score], level: str = "##") -> str:
         ]
         text += f"\n{level} {title} to the validation target, of the fewest\n\n{table(headed)}"
     return text
+
+
+def to_match(found: Sequence[trials.Match], level: str = "##") -> str:
+    """How many trials of each baseline match an optimizer's one run, as a table."""
+    return f"\n{level} Trials to match\n\n{table(trials.summary(found))}" if found else ""
 
 
 _MEASURES = {

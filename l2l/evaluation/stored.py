@@ -84,7 +84,7 @@ def _row(stored: dict) -> Row:
         "curves": _curves(stored.pop("each")),
         "by_validation": _selected(stored.pop("by_validation")),
         "trials": tuple(Trial(**_numbers(trial)) for trial in stored.pop("trials")),
-        "setting": stored.pop("setting"),
+        **{name: stored.pop(name) for name in ("setting", "variant_of", "multiplier")},
         "notes": tuple(stored.pop("notes")),
     }
     return Row(**_numbers(stored), **given)

@@ -22,17 +22,23 @@ KINDS = (
     "activation",
     "architecture",
     "data",
+    "batch size",
     "models",
 )
 
 
 class Suite(NamedTuple):
-    """What `comparison.measure` takes: cells, horizons, problems a cell, and grids to tune."""
+    """What `comparison.measure` takes: cells, horizons, problems a cell, and grids to tune.
+
+    told: what learned optimizers are told of the length of a run, as parts of it; see
+      `comparison.Entry`.
+    """
 
     cells: tuple[Cell, ...]
     horizons: tuple[int, ...]
     seeds: int
     grids: tuple[Grid, ...]
+    told: tuple[float, ...] = (1.0,)
 
 
 def _task(name, **settings):
@@ -43,6 +49,8 @@ def _mlp(activation="relu", dataset="digits", hidden=(32,), **settings):
     return _task("mlp", dataset=dataset, hidden=hidden, activations=(activation,), **settings)
 
 
+_DEEP = _mlp(hidden=(32, 32, 32, 32))
+_FASHION = _mlp(dataset="fashion_mnist14")
 # One activation, all of the training split, initial weights of LeCun's deviation. "mlp" and "mnist"
 # are the public yardsticks: 64-32-10 ReLU, and 784-20-10 sigmoid (Andrychowicz et al., 2016).
 _CELLS = (
@@ -86,7 +94,7 @@ _CELLS = (
         45,
         1,
     ),
-    Cell("mlp of 4 layers", _mlp(hidden=(32, 32, 32, 32)), "deeper", 81, 1),
+    Cell("mlp of 4 layers", _DEEP, "deeper", 81, 1),
     Cell("mlp of 6 layers", _mlp("tanh", hidden=(16,) * 6), "deeper", 81, 2),
     Cell("mlp SiLU", _mlp("silu"), "activation", 30, 2),
     Cell("mlp sin", _mlp("sin"), "activation", 70, 0),
@@ -94,13 +102,22 @@ _CELLS = (
     Cell("mixer", _task("mixer", batch_size=32), "architecture", 547, 21),
     Cell("row LSTM", _task("row_lstm", batch_size=32), "architecture", 274, 6),
     Cell("logistic from zero", _task("logistic", init=0.0), "trained-on family", 14, 1),
-    Cell("fashion", _mlp(dataset="fashion_mnist14", batch_size=64), "data", 44, 4),
+    Cell("fashion", _FASHION | {"batch_size": 64}, "data", 44, 4),
     Cell("adult", _mlp(dataset="adult"), "data", 42, 10, instead="breast cancer"),
     Cell("housing", _mlp("tanh", "housing"), "data", 20, 3, instead="diabetes"),
     Cell("wine quality", _mlp("gelu", "winequality"), "data", 12, 1, instead="wine"),
     Cell("breast cancer", _mlp(dataset="breast_cancer"), "data", 21, 1),
     Cell("diabetes", _mlp("tanh", "diabetes"), "data", 18, 1),
     Cell("wine", _mlp("gelu", "wine"), "data", 17, 1),
+    # The same at other levels of gradient noise. What there is no number for is batch 128.
+    Cell("mlp at batch 16", _mlp(batch_size=16), "batch size", 12, 3),
+    Cell("mlp at batch 64", _mlp(batch_size=64), "batch size", 20, 3),
+    Cell("mlp at batch 512", _mlp(batch_size=512), "batch size", 90, 3),
+    Cell("mlp of 4 layers at batch 16", _DEEP | {"batch_size": 16}, "batch size", 25, 1),
+    Cell("mlp of 4 layers at batch 512", _DEEP | {"batch_size": 512}, "batch size", 240, 1),
+    Cell("fashion at batch 16", _FASHION | {"batch_size": 16}, "batch size", 20, 4),
+    Cell("fashion at batch 128", _FASHION | {"batch_size": 128}, "batch size", 70, 4),
+    Cell("fashion at batch 512", _FASHION | {"batch_size": 512}, "batch size", 240, 4),
 )
 
 # Models of real size, each some minutes of a core: the horizons are their own, and of whole splits
@@ -150,24 +167,48 @@ _MODELS = (
 CELLS = {cell.name: cell for cell in (*_CELLS, *_MODELS)}
 _QUICK = ("mlp", "mlp 4x wider", "logistic from zero", "breast cancer")
 _STAND_INS = ("breast cancer", "diabetes", "wine", "nanogpt on pydoc")
+_NOISE = ("mlp", "mlp of 4 layers", "fashion")
+# Each is tuned in its own space (`baselines.KINDS`) with the same number of trials, so that none
+# grows. Ratios are taken to the first.
+RIVALS = tuple(
+    Grid(kind, extensions=0)
+    for kind in (*("adam", "adamw", "nadamw", "muon", "schedule_free_adamw", "prodigy", "soap"),)
+)
 SUITES = {
     "scorecard": Suite(
-        cells=tuple(cell for cell in _CELLS if cell.name not in _STAND_INS),
+        cells=tuple(
+            cell for cell in _CELLS if cell.name not in _STAND_INS and cell.kind != "batch size"
+        ),
         horizons=(200, 1_000, 10_000),
         seeds=6,  # At least five, and two cores share six evenly.
-        grids=(Grid("adam"), Grid("adamw", eps_roots=(0.0,)), Grid("nadamw", eps_roots=(0.0,))),
+        grids=RIVALS,
+    ),
+    # Gradient noise, and what the optimizer is told of the length of its run.
+    "noise": Suite(
+        cells=tuple(c for c in _CELLS if c.name in _NOISE or c.kind == "batch size"),
+        horizons=(200, 1_000),
+        seeds=6,
+        grids=RIVALS,
+        told=(1.0, 1 / 3, 0.0),
     ),
     "quick": Suite(
         cells=tuple(CELLS[name] for name in _QUICK),
         horizons=(200, 1_000),
         seeds=6,
-        grids=(Grid("adam", eps_roots=(0.0,)),),
+        grids=RIVALS,
     ),
     "models": Suite(
         cells=tuple(cell for cell in _MODELS if cell.name not in _STAND_INS),
         horizons=(500,),
         seeds=1,  # A run takes minutes.
-        grids=(Grid("adamw", (6e-4, 1.6e-2, 4), ("cosine",), eps_roots=(0.0,), extensions=0),),
+        grids=(
+            Grid(
+                *("adamw", (6e-4, 1.6e-2, 4), ("warmup cosine",)),
+                weight_decays=(0.01, 0.1),
+                each=1,
+                extensions=0,
+            ),
+        ),
     ),
 }
 

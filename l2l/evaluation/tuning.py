@@ -1,13 +1,15 @@
-"""The best of a grid of hand-designed optimizers, at every horizon: the baseline to beat."""
+"""The best of a space of hand-designed optimizers, at every horizon: the baseline to beat."""
 
 import functools
+import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from l2l.console.errors import UserError
@@ -15,28 +17,47 @@ from l2l.core import base
 from l2l.evaluation import baselines, cache, curves, statistics
 from l2l.evaluation.curves import Curves, Problems
 
-# Rates run at once on a CPU: 3 are as fast as 15 there, and a grid grows by 3 at a time, so
-# that an extension needs no new program. An accelerator takes a whole schedule's rates at once.
-AT_ONCE = 3
-EXTENSION = 3
+# Every baseline gets as many trials as any other: so many rates, and with each of them so many
+# settings of everything else.
 RATES = 15
+EACH = 2
+TRIALS = RATES * EACH
+# Trials run at once on a CPU: enough to share batches and loops, few enough to stay in its caches
+# and to be kept often. An accelerator takes all of them at once.
+AT_ONCE = 6
+EXTENSION = 3  # Rates that a space grows by.
+
+
+class Drawn(NamedTuple):
+    """A trial before its horizon is known. Its rate is low · spacing^number."""
+
+    number: int
+    schedule: str
+    eps_root: float
+    weight_decay: float
 
 
 class Grid(NamedTuple):
-    """What is tried: learning rates × schedules × eps_roots of a kind of optimizer.
+    """The space in which a kind of optimizer is tuned, and which of its points are tried.
 
-    kind:       one of `baselines.KINDS`.
+    kind:       one of `baselines.KINDS`, which decides what is not given here.
     rates:      (low, high, count), log-spaced; by default the kind's limits and 15.
-    schedules:  of "constant" and "cosine" (to 0 over the horizon).
-    extensions: how often, at most, each schedule's rates grow by 3 at either end when the best of
-                some measure sits there.
+    schedules:  of `baselines.SCHEDULE_KINDS`.
+    eps_roots, weight_decays: values of either.
+    each:       of all schedules × eps_roots × weight_decays, so many are tried with each rate,
+                another choice from rate to rate, so that all values come equally often; None for
+                all of them.
+    extensions: how often, at most, the rates grow by 3 at either end when the best of some measure
+                sits there. 0 keeps the number of trials.
     settings:   of `baselines.grid`.
     """
 
     kind: str
     rates: tuple[float, float, int] | None = None
-    schedules: Sequence[str] = ("constant", "cosine")
-    eps_roots: Sequence[float] = (0.0, 1e-8)
+    schedules: Sequence[str] | None = None
+    eps_roots: Sequence[float] = (0.0,)
+    weight_decays: Sequence[float] | None = None
+    each: int | None = EACH
     extensions: int = 4
     settings: Mapping[str, Any] = MappingProxyType({})
 
@@ -51,22 +72,51 @@ class Grid(NamedTuple):
             )
         return low, high, count
 
-    @property
-    def roots(self) -> tuple[float, ...]:
-        """The eps_roots that differ to this kind."""
-        rooted = baselines.kind(self.kind).rooted
-        return tuple(dict.fromkeys(self.eps_roots)) if rooted else (0.0,)
+    def rate(self, number: int) -> float:
+        """The rate of a number; those of 0 … count − 1 are between the limits."""
+        low, high, count = self.limits
+        return low * (high / low) ** (number / (count - 1))
+
+    def drawn(self, numbers: Iterable[int]) -> list[Drawn]:
+        """What is tried with the rates of these numbers."""
+        found = baselines.kind(self.kind)
+        schedules = found.schedules if self.schedules is None else tuple(self.schedules)
+        if unknown := set(schedules) - set(baselines.SCHEDULE_KINDS):
+            raise UserError(
+                f"Unknown schedules {sorted(unknown)}: choose from "
+                f"{', '.join(baselines.SCHEDULE_KINDS)}."
+            )
+        roots = tuple(dict.fromkeys(self.eps_roots)) if found.rooted else (0.0,)
+        decays = found.decays if self.weight_decays is None else self.weight_decays
+        others = list(itertools.product(schedules, roots, decays))
+        each = len(others) if self.each is None else min(self.each, len(others))
+        # In one shuffled round, so that neighbouring rates differ in all and none has one twice.
+        order = np.random.RandomState(0).permutation(len(others))
+        return [
+            Drawn(k, *others[order[(k * each + j) % len(others)]])
+            for k in numbers
+            for j in range(each)
+        ]
+
+    def trials(self) -> list[Drawn]:
+        """All that is tried, before extensions."""
+        return self.drawn(range(self.limits[2]))
+
+    def steps(self, horizons: Sequence[int]) -> int:
+        """Training steps of one problem for all trials. A run at a constant rate passes all
+        horizons on its way to the longest; any other needs one for each."""
+        constant = sum(trial.schedule == "constant" for trial in self.trials())
+        return constant * max(horizons) + (len(self.trials()) - constant) * sum(horizons)
 
     def optimizer(self) -> base.LearnedOptimizer:
-        """The optimizers of the grid, as functions of a `baselines.Setting`."""
+        """The optimizers of the space, as functions of a `baselines.Setting`."""
         return baselines.grid(self.kind, **self.settings)
 
 
 class Point(NamedTuple):
-    """One setting of the grid at one horizon. Lists have a number per problem, `inf` if not finite.
+    """One trial at one horizon. Lists have a number per problem, `inf` if not finite.
 
-    horizon:  steps after which it was measured.
-    schedule: "constant" or "cosine" (to 0 over `horizon`).
+    horizon:  steps after which it was measured; its schedule is one of so many steps.
     """
 
     kind: str
@@ -74,6 +124,7 @@ class Point(NamedTuple):
     learning_rate: float
     schedule: str
     eps_root: float
+    weight_decay: float
     train_loss: list[float]
     validation_loss: list[float]
     test_loss: list[float]
@@ -87,8 +138,8 @@ class Tuned(NamedTuple):
     by_train_loss, by_validation_loss, by_test_loss: least arithmetic mean over problems.
     by_test_accuracy: greatest mean, and of equals the least training loss; empty for families
       without accuracy.
-    points: all that was tried.
-    notes:  sentences for the reader: where the grid was extended, or its edge could not be passed.
+    points: all that was tried, by horizon, in the order of `Grid.trials`.
+    notes:  sentences for the reader: where the space was extended, or its edge could not be passed.
     """
 
     by_train_loss: dict[int, Point]
@@ -110,39 +161,29 @@ def tune(
     devices: Sequence[Any] | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Tuned:
-    """Tries a grid on the problems that `evaluate` would give its optimizers.
+    """Tries a space on the problems that `evaluate` would give its optimizers.
 
-    The baseline is chosen on the very problems it is then compared on, which favours it. A run at
-    a constant rate passes all horizons on its way to the longest; a cosine needs one for each.
+    The baseline is chosen on the very problems it is then compared on, which favours it.
 
     Args:
       cache_dir: where results are kept as they come, so that the same search is not made twice; a
         result is found again by its program, its data and its inputs.
       progress: called with (the part of the training steps that is done, what was done last).
     """
-    if unknown := set(grid.schedules) - {"constant", "cosine"}:
-        raise UserError(f"Unknown schedules {sorted(unknown)}: choose constant, cosine or both.")
     devices = list(jax.local_devices() if devices is None else devices)
     search = _Search(grid, family, data, problems, tuple(sorted(set(horizons))), devices)
     search.cache_dir, search.progress = cache_dir, progress
     search.sweep()
     while search.grow():
         pass
-    return Tuned(*_best(search.points), search.points, search.notes())
-
-
-class Group(NamedTuple):
-    """What shares a compiled program and a range of rates."""
-
-    schedule: str
-    steps: int
-    root: float
+    points = search.points()
+    return Tuned(*_best(points), points, search.notes())
 
 
 class _Search:
-    """A search under way: the rates tried in each group, and what came of them.
+    """A search under way: what was tried, in order, and what came of it.
 
-    Rate k of a group is low · spacing^k; k leaves 0 … count − 1 where the grid grows.
+    The numbers of rates leave 0 … count − 1 where the space grows.
     """
 
     cache_dir: str | os.PathLike | None = None
@@ -151,75 +192,88 @@ class _Search:
     def __init__(self, grid, family, data, problems, horizons, devices):
         self.grid, self.family, self.data, self.problems = grid, family, data, problems
         self.horizons, self.devices = horizons, devices
-        self.low, self.high, self.count = grid.limits
-        self.spacing = (self.high / self.low) ** (1 / (self.count - 1))
         self.optimizer = grid.optimizer()
-        lengths = {"constant": horizons[-1:], "cosine": horizons}
-        self.tried: dict[Group, list[int]] = {
-            Group(schedule, steps, root): []
-            for schedule in grid.schedules
-            for steps in lengths[schedule]
-            for root in grid.roots
-        }
-        self.points: list[Point] = []
-        self.grown: dict[tuple[Group, int], int] = {}  # By group and end, how often.
+        self.tried: list[Drawn] = []
+        self.found: dict[tuple[int, Drawn], Point] = {}  # By horizon.
+        self.grown = {-1: 0, 1: 0}  # By end, how often.
         self.programs: dict[int, tuple] = {}  # By steps.
+        self.abreast: dict[int, int] = {}  # Trials at once, by steps.
         self.done = 0
-        self.total = sum(group.steps for group in self.tried) * self.count * problems.count
+        self.total = grid.steps(horizons) * problems.count
+
+    def points(self) -> list[Point]:
+        return [self.found[horizon, drawn] for horizon in self.horizons for drawn in self.tried]
 
     def sweep(self) -> None:
-        """Tries the grid as it was given."""
-        at_once = AT_ONCE if self.devices[0].platform == "cpu" else self.count
-        for group in self.tried:
-            for i in range(0, self.count, at_once):
-                self.measure(group, range(i, min(i + at_once, self.count)))
+        """Tries the space as it was given."""
+        self.measure(self.grid.trials())
 
     def grow(self) -> bool:
-        """Extends the grid wherever a best point sits at its edge; whether it did."""
-        growing = [e for e in self.edges() if self.grown.get(e, 0) < self.grid.extensions]
-        count = self.problems.count
-        self.total += sum(group.steps * EXTENSION * count for group, _ in growing)
-        for group, end in growing:
-            edge = max(self.tried[group]) if end > 0 else min(self.tried[group])
-            self.measure(group, sorted(edge + end * j for j in range(1, EXTENSION + 1)))
-            self.grown[group, end] = self.grown.get((group, end), 0) + 1
+        """Extends the rates wherever a best point sits at their edge; whether it did."""
+        numbers = [drawn.number for drawn in self.tried]
+        growing = [e for e in self.edges() if self.grown[e] < self.grid.extensions]
+        for end in growing:
+            edge = max(numbers) if end > 0 else min(numbers)
+            drawn = self.grid.drawn(sorted(edge + end * j for j in range(1, EXTENSION + 1)))
+            self.total += (
+                self.grid.steps(self.horizons)
+                * self.problems.count
+                * len(drawn)
+                // len(self.grid.trials())
+            )
+            self.measure(drawn)
+            self.grown[end] += 1
         return bool(growing)
 
-    def edges(self) -> dict[tuple[Group, int], Point]:
-        """The best points that sit at the edge of their grid, by group and end (−1 or 1)."""
-        found = {}
-        for winner in (point for by in _best(self.points) for point in by.values()):
-            steps = winner.horizon if winner.schedule == "cosine" else self.horizons[-1]
-            group = Group(winner.schedule, steps, winner.eps_root)
-            k = round(math.log(winner.learning_rate / self.low) / math.log(self.spacing))
-            for end, edge in ((-1, min(self.tried[group])), (1, max(self.tried[group]))):
-                if k == edge and math.isfinite(np.mean(winner.train_loss)):
-                    found[group, end] = winner
-        return found
+    def edges(self) -> dict[int, Point]:
+        """The best points that sit at the lowest (−1) or highest (1) rate, by end."""
+        numbers = [drawn.number for drawn in self.tried]
+        ends = {-1: self.grid.rate(min(numbers)), 1: self.grid.rate(max(numbers))}
+        winners = [point for by in _best(self.points()) for point in by.values()]
+        return {
+            end: point
+            for end, rate in ends.items()
+            for point in winners
+            if point.learning_rate == rate and math.isfinite(np.mean(point.train_loss))
+        }
 
-    def measure(self, group: Group, numbers: Sequence[int]) -> None:
-        """Trains with the rates of these numbers, all problems, to every horizon of the group."""
-        checkpoints, run, program = self._program(group.steps)
-        values = [self.low * self.spacing**k for k in numbers]
-        theta = baselines.setting(
-            values, group.steps if group.schedule == "cosine" else 0, group.root
-        )
+    def measure(self, drawn: Sequence[Drawn]) -> None:
+        """Trains with these, all problems, to every horizon."""
+        self.tried.extend(drawn)
+        longest = self.horizons[-1]
+        for steps in self.horizons:
+            here = [d for d in drawn if steps == longest or d.schedule != "constant"]
+            if not here:
+                continue
+            if steps not in self.abreast:
+                most = AT_ONCE if self.devices[0].platform == "cpu" else len(here)
+                # Evenly, so that one compiled program serves all.
+                self.abreast[steps] = -(-len(here) // -(-len(here) // most))
+            size = self.abreast[steps]
+            for i in range(0, len(here), size):
+                self._together(steps, here[i : i + size])
+
+    def _together(self, steps: int, drawn: Sequence[Drawn]) -> None:
+        """Runs of so many steps, abreast."""
+        checkpoints, run, program = self._program(steps)
+        settings = [
+            baselines.scheduled(self.grid.rate(d.number), d.schedule, steps, *d[2:]) for d in drawn
+        ]
+        settings += settings[-1:] * (self.abreast[steps] - len(drawn))
+        theta = jax.tree.map(lambda *x: jnp.stack(x), *settings)
         key, count = self.problems
         inputs = (program, self._digest, count, _numbers((theta, jax.random.key_data(key))))
         result = cache.kept(self.cache_dir, inputs, lambda: _plain(run(theta, key, self.data)))
-        marks = self.horizons if group.schedule == "constant" else (group.steps,)
-        for i, value in enumerate(values):
-            for horizon in marks:
+        for i, one in enumerate(drawn):
+            for horizon in self.horizons if one.schedule == "constant" else (steps,):
                 c = checkpoints.index(horizon)
                 measures = {k: [row[c] for row in v[i]] for k, v in result.items()}
-                point = (self.grid.kind, horizon, value, group.schedule, group.root)
-                self.points.append(Point(*point, **measures))
-        self.tried[group].extend(numbers)
-        self.done += group.steps * len(numbers) * count
-        self.progress(
-            self.done / self.total,
-            f"{self.grid.kind} {group.schedule}, {group.steps} steps, rates to {values[-1]:.2g}",
-        )
+                rate = self.grid.rate(one.number)
+                point = Point(self.grid.kind, horizon, rate, *one[1:], **measures)
+                self.found[horizon, one] = point
+        self.done += steps * len(drawn) * count
+        what = f"{self.grid.kind}, {steps} steps, trial {self.tried.index(drawn[-1]) + 1}"
+        self.progress(self.done / self.total, what)
 
     def _program(self, steps: int):
         """(checkpoints, program, its digest for the cache) of the runs of that many steps."""
@@ -245,30 +299,34 @@ class _Search:
         return cache.digest(self.data) if self.cache_dir is not None else ""
 
     def notes(self) -> list[str]:
-        """Sentences for the reader: where the grid was extended, or its edge was not passed."""
+        """Sentences for the reader: where the space was extended, or its edge was not passed."""
         kind, notes = self.grid.kind, []
-        for (group, end), times in self.grown.items():
-            schedule, steps, root = group
-            tried = self.tried[group]
-            reach = self.low * self.spacing ** (max(tried) if end > 0 else min(tried))
-            notes.append(
-                f"The best {kind} ({schedule}, {steps} steps, eps_root {root:g}) sat at the edge "
-                f"of the grid {self.low:g} … {self.high:g}, which was extended to {reach:.3g} "
-                f"({times * EXTENSION} more rates)."
+        low, high, _ = self.grid.limits
+        numbers = [drawn.number for drawn in self.tried]
+        for end, times in self.grown.items():
+            if times:
+                reach = self.grid.rate(max(numbers) if end > 0 else min(numbers))
+                notes.append(
+                    f"The best {kind} sat at the edge of its rates {low:g} … {high:g}, which were "
+                    f"extended to {reach:.3g} ({times * EXTENSION} more rates)."
+                )
+        for winner in self.edges().values():
+            more = (
+                f": allow more than {self.grid.extensions} extensions"
+                if self.grid.extensions
+                else ""
             )
-        for (group, _), winner in self.edges().items():
             notes.append(
-                f"The best {kind} at {winner.horizon} steps still sits at the edge of its grid "
-                f"(rate {winner.learning_rate:.3g}, {group.schedule}): allow more than "
-                f"{self.grid.extensions} extensions."
+                f"The best {kind} at {winner.horizon} steps sits at the edge of its rates "
+                f"({winner.learning_rate:.3g}, {winner.schedule}){more}."
             )
         return notes
 
 
 def point_setting(point: Point) -> baselines.Setting:
     """The theta of `baselines.grid` that a point stands for."""
-    horizon = point.horizon if point.schedule == "cosine" else 0
-    return baselines.setting(point.learning_rate, horizon, point.eps_root)
+    rest = point.horizon, point.eps_root, point.weight_decay
+    return baselines.scheduled(point.learning_rate, point.schedule, *rest)
 
 
 def _best(points):

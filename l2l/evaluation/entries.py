@@ -1,0 +1,158 @@
+"""What is typed as --optimizer to what is measured, and what every learned optimizer is set beside.
+
+A released name, an export or a run; an optax expression; or a function of anybody's.
+"""
+
+import difflib
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2l.console import modules
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.evaluation import baselines
+from l2l.evaluation.comparison import Entry
+from l2l.optimizers import binding
+from l2l.storage import exports, files
+
+# Of the nominal rate of an untrained optimizer: what its best single rate is looked for among.
+MULTIPLIERS = (0.1, 0.3, 1.0, 3.0)
+# What an optimizer may be told of the length of a run, as the part of it.
+TOLD = {"right": 1.0, "third": 1 / 3, "nothing": 0.0}
+
+
+def read(text: str) -> Entry:
+    """An entry from a released name, an optax expression, package.module:function, or the path of
+    an export or run: what is meant by a name is not moved by what lies in the working directory.
+
+    Raises:
+      UserError: it is none of these; the sentence names the nearest, released ones first.
+    """
+    if (
+        found := re.fullmatch(r"([\w.~/-]+):([A-Za-z_]\w*)\s*(\(.*\))?", text, re.DOTALL)
+    ) is not None:
+        return Entry(text, imported(*found.groups()))
+    released = text in exports.released()
+    expression = re.fullmatch(r"[A-Za-z_][\w.]*\s*(\(.*\))?", text, re.DOTALL) is not None
+    name = baselines.plain_name(re.split(r"[\s(]", text)[0])
+    if not released and expression and (name in baselines.OPTIMIZERS or "(" in text):
+        return Entry(text, baselines.parse(text))
+    path = files.readable(text)
+    if not released and os.sep not in text and not path.exists():
+        raise UserError(_unknown(text, name))
+    optimizer, theta, _ = exports.read(exports.locate(text))
+    stem = path.name if path.is_dir() else path.stem
+    return Entry(text if released else stem, optimizer, theta)
+
+
+def _unknown(text: str, name: str) -> str:
+    released, optax = list(exports.released()), list(baselines.OPTIMIZERS)
+    near = [m for kind in (released, optax) for m in difflib.get_close_matches(name, kind, 1)]
+    hint = f"Did you mean {' or '.join(near)}?" if near else modules.nearest_path(text).strip()
+    return (
+        f"There is no optimizer {text!r}. {hint} Released are {', '.join(released)}; of optax "
+        f"{', '.join(optax)}; and any path to an export or to a run directory will do, or "
+        "package.module:function."
+    )
+
+
+def imported(place: str, name: str, typed: str | None = None) -> Callable:
+    """(num_steps) -> what a function of anybody's returns, called with `num_steps=` if it takes it.
+
+    Args:
+      place: "package.module" or "path/to/file.py"; imported, and so executed, as the user asks.
+      name: the function's; or that of a transformation that is there already.
+      typed: further arguments, like "(1e-2, b1=0.95)".
+
+    Raises:
+      UserError: at once, if there is no such function, or it does not take these arguments; and
+        from the call, if it returns no optax transformation. What it raises itself is passed on.
+    """
+    found, full = modules.attribute(place, name, "optimizer"), f"{place}:{name}"
+    if _transforms(found):
+        return lambda num_steps: found
+    if not callable(found):
+        raise UserError(
+            f"{full} is {found!r}, which is no function: name one that makes an optimizer."
+        )
+    args, kwargs = baselines.arguments(f"{name}{typed or '()'}")
+    try:
+        signature = inspect.signature(found)
+    except ValueError:  # Of something built in.
+        signature = None
+    tells = signature is not None and "num_steps" in signature.parameters
+    if signature is not None:
+        try:
+            signature.bind(*args, **({"num_steps": 1} if tells else {}), **kwargs)
+        except TypeError as error:
+            raise UserError(
+                f"{full} does not take {typed or 'no arguments'} ({error}): write them behind it, "
+                f"like {full}(learning_rate=1e-3)."
+            ) from None
+
+    @functools.lru_cache(maxsize=64)
+    def make(num_steps: int):
+        made: Any = found(*args, **({"num_steps": num_steps} if tells else {}), **kwargs)
+        if not _transforms(made):
+            raise UserError(
+                f"{full} returned {type(made).__name__}, which is no optax transformation: return "
+                "one, a pair of functions init and update."
+            )
+        return optax.with_extra_args_support(made)
+
+    return make
+
+
+def _transforms(x) -> bool:
+    both = all(callable(getattr(x, half, None)) for half in ("init", "update"))
+    return both and not inspect.isclass(x)
+
+
+def variants(
+    entry: Entry, told: Sequence[float] = (), multipliers: Sequence[float] = MULTIPLIERS
+) -> list[Entry]:
+    """What an entry is measured beside: itself, told other things; and its untrained twin, the
+    theta that its training began with, at multiples of its nominal rate. Of one that is not
+    learned nothing.
+
+    Args:
+      told: parts of the length of a run; the entry itself is told all of it.
+      multipliers: of the untrained twin's rate; with several it counts at the best one for all
+        cells (`statistics.with_best_rates`).
+    """
+    optimizer, theta = entry.optimizer, entry.theta
+    if not isinstance(optimizer, base.LearnedOptimizer):
+        return []
+    names = {share: name for name, share in TOLD.items()}
+    out = [
+        entry._replace(name=f"{entry.name}, told {names[share]}", told=share, variant_of=entry.name)
+        for share in told
+        if share != 1
+    ]
+    untrained = optimizer.init(jax.random.key(0))
+    rated = _rated(optimizer)
+    for factor in multipliers:
+        theta = untrained, jnp.float32(factor)
+        name = f"{entry.name}, untrained" + (f" × {factor:g}" if factor != 1 else "")
+        out.append(Entry(name, rated, theta, variant_of=entry.name, multiplier=factor))
+    return out
+
+
+def _rated(optimizer: base.LearnedOptimizer) -> base.LearnedOptimizer:
+    """The optimizer as a function of (theta, the multiplier of its rate)."""
+    rule = optimizer.rule
+
+    def bind(theta):
+        inner, factor = theta
+        rate = functools.partial(base.usual_rate if rule is None else rule.rate, inner)
+        return binding.with_knobs(optimizer.bind(inner), rate, learning_rate=factor)
+
+    return base.LearnedOptimizer(lambda key: (optimizer.init(key), jnp.ones(())), bind)
