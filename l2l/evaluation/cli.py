@@ -297,7 +297,7 @@ def _horizons(values, default) -> tuple[int, ...]:
 
 def _about(values, seeds: int, began: float) -> dict:
     return dict(
-        command=sys.argv,
+        command=["l2l.evaluate", *sys.argv[1:]],
         seeds=seeds,
         seed=values.seed,
         seconds=round(time.monotonic() - began, 1),
