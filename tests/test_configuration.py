@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-import l2l
 from l2l import sweep
 from l2l.console import configuration, modules, schema
 from l2l.console.errors import UserError
@@ -189,7 +188,7 @@ def test_an_error_in_a_users_file_is_its_own(small, text, kind):
 
 
 def test_the_tutorials_config_takes_a_seed_alone_and_in_a_sweep(tmp_path, monkeypatch):
-    page = (Path(l2l.__file__).parent.parent / "docs/tutorial/3-your-own-task.md").read_text()
+    page = (Path(__file__).parent.parent / "docs/tutorial/3-your-own-task.md").read_text()
     for name in ("my_task.py", "my_config.py"):
         start = f'```python title="{name}"\n'
         block = page[page.index(start) + len(start) :]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import l2l
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "tutorial").glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]*)\")?\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -34,7 +36,7 @@ class Reader:
         self.environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiling takes longer than running here.
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         }
