@@ -377,7 +377,7 @@ def test_a_grid_grows_where_its_best_is_at_the_edge_and_says_so():
         assert 0.3 < best.learning_rate < 2.5
         rates = [point.learning_rate for point in tuned.points]
         assert len(rates) > 5 and len(rates) % 3 == 2 and len(set(rates)) == len(rates)
-        assert "was extended to" in tuned.notes[0] and len(tuned.notes) == 1, end
+        assert "were extended to" in tuned.notes[0] and len(tuned.notes) == 1, end
     grid = Grid("sgd", rates=(1e-6, 1e-5, 5), schedules=("constant",), extensions=1)
     stuck = tuning.tune(grid, bowl(), (), problems, (10,))
     assert "sits at the edge" in stuck.notes[-1] and "allow more than 1" in stuck.notes[-1]

@@ -386,7 +386,7 @@ def test_progress_reaches_the_whole(timed):
     list(measure(progress=lambda *a: told.append(a)))
     done = [share for share, _ in told]
     assert done == sorted(done) and told[-1] == (1.0, "done")
-    assert "two, 3, 6 steps: adam, 3 steps, trial 6" in " ".join(text for _, text in told)
+    assert "two, 3, 6 steps: adam, 6 steps, trial 6" in " ".join(text for _, text in told)
 
 
 def test_what_was_measured_is_not_measured_again(timed, tmp_path, monkeypatch):
@@ -466,7 +466,12 @@ def test_what_was_stored_makes_the_same_tables(timed, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "results.json").rename(tmp_path / "b" / "mine.json")
     paths = stored.regenerate(tmp_path / "b")
-    assert [path.name for path in paths] == ["tables.md", "mine-scorecard.png", "mine-profile.png"]
+    assert [path.name for path in paths] == [
+        "tables.md",
+        "mine-scorecard.png",
+        "mine-profile.png",
+        "mine-trials.png",
+    ]
     page, table = paths[0].read_text(), (tmp_path / "a" / "table.md").read_text()
 
     def tables(text):

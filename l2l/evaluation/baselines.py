@@ -70,8 +70,8 @@ class Kind(NamedTuple):
 
     make: Callable[..., optax.GradientTransformation]
     arguments: Callable[[Any, Any], dict[str, Any]]
-    low: float = 1e-4
-    high: float = 1.0
+    low: float = 3e-4
+    high: float = 3.0
     schedules: tuple[str, ...] = ("constant", "cosine", "warmup cosine")
     decays: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1)
     rooted: bool = False
