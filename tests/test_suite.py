@@ -283,7 +283,9 @@ HORIZONS = (3, 6)
 def timed(monkeypatch):
     """Steps take 20 µs, those of the optimizer called "slow" 40."""
     monkeypatch.setattr(
-        timing, "step_seconds", lambda key, field, *a: dict.fromkeys(field, 2e-5) | {"slow": 4e-5}
+        timing,
+        "step_seconds",
+        lambda key, field, *a, **k: dict.fromkeys(field, 2e-5) | {"slow": 4e-5},
     )
 
 
