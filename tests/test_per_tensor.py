@@ -16,7 +16,7 @@ from l2l.estimators.autodiff import truncated
 from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import Objective
 from l2l.optimizers import soap
-from l2l.optimizers.per_tensor import FEATURES, per_tensor
+from l2l.optimizers.per_tensor import FEATURES, RAMP, per_tensor
 from l2l.storage import exports
 from l2l.training import meta_step
 
@@ -45,13 +45,17 @@ def run(transform, steps, **told):
     return out
 
 
+# What is left is SOAP at one rate.
+PLAIN = dict(weight_decay=0.0, bound=0.0, size_power=0.0)
+
+
 def bound(**settings):
     learned = per_tensor(**settings)
     return learned.bind(learned.init(jax.random.key(0)))
 
 
 def test_untrained_it_is_soap_at_one_rate():
-    ours = run(bound(learning_rate=0.02), 5)
+    ours = run(bound(learning_rate=0.02, **PLAIN), 5)
     directions = soap.scale_by_soap(soap.Settings(average_every=5, basis_every=20))
     theirs = run(optax.with_extra_args_support(optax.chain(directions, optax.scale(-0.02))), 5)
     for mine, wanted in zip(ours, theirs, strict=True):
@@ -60,8 +64,33 @@ def test_untrained_it_is_soap_at_one_rate():
         )
 
 
+def test_long_sides_have_lower_rates_and_rows_of_embeddings_do_not_count():
+    """(64/n)^q with n the longer side that has a basis; vectors are left alone."""
+    params = {"tall": jnp.ones((128, 2)), "wide": jnp.ones((2, 256)), "v": jnp.ones(512)}
+    params["table"] = jnp.ones((9000, 16))
+    gradients = jax.tree.map(lambda x: 0.3 * x, params)
+    steps = []
+    for power in (0.0, 0.5):
+        transform = bound(weight_decay=0.0, bound=0.0, size_power=power)
+        steps.append(transform.update(gradients, transform.init(params), params)[0])
+    factors = {n: float(steps[1][n].ravel()[0] / steps[0][n].ravel()[0]) for n in params}
+    wanted = {"tall": 0.5**0.5, "wide": 0.5, "v": 1.0, "table": 2.0}
+    assert factors == pytest.approx(wanted, rel=1e-3)
+
+
+def test_decay_acts_where_the_step_goes_towards_zero_too():
+    plain, decayed = (run(bound(weight_decay=x, bound=0.0), 1)[0] for x in (0.0, 0.5))
+    for name, p in PARAMS.items():
+        rate = 0.025 * (64 / max(p.size // p.shape[-1], p.shape[-1])) ** 0.5
+        towards = jnp.clip(-plain[name] / rate * jnp.sign(p) / RAMP, 0, 1) * (p.ndim > 1)
+        assert bool(jnp.any(towards == 0)) and (p.ndim == 1 or bool(jnp.any(towards == 1)))
+        wanted = -rate * 0.5 * towards * p
+        np.testing.assert_allclose(decayed[name] - plain[name], wanted, rtol=1e-3, atol=1e-7)
+
+
 def test_the_horizon_lowers_the_rate_as_the_cosine_does():
-    steady, annealed = run(bound(), 4), run(bound(), 4, num_steps=4)
+    plain = bound(**PLAIN)
+    steady, annealed = run(plain, 4), run(plain, 4, num_steps=4)
     factors = [float(b["b"][0] / a["b"][0]) for a, b in zip(steady, annealed, strict=True)]
     assert factors[0] == pytest.approx(1.0, rel=1e-5)
     # The gradients follow the parameters, so only the first steps can be compared number by number.
@@ -71,7 +100,7 @@ def test_the_horizon_lowers_the_rate_as_the_cosine_does():
 def test_no_update_is_longer_than_its_bound():
     """A zero tensor counts as `smallest`; of the others the length is that of their numbers."""
     params = {"w": 1e-3 * PARAMS["w"], "zero": jnp.zeros((4, 3)), "big": 3.0 * PARAMS["w"]}
-    transform = bound(learning_rate=1.0, bound=0.1, smallest=0.03)
+    transform = bound(learning_rate=1.0, weight_decay=0.0, bound=0.1, smallest=0.03)
     state = transform.init(params)
     gradients = jax.tree.map(lambda x: x + 1.0, params)
     updates, _ = transform.update(gradients, state, params)
@@ -82,7 +111,7 @@ def test_no_update_is_longer_than_its_bound():
 
 
 def test_the_network_stays_within_its_reach():
-    learned = per_tensor(hidden_size=4, reach=0.7, learning_rate=0.01)
+    learned = per_tensor(hidden_size=4, reach=0.7, **PLAIN)
     theta = learned.init(jax.random.key(0))
     plain = run(learned.bind(theta), 1)[0]
     for sign in (-1.0, 1.0):
@@ -154,9 +183,9 @@ def test_knobs(exported):
         l2l.load(exported, num_steps=9, weight_decay=0.1, mask={"w": True, "k": False, "b": False}),
         1,
     )[0]
-    # At the first step the schedule's rate is the nominal one, 0.01.
+    # At the first step the schedule's rate is the nominal one, 0.025.
     np.testing.assert_allclose(
-        decayed["w"] - plain["w"], -0.1 * 0.01 * PARAMS["w"], rtol=1e-3, atol=1e-7
+        decayed["w"] - plain["w"], -0.1 * 0.025 * PARAMS["w"], rtol=1e-3, atol=1e-7
     )
     np.testing.assert_array_equal(decayed["k"], plain["k"])
 
@@ -179,12 +208,39 @@ def test_old_knobs_of_other_optimizers():
     )
 
 
+@pytest.mark.parametrize("learn", ["network", "numbers", "all"])
+def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
+    """Through the coefficients of one step."""
+    learned = per_tensor(hidden_size=2, warm_up=3.0, learn=learn)
+    theta = learned.init(jax.random.key(0))
+    theta["network"]["out"]["w"] += 0.1
+    rule = learned.rule
+    _, rows, _ = rule.observe(noisy(PARAMS, 0), PARAMS, rule.accumulators(PARAMS))
+    hidden = rule.hidden(theta, len(PARAMS))
+
+    def total(theta):
+        return jnp.sum(rule.propose(theta, rows, jnp.int32(2), jnp.int32(9), hidden)[0])
+
+    slopes = jax.grad(total)(theta)
+    network = optax.tree.norm(slopes.pop("network"))
+    assert (float(network) > 0) == (learn != "numbers")
+    assert all((float(abs(x)) > 0) == (learn != "network") for x in slopes.values()), slopes
+
+
+@pytest.mark.parametrize(
+    "settings", [{"learn": "everything"}, {"learning_rate": 0.0}, {"weight_decay": -0.1}]
+)
+def test_a_setting_out_of_range_is_one_sentence(settings):
+    with pytest.raises(l2l.UserError, match=next(iter(settings))):
+        per_tensor(**settings)
+
+
 @pytest.mark.parametrize("make", [first_order, truncated], ids=["first", "plain"])
 def test_meta_training_lowers_the_meta_loss(make):
     """From a rate ten times too small. With a broken sign it rises; with a stopped gradient nothing
     moves at all."""
     family = tasks.quadratic(dimension=6)
-    learned = per_tensor(hidden_size=2, learning_rate=0.003)
+    learned = per_tensor(hidden_size=2, learning_rate=0.003, **PLAIN)
     inner = Inner(family, learned, 20, stagger=False)
     system = meta_step.Meta(make(inner, Objective("train", "log")), learned, optax.adam(0.1), 4)
     stage = base.Stage(jnp.asarray(20), jnp.asarray(20), jnp.asarray(0.0))

@@ -24,6 +24,10 @@ from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # Averages over time of what is pooled over a tensor, a step.
 FAST, SLOW = 0.9, 0.99
+# Decay is whole where the nominal direction goes so far towards zero; its numbers are 1 in size
+# where gradients agree. From 0 to here decay grows: a sudden switch would have no derivative.
+RAMP = 0.1
+LEARN = ("network", "numbers", "all")
 # What is left of the rate at the horizon, before the power.
 ANNEALED = 1e-3
 FEATURES = (
@@ -63,50 +67,59 @@ class PerTensorState(NamedTuple):
 def per_tensor(
     *,
     hidden_size: int = 16,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.025,
     vector_rate: float = 1.0,
+    size_power: float = 0.5,
     decays: Sequence[float] = (0.9,),
     second_decay: float = 0.999,
     mixture: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: float = 0.3,
     warm_up: float = 0.0,
     anneal: float = 1.0,
     reach: float = 1.4,
-    bound: float = 0.0,
+    bound: float = 0.2,
     smallest: float = 0.03,
     block_size: int = 256,
     average_every: int = 5,
     basis_every: int = 20,
+    learn: str = "all",
 ) -> base.LearnedOptimizer:
     """An LSTM over whole tensors that scales SOAP's directions (Vyas et al. 2024).
 
     The coefficient of a tensor's nominal direction d₀, Nesterov's momentum over √ν in the basis, is
 
-        c₀ = −exp(λ) · (1 − exp(−(t + 1)/w)) · ((1 + cos πt/T)/2)^p · exp(reach · tanh(a/reach)),
+        c₀ = −exp(λ) · (64/n)^q · (1 − exp(−(t + 1)/w)) · ((1 + cos πt/T)/2)^p · exp(r · tanh(a/r)),
 
-    with a from the network, zero at first: untrained it is SOAP at one rate. With `mixture` the
-    further directions (one a further decay, and the gradient's) have c₀ · tanh(bⱼ). λ, w and p are
-    learned with the network; w only where `warm_up` is above 0, p only where T is told.
+    with n the longer side of a matrix, r the `reach`, and a from the network, zero at first:
+    untrained it is SOAP at one rate. With `mixture` the further directions (one a further decay,
+    and the gradient's) have c₀ · tanh(bⱼ). Decay takes c₀ · exp(δ + r · tanh(e/r)) · θ off, only
+    where the nominal step goes towards zero as well: it is cautious (Chen et al. 2025, arXiv
+    2510.12402), and does not hold back weights that the loss wants to grow.
 
     Args:
       hidden_size: of the LSTM; 0 for none: then λ, w, p and the decay are all of theta.
       learning_rate: exp(λ) at the start, of matrices; times `vector_rate`, of vectors.
+      size_power: q. The longer side, not the fan-in: libraries differ in which axis that is.
       decays: of the first moments; the first is the nominal one.
       second_decay: of the second moment.
-      weight_decay: decoupled, times the schedule's rate; learned from this on if it is above 0.
+      mixture: whether the network mixes further directions in.
+      weight_decay: exp(δ) at the start, times the schedule's rate; none of vectors. 0 for none.
       warm_up: w, steps; 0 for none.
       anneal: p.
-      reach: |log| of the largest factor that the network may put on a rate.
-      bound: the root mean square of an update is kept below this part of that of its tensor, or of
-        `smallest` where that is larger; 0 for no bound.
+      reach: r: |log| of the largest factor that the network may put on a rate or a decay.
+      bound: the root mean square of a step, decay aside, is kept below this part of that of its
+        tensor, or of `smallest` where that is larger; 0 for no bound.
       block_size, average_every, basis_every: of the directions (`soap.Settings`).
+      learn: what the meta-gradient reaches: "network", "numbers" (λ and the others) or "all".
 
     Raises:
       UserError: a setting is out of range.
     """
-    for name, value in (("learning_rate", learning_rate), ("vector_rate", vector_rate)):
-        if not value > 0:
-            raise UserError(f"{name}={value} takes no steps: use a positive number.")
+    nominal = Numbers(
+        learning_rate, vector_rate, size_power, anneal, warm_up, bound, weight_decay
+    ).checked()
+    if learn not in LEARN:
+        raise UserError(f"There is no learn={learn!r}: choose {', '.join(LEARN[:-1])} or all.")
     decays = tuple(decays)
     settings = soap.Settings(
         decays=decays,
@@ -117,85 +130,138 @@ def per_tensor(
         basis_every=basis_every,
     )
     further = len(decays) if mixture else 0  # The other decays, and the gradient.
-    nominal = dict(
-        learning_rate=learning_rate, vector_rate=vector_rate, anneal=anneal,
-        warm_up=warm_up, weight_decay=weight_decay,
-    )  # fmt: skip
-
-    @hk.without_apply_rng
-    @hk.transform
-    def network(rows, state):
-        columns, state = FeatureMajorLSTM(hidden_size, name="lstm")(rows, state)
-        return FeatureMajorLinear(1 + further, jnp.zeros, name="out")(columns), state
-
-    def hidden(theta, num_tensors):
-        if not hidden_size:
-            return ()
-        zeros = jnp.zeros((hidden_size, num_tensors), theta["log_rate"].dtype)
-        return hk.LSTMState(zeros, jnp.zeros_like(zeros))
+    network = _Network(hidden_size, 1 + further + (weight_decay > 0))
 
     def init(key):
-        theta: dict[str, Any] = {
-            name: jnp.asarray(x, jnp.float32) for name, x in _numbers(nominal).items()
-        }
-        if hidden_size:
-            zeros = jnp.zeros((hidden_size, 1))
-            rows = jnp.zeros((len(FEATURES), 1))
-            theta["network"] = network.init(key, rows, hk.LSTMState(zeros, zeros))
-        return theta
+        theta: dict[str, Any] = nominal.theta()
+        return theta | ({"network": network.init(key)} if hidden_size else {})
 
     def propose(theta, rows, step, num_steps, state):
+        if learn != "all":
+            theta = {
+                name: part if (name == "network") == (learn == "network") else _held(part)
+                for name, part in theta.items()
+            }
         seen, plain = rows[: len(FEATURES)], rows[len(FEATURES) :]
-        vector, log_weights, lengths = plain[0], plain[1], plain[2:]
-        out = jnp.zeros((1 + further, rows.shape[1]), rows.dtype)
-        if hidden_size:
-            out, state = network.apply(theta["network"], seen, state)
+        vector, log_weights, log_size, lengths = *plain[:3], plain[3:]
+        out, state = network.apply(theta, seen, state)
         log_rate = theta["log_rate"] + vector * theta["log_vector_rate"]
+        log_rate = log_rate - theta["size_power"] * log_size
         rate = jnp.exp(log_rate + reach * jnp.tanh(out[0] / reach))
         rate = rate * _schedule(theta, step, num_steps)
-        shares = jnp.concatenate([jnp.ones_like(out[:1]), jnp.tanh(out[1:])])
+        shares = jnp.concatenate([jnp.ones_like(out[:1]), jnp.tanh(out[1 : 1 + further])])
         if bound:
             largest = jnp.maximum(jnp.exp(log_weights), smallest)
             part = rate * jnp.sum(jnp.abs(shares) * lengths, 0) / largest
-            rate = rate / jnp.sqrt(1 + jnp.square(part / bound))
+            rate = rate / jnp.sqrt(1 + jnp.square(part * jnp.exp(-theta["log_bound"])))
         coefficients = -rate[None] * shares
         if weight_decay:
-            decay = -rate * jnp.exp(theta["log_weight_decay"]) * (1 - vector)
+            log_decay = theta["log_weight_decay"] + reach * jnp.tanh(out[-1] / reach)
+            decay = -rate * jnp.exp(log_decay) * (1 - vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
         return coefficients, state
-
-    def combine(directions, coefficients, params):
-        seen = directions
-        if not weight_decay:
-            return soap.back(settings, seen, coefficients, params)
-        updates = soap.back(settings, seen, coefficients[:-1], params)
-        leaves, treedef = jax.tree.flatten(params)
-        decayed = treedef.unflatten([c * p for c, p in zip(coefficients[-1], leaves, strict=True)])
-        return jax.tree.map(lambda u, d: u + d.astype(u.dtype), updates, decayed)
 
     rule = base.PerTensorRule(
         accumulators=lambda params: _start(settings, params),
         observe=partial(_observe, settings),
-        hidden=hidden,
+        hidden=network.hidden,
         propose=propose,
-        combine=combine,
+        combine=partial(_combine, settings, weight_decay > 0),
         rate=lambda theta, *clock: jnp.exp(theta["log_rate"]) * _schedule(theta, *clock),
         features=FEATURES,
     )
     return base.LearnedOptimizer(init, lambda theta: bind(rule, theta), rule)
 
 
-def _numbers(nominal) -> dict[str, float]:
-    numbers = {
-        "log_rate": math.log(nominal["learning_rate"]),
-        "log_vector_rate": math.log(nominal["vector_rate"]),
-        "anneal": nominal["anneal"],
-    }
-    if nominal["warm_up"]:
-        numbers["log_warm_up"] = math.log(nominal["warm_up"])
-    if nominal["weight_decay"]:
-        numbers["log_weight_decay"] = math.log(nominal["weight_decay"])
-    return numbers
+def _held(tree):
+    return jax.tree.map(jax.lax.stop_gradient, tree)
+
+
+class _Network:
+    """The LSTM with its last layer: [S, G] to [outputs, G], zero untrained; zero without units."""
+
+    def __init__(self, hidden_size: int, outputs: int):
+        self._size, self._outputs = hidden_size, outputs
+
+        @hk.without_apply_rng
+        @hk.transform
+        def network(rows, state):
+            columns, state = FeatureMajorLSTM(hidden_size, name="lstm")(rows, state)
+            return FeatureMajorLinear(outputs, jnp.zeros, name="out")(columns), state
+
+        self._network = network
+
+    def init(self, key):
+        zeros = jnp.zeros((self._size, 1))
+        rows = jnp.zeros((len(FEATURES), 1))
+        return self._network.init(key, rows, hk.LSTMState(zeros, zeros))
+
+    def hidden(self, theta, num_tensors: int):
+        if not self._size:
+            return ()
+        zeros = jnp.zeros((self._size, num_tensors), theta["log_rate"].dtype)
+        return hk.LSTMState(zeros, jnp.zeros_like(zeros))
+
+    def apply(self, theta, rows, state):
+        if not self._size:
+            return jnp.zeros((self._outputs, rows.shape[1]), rows.dtype), state
+        return self._network.apply(theta["network"], rows, state)
+
+
+class Numbers(NamedTuple):
+    """What theta holds beside the network: settings of `per_tensor`, learned from these on."""
+
+    learning_rate: float
+    vector_rate: float
+    size_power: float
+    anneal: float
+    warm_up: float
+    bound: float
+    weight_decay: float
+
+    def checked(self) -> "Numbers":
+        for name, value in self._asdict().items():
+            rate = name in ("learning_rate", "vector_rate")
+            if not 0 <= value < math.inf or (rate and not value):
+                meant = "takes no steps: use a positive number" if rate else "is out of range"
+                raise UserError(f"{name}={value} {meant}.")
+        return self
+
+    def theta(self) -> dict[str, jax.Array]:
+        """Those that are multiplied with something as logarithms; no entry for what is switched
+        off by 0."""
+        numbers = {
+            "log_rate": math.log(self.learning_rate),
+            "log_vector_rate": math.log(self.vector_rate),
+            "size_power": self.size_power,
+            "anneal": self.anneal,
+        }
+        for name in ("warm_up", "bound", "weight_decay"):
+            if getattr(self, name):
+                numbers[f"log_{name}"] = math.log(getattr(self, name))
+        return {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
+
+
+def _combine(settings, decayed: bool, seen, coefficients, params):
+    """Updates like params; where they are `decayed`, the last coefficient is of the decay.
+
+    It is linear in the coefficients: where decay acts is decided by the nominal direction alone.
+    """
+    if not decayed:
+        return soap.back(settings, seen, coefficients, params)
+    ahead = soap.back(settings, seen, jnp.ones_like(coefficients[:1]), params)
+    single = len(coefficients) == 2  # The nominal direction, and the decay.
+    moved = ahead if single else soap.back(settings, seen, coefficients[:-1], params)
+    leaves, treedef = jax.tree.flatten(params)
+    updates = []
+    for i, (p, d, u) in enumerate(
+        zip(leaves, jax.tree.leaves(ahead), jax.tree.leaves(moved), strict=True)
+    ):
+        step = coefficients[0, i] * d if single else u
+        towards = jnp.clip(jnp.sign(p) * d / RAMP, 0, 1)
+        decay = coefficients[-1, i] * towards * p
+        updates.append((step + decay).astype(p.dtype))
+    return treedef.unflatten(updates)
 
 
 def _schedule(theta, step, num_steps) -> jax.Array:
@@ -226,7 +292,8 @@ def _log_rms(x, dtype) -> jax.Array:
 
 def _observe(settings, gradient, params, past: Accumulators):
     """(directions, features [S, G], accumulators): `FEATURES`; then, for no network's eyes, whether
-    a tensor is a vector, log rms θ, and the root mean squares of the directions."""
+    a tensor is a vector, log rms θ, log of its size (`_sizes`), and the root mean squares of the
+    directions."""
     began = past.soap.count > 0
     seen, now = soap.observe(settings, gradient, past.soap)
     leaves = jax.tree.leaves(params)
@@ -263,8 +330,17 @@ def _observe(settings, gradient, params, past: Accumulators):
     growth = jnp.tanh(log_weights - trail.log_start)
     vectors = set(settings.plan(params).vectors)
     vector = jnp.asarray([float(i in vectors) for i in range(len(leaves))], dtype)
-    rows = [*dynamic, growth, *together, vector, log_weights, *lengths]
+    log_size = jnp.asarray([math.log(x) for x in _sizes(leaves, vectors, settings.longest)], dtype)
+    rows = [*dynamic, growth, *together, vector, log_weights, log_size, *lengths]
     return seen, jnp.stack(rows), Accumulators(now, trail)
+
+
+def _sizes(leaves, vectors, longest: int) -> list[float]:
+    """Over 64 the longer side of each matrix (all axes but the last by the last), where it has a
+    basis: the rows of an embedding do not count. 1 of vectors."""
+    sides = [(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1) for x in leaves]
+    whole = [[n for n in side if n <= longest] or [longest] for side in sides]
+    return [1.0 if i in vectors else max(side) / 64 for i, side in enumerate(whole)]
 
 
 def advance(rule: base.PerTensorRule, theta, gradient, params, state: PerTensorState, num_steps):

@@ -73,6 +73,8 @@ EARLIER: dict[str, dict[str, Any]] = {
         "block_size": 256,
         "average_every": 5,
         "basis_every": 20,
+        "size_power": 0.0,
+        "learn": "all",
     },
     "rnnprop": {
         "hidden_size": 20,
