@@ -160,7 +160,8 @@ def window(
     else:
         state, (losses, held_out) = steps(state, None, inner.length)
     if objective.reads_validation and not every_step:
-        held_out = held_out_at(state)[None]
+        # Of K numbers the form "last" reads the last.
+        held_out = jnp.broadcast_to(held_out_at(state), losses.shape)
     last = family.loss(state.params, state.problem, batch_at(family, state, data, TRAIN))
     following = jnp.concatenate([losses[1:], last[None]])
     value = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32))
