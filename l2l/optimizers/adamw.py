@@ -1,7 +1,7 @@
 """AdamW with rate, decay and schedule in theta, for hypergradients through whole runs."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from l2l.optimizers import leaves
 class AdamWState(NamedTuple):
     """adam: of `optax.scale_by_adam`, whose count is the number of steps taken."""
 
-    adam: optax.ScaleByAdamState
+    adam: Any
 
 
 def learned_adamw(

@@ -74,8 +74,10 @@ def _beside_others(experiment, theta, task, problems) -> dict[str, adaptation.Ad
     optimizer, steps = experiment.optimizer, experiment.evaluation.horizons
     assert optimizer.start is not None
     running, count = experiment.running, len(experiment.families)
+    family, data = task
     pretrained = adaptation.pretrain(
-        *task,
+        family,
+        data,
         jax.random.fold_in(problems.key, problems.count),
         steps=running.steps,
         num_problems=running.num_problems * count,
