@@ -102,7 +102,8 @@ def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any
             metadata = _metadata(file)
             if not other_rules:
                 versions.check_rules(specification_of(metadata), metadata["optimizer"]["rules"])
-            return *_read(local, metadata), metadata
+            optimizer, theta = _read(local, metadata)
+            return optimizer, theta, metadata
         except versions.OtherRule as error:
             raise UserError(f"{path} is not for this l2l: {error}.") from None
         except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.

@@ -75,7 +75,8 @@ def _beside_others(experiment, theta, task, problems) -> dict[str, adaptation.Ad
     assert optimizer.start is not None
     running, count = experiment.running, len(experiment.families)
     pretrained = adaptation.pretrain(
-        *task,
+        task[0],
+        task[1],
         jax.random.fold_in(problems.key, problems.count),
         steps=running.steps,
         num_problems=running.num_problems * count,

@@ -52,7 +52,7 @@ def _repeated(theta, count: int):
 
 def _described(theta) -> dict:
     """Theta as people write such settings: its schedule as factors on the rate."""
-    shown = {
+    shown: dict = {
         "rate": float(np.exp(theta["log_learning_rate"])),
         "decay": float(np.exp(theta["log_weight_decay"])),
     }
