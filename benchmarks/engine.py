@@ -42,8 +42,9 @@ from l2l.data.datasets import Dataset, Split
 from l2l.estimators.autodiff import truncated
 from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import objective
-from l2l.optimizers import coordinates
-from l2l.optimizers.lstm import dm, lstm
+from l2l.optimizers import blocks
+from l2l.optimizers.lstm import lstm
+from l2l.optimizers.published import dm
 
 OPTIMIZERS = {"lstm (1x8)": lstm, "2xLSTM-20 (dm)": dm}
 # Per LSTM layer (inputs, units), and the rows of the output layer.
@@ -129,7 +130,7 @@ def network(name) -> list:
     function repeated over many blocks so that dispatch does not count."""
     layers, outputs = NETWORKS[name]
     hidden = jax.ShapeDtypeStruct((2 * sum(units for _, units in layers), 1), jnp.float32)
-    width = coordinates.width(hidden) or 1 << 16
+    width = blocks.width(hidden) or 1 << 16
     repeats = max(1, (1 << 18) // width)
     random = np.random.default_rng(0)
     pieces = []

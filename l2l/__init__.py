@@ -14,10 +14,10 @@ from l2l.version import __version__ as __version__
 if TYPE_CHECKING:  # The same names as in `_CONTENTS`, for editors and type checkers.
     from l2l import estimators, evaluation, optimizers, tasks
     from l2l.console.errors import UserError
-    from l2l.core.base import LearnedOptimizer, Rule, TaskFamily, fixed, lift
+    from l2l.core.base import LearnedOptimizer, Rule, TaskFamily, fixed, learner, lift
     from l2l.optimizers.guard import guard
     from l2l.optimizers.soap import soap
-    from l2l.storage.exports import export, load, released
+    from l2l.storage.exports import export, load, released, start
     from l2l.storage.exports import read as read_export
     from l2l.training.experiment import build_experiment
     from l2l.training.run import train
@@ -33,12 +33,14 @@ __all__ = [
     "export",
     "fixed",
     "guard",
+    "learner",
     "lift",
     "load",
     "optimizers",
     "read_export",
     "released",
     "soap",
+    "start",
     "tasks",
     "train",
 ]
@@ -54,12 +56,14 @@ _CONTENTS = {
     "export": ("l2l.storage.exports", "export"),
     "fixed": ("l2l.core.base", "fixed"),
     "guard": ("l2l.optimizers.guard", "guard"),
+    "learner": ("l2l.core.base", "learner"),
     "lift": ("l2l.core.base", "lift"),
     "load": ("l2l.storage.exports", "load"),
     "optimizers": ("l2l.optimizers", None),
     "read_export": ("l2l.storage.exports", "read"),
     "released": ("l2l.storage.exports", "released"),
     "soap": ("l2l.optimizers.soap", "soap"),
+    "start": ("l2l.storage.exports", "start"),
     "tasks": ("l2l.tasks", None),
     "train": ("l2l.training.run", "train"),
 }

@@ -11,10 +11,11 @@ import pytest
 
 from l2l.core import base
 from l2l.evaluation import curves
-from l2l.optimizers import coordinates
+from l2l.optimizers import blocks, coordinates
 from l2l.optimizers.adam import adam
 from l2l.optimizers.by_parameter import by_parameter
-from l2l.optimizers.lstm import dm, lstm
+from l2l.optimizers.lstm import lstm
+from l2l.optimizers.published import dm
 from l2l.training import meta_step
 
 # Compiling is what these tests spend their time on, and most answers need no fast code.
@@ -57,21 +58,21 @@ def run(theta, params, block, rule=LSTM.rule, steps=3, **settings):
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 33, 512, 513, 100_001])
 @pytest.mark.parametrize("block", [16, 512, None])
 def test_every_coordinate_is_fresh_in_one_block(size, block):
-    blocks = coordinates.blocks_of(size, block)
-    assert blocks.width <= (block or size)
-    assert (blocks.count - 1) * blocks.width < size  # None is left over.
+    cut = blocks.blocks_of(size, block)
+    assert cut.width <= (block or size)
+    assert (cut.count - 1) * cut.width < size  # None is left over.
     numbers, seen = jnp.arange(size), []
-    for i in range(blocks.count):
-        part, fresh = blocks.cut(numbers, i), blocks.fresh(i)
-        assert part.shape == (blocks.width,)
+    for i in range(cut.count):
+        part, fresh = cut.cut(numbers, i), cut.fresh(i)
+        assert part.shape == (cut.width,)
         seen.append(np.asarray(part)[np.asarray(fresh)])
     np.testing.assert_array_equal(np.concatenate(seen), numbers)
 
 
 def test_put_writes_what_is_fresh():
-    blocks = coordinates.blocks_of(44, 16)
+    cut = blocks.blocks_of(44, 16)
     rows = jnp.arange(88.0).reshape(2, 44)
-    got = blocks.put(rows, -jnp.ones((2, 16)), 2)
+    got = cut.put(rows, -jnp.ones((2, 16)), 2)
     np.testing.assert_array_equal(got[:, :32], rows[:, :32])
     np.testing.assert_array_equal(got[:, 32:], -1)
 
@@ -79,10 +80,10 @@ def test_put_writes_what_is_fresh():
 def test_blocks_of_the_way_back_shrink_with_the_recurrent_state():
     """Of 8 units (16 numbers a coordinate), of two layers of 20 (80), and of none."""
     widths = [
-        coordinates.width(learned.rule.hidden(learned.init(jax.random.key(0)), 1))
+        blocks.width(learned.rule.hidden(learned.init(jax.random.key(0)), 1))
         for learned in (lstm(), dm(), adam())
     ]
-    assert widths == [512, 128, 512] and coordinates.width() == 512
+    assert widths == [512, 128, 512] and blocks.width() == 512
 
 
 def test_flatten_and_back():
@@ -161,7 +162,7 @@ def test_half_of_the_hidden_state_and_nearly_the_same_run():
 def test_bytes_of_state(state_dtype, most):
     learned = lstm()
     theta = learned.init(jax.random.key(0))
-    params = jax.ShapeDtypeStruct((200 * coordinates.FORWARD_BLOCK,), jnp.float32)
+    params = jax.ShapeDtypeStruct((200 * blocks.FORWARD_BLOCK,), jnp.float32)
     transform = coordinates.bind(learned.rule, theta, state_dtype=state_dtype)
     state = jax.eval_shape(transform.init, params)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
@@ -196,17 +197,17 @@ def test_five_hundred_tensors_compile_in_seconds():
 def test_the_devices_that_are_given_decide_the_layout(monkeypatch):
     """On a machine with an accelerator, what is compiled for its CPU is laid out for a CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert coordinates.platform() == "gpu" and coordinates.width() is None
+    assert blocks.platform() == "gpu" and blocks.width() is None
     for device in ("cpu", jax.devices()[1]):
         with jax.default_device(device):
-            assert coordinates.platform() == "cpu"
-            assert coordinates.width() == coordinates.FORWARD_BLOCK
+            assert blocks.platform() == "cpu"
+            assert blocks.width() == blocks.FORWARD_BLOCK
 
     seen = []
 
     def bind(theta):
         def update(updates, state, params=None):
-            seen.append(coordinates.platform())
+            seen.append(blocks.platform())
             return updates, state
 
         return optax.GradientTransformation(lambda params: (), update)
@@ -223,7 +224,7 @@ def test_the_devices_that_are_given_decide_the_layout(monkeypatch):
     assert seen and set(seen) == {"cpu"}
 
     def estimate(theta, state, data, stage):
-        seen.append(coordinates.platform())
+        seen.append(blocks.platform())
         rows = jnp.zeros(len(state))
         return rows, state, {"meta_loss": rows, "loss": rows, "lowest": rows}
 

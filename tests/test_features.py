@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from l2l.optimizers import features
-from l2l.optimizers.lstm import dm, lstm, rnnprop
+from l2l.optimizers.lstm import lstm
+from l2l.optimizers.published import dm, rnnprop
 
 DECAYS, SECOND = (0.9, 0.99, 0.999), 0.999
 

@@ -12,8 +12,9 @@ from l2l.estimators import autodiff
 from l2l.estimators.first_order import SEGMENT, Teacher, first_order
 from l2l.estimators.objective import Objective
 from l2l.optimizers import coordinates
-from l2l.optimizers.lstm import dm, lstm, rnnprop
+from l2l.optimizers.lstm import lstm
 from l2l.optimizers.per_tensor import per_tensor
+from l2l.optimizers.published import dm, rnnprop
 from l2l.tasks import augment
 from l2l.training import meta_step
 

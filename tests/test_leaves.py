@@ -12,7 +12,7 @@ import l2l
 from l2l.console.errors import UserError
 from l2l.optimizers import coordinates, leaves
 from l2l.optimizers.guard import guard
-from l2l.optimizers.lstm import dm
+from l2l.optimizers.published import dm
 
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 LEARNED = dm(hidden_size=2)

@@ -18,8 +18,9 @@ from l2l.optimizers import per_tensor_signals
 from l2l.optimizers.adam import adam
 from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.guard import GuardState, guard
-from l2l.optimizers.lstm import dm, lstm, rnnprop
+from l2l.optimizers.lstm import lstm
 from l2l.optimizers.per_tensor import PerTensorState, per_tensor
+from l2l.optimizers.published import dm, rnnprop
 
 # Compiling is what these tests spend their time on, and the answers need no fast code.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

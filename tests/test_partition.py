@@ -15,7 +15,8 @@ from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import Objective
 from l2l.optimizers.adam import adam
 from l2l.optimizers.by_parameter import by_parameter
-from l2l.optimizers.lstm import lstm, rnnprop
+from l2l.optimizers.lstm import lstm
+from l2l.optimizers.published import rnnprop
 from l2l.tasks import simple_multi
 
 # Compiling is what these tests spend their time on, and the answers need no fast code.

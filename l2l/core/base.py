@@ -22,6 +22,9 @@ Scalar = jax.Array | np.ndarray | float
 class TaskFamily(NamedTuple):
     """A distribution over problems (optimizees): four functions, a name, and optionally a score.
 
+    In few-shot problems the training split of a problem is its support, which inner steps see, and
+    its validation split the query, which the meta-loss is measured on.
+
     sample:   (key) -> Problem. A pytree of arrays (never Python strings) so that it can be mapped:
               an activation index, scales, a subset of the data.
     init:     (key, problem) -> Params.
@@ -32,6 +35,8 @@ class TaskFamily(NamedTuple):
               thing.
     data:     () -> Data. Reads what `batch` reads; called once, outside jit. Arrays in it are
               passed to the compiled program as arguments, never embedded.
+    outputs:  (params, problem, batch) -> what the model answers, for figures; None where there is
+              nothing to draw.
     """
 
     sample: Callable[[jax.Array], PyTree]
@@ -41,6 +46,7 @@ class TaskFamily(NamedTuple):
     accuracy: Callable[[PyTree, PyTree, PyTree], jax.Array] | None = None
     data: Callable[[], PyTree] = lambda: ()
     name: str = "task"
+    outputs: Callable[[PyTree, PyTree, PyTree], jax.Array] | None = None
 
 
 class TensorSignals(NamedTuple):
@@ -148,19 +154,49 @@ class PerTensorRule(NamedTuple):
 
 
 class LearnedOptimizer(NamedTuple):
-    """An optimizer as a function of theta.
+    """An optimizer as a function of theta; and where theta holds more of an inner run than its
+    optimizer (see `learner`), the parameters that it starts from and the loss that it minimises.
 
-    init: (key) -> Theta.
-    bind: (theta) -> an optax transformation. Its `update` accepts `num_steps=` (the horizon, an
-          int or scalar array; optional) and ignores every other extra argument.
-    rule: the two halves behind `bind` for optimizers that act coordinate by coordinate or tensor by
-          tensor; None for others (see `lift`), whose meta-gradients are taken by plain automatic
-          differentiation.
+    init:  (key) -> Theta.
+    bind:  (theta) -> an optax transformation. Its `update` accepts `num_steps=` (the horizon, an
+           int or scalar array; optional) and ignores every other extra argument.
+    rule:  the two halves behind `bind` for optimizers that act coordinate by coordinate or tensor
+           by tensor; None for others (see `lift`), whose meta-gradients are taken by plain
+           automatic differentiation.
+    start: (theta) -> Params that every run begins with; None where the family's `init` draws them.
+    loss:  (theta, the family's loss) -> the loss that the steps of a run go down, with the same
+           arguments; None where that is the family's. The meta-loss is always the family's.
     """
 
     init: Callable[[jax.Array], PyTree]
     bind: Callable[[PyTree], optax.GradientTransformationExtraArgs]
     rule: Rule | PerTensorRule | None = None
+    start: Callable[[PyTree], PyTree] | None = None
+    loss: Callable[[PyTree, Callable], Callable] | None = None
+
+
+class LearnedLoss(NamedTuple):
+    """The loss of inner training as a function of theta.
+
+    init: (key, params) -> Theta; `params` may be shapes.
+    bind: (theta, the family's loss) -> a loss with the same arguments.
+    """
+
+    init: Callable[[jax.Array, PyTree], PyTree]
+    bind: Callable[[PyTree, Callable], Callable]
+
+
+class Parts(NamedTuple):
+    """A theta that holds more of an inner run than its optimizer; () for what it does not hold.
+
+    optimizer: the theta of the optimizer.
+    start:     Params.
+    loss:      the theta of the loss.
+    """
+
+    optimizer: PyTree
+    start: PyTree = ()
+    loss: PyTree = ()
 
 
 class InnerState(NamedTuple):
@@ -237,6 +273,39 @@ def lift(
 def fixed(transform: optax.GradientTransformation) -> LearnedOptimizer:
     """An optimizer with nothing to learn, for the code that wants a `LearnedOptimizer`."""
     return lift(lambda key: (), lambda theta: transform)
+
+
+def learner(
+    optimizer: LearnedOptimizer,
+    *,
+    start: Callable[[jax.Array], PyTree] | None = None,
+    loss: LearnedLoss | None = None,
+    params: PyTree = None,
+) -> LearnedOptimizer:
+    """A `LearnedOptimizer` whose theta, `Parts`, holds the start of a run (as in MAML; Finn et al.
+    2017), settings of the loss that it minimises, or both, beside what that of `optimizer` holds.
+
+    Args:
+      start: (key) -> the Params that meta-training begins with.
+      loss: needs `params`, or shapes like them, where there is no `start`.
+
+    >>> maml = learner(fixed(optax.sgd(0.01)), start=lambda key: {"w": jnp.zeros(3)})
+    """
+
+    def init(key):
+        keys = jax.random.split(key, 3)
+        first = () if start is None else start(keys[1])
+        like = params if start is None else first
+        return Parts(
+            optimizer.init(keys[0]), first, () if loss is None else loss.init(keys[2], like)
+        )
+
+    return LearnedOptimizer(
+        init,
+        lambda theta: optimizer.bind(theta.optimizer),
+        start=None if start is None else lambda theta: theta.start,
+        loss=None if loss is None else lambda theta, own: loss.bind(theta.loss, own),
+    )
 
 
 def count(tree: PyTree) -> int:

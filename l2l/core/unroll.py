@@ -35,7 +35,8 @@ def fresh(inner: Inner, key: jax.Array, theta, stage: base.Stage) -> base.InnerS
         return jax.random.fold_in(key, use)
 
     problem = inner.family.sample(fold(SAMPLE))
-    params = inner.family.init(fold(INIT), problem)
+    start = inner.optimizer.start
+    params = inner.family.init(fold(INIT), problem) if start is None else start(theta)
     low, high = jnp.log(stage.shortest), jnp.log(stage.longest)
     # uniform() reaches 1 only by rounding, so the longest horizon needs the nearest multiple.
     steps = jnp.exp(low + (high - low) * jax.random.uniform(fold(HORIZON)))
@@ -71,6 +72,24 @@ def renew(inner: Inner, state: base.InnerState, theta, stage: base.Stage) -> bas
     over = (state.step >= state.num_steps) | ~base.finite(state.params)
     following = jax.random.fold_in(state.key, NEXT)
     return jax.lax.cond(over, lambda: fresh(inner, following, theta, stage), lambda: state)
+
+
+def begun(inner: Inner, theta, state: base.InnerState) -> base.InnerState:
+    """A run that is before its first step with its beginning as a function of theta, to be
+    differentiated or perturbed: the start that theta holds, and the optimizer's state there. Any
+    other run as it is, and so are all runs of an optimizer whose theta holds no start."""
+    if inner.optimizer.start is None:
+        return state
+    params = inner.optimizer.start(theta)
+    own = state._replace(params=params, opt_state=inner.optimizer.bind(theta).init(params))
+    return jax.tree.map(lambda x, y: jnp.where(state.step == 0, x, y), own, state)
+
+
+def trained_on(inner: Inner, theta) -> base.TaskFamily:
+    """The family with the loss that theta makes of its own, which the steps of a run go down."""
+    if inner.optimizer.loss is None:
+        return inner.family
+    return inner.family._replace(loss=inner.optimizer.loss(theta, inner.family.loss))
 
 
 def batch_at(inner_family: base.TaskFamily, state: base.InnerState, data, use: int = TRAIN):

@@ -15,7 +15,17 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.core.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew, unroll
+from l2l.core.unroll import (
+    TRAIN,
+    VALIDATION,
+    Inner,
+    batch_at,
+    begun,
+    first,
+    renew,
+    trained_on,
+    unroll,
+)
 from l2l.estimators.first_order import Teacher, in_segments, over_problems
 from l2l.estimators.objective import Objective
 
@@ -46,7 +56,9 @@ def truncated(
     """The gradient of a window's meta-loss in theta, inner states persisting between windows.
 
     With gₜ = ∇ℓₜ(θₜ), sₜ the optimizer's state and θₜ₊₁ = θₜ + u(φ; gₜ, θₜ, sₜ), the estimate is
-    dL/dφ of L = Σₖ wₖ ρ(ℓₖ(θₖ)) (`Objective`) for fixed θ₀, s₀.
+    dL/dφ of L = Σₖ wₖ ρ(ℓₖ(θₖ)) (`Objective`) for fixed θ₀, s₀. Where theta holds the start of a
+    run, θ₀ and s₀ of its first window are functions of theta: order "exact" is then MAML, order
+    "first" its first-order form, FOMAML (Finn et al. 2017), when runs are one window.
 
     Args:
       order: "first" holds gₜ and θₜ constant where the optimizer observes them (Andrychowicz et
@@ -79,12 +91,17 @@ def truncated(
         teaching = jax.tree.map(lambda x: jnp.where(run.step == 0, 0, x), state.teacher)
 
         def loss(theta):
-            transform, begin = inner.optimizer.bind(theta), run
+            transform, begin = inner.optimizer.bind(theta), begun(inner, theta, run)
             if teacher is not None:
                 transform = _beside(transform, teacher)
-                begin = run._replace(opt_state=Imitation(run.opt_state, teaching, jnp.zeros(())))
+                beside = Imitation(begin.opt_state, teaching, jnp.zeros(()))
+                begin = begin._replace(opt_state=beside)
             after, value, metrics = window(
-                inner, objective, transform, begin, data, frozen=frozen, segments=segments
+                inner._replace(family=trained_on(inner, theta)),
+                *(objective, transform, begin, data),
+                held_out_loss=inner.family.loss,
+                frozen=frozen,
+                segments=segments,
             )
             if teacher is None:
                 return value, (AutodiffState(after, ()), metrics)
@@ -108,23 +125,32 @@ def window(
     state: base.InnerState,
     data,
     *,
+    held_out_loss: Callable | None = None,
     frozen: Callable = lambda tree: tree,
     segments: bool = False,
 ) -> tuple[base.InnerState, jax.Array, dict[str, jax.Array]]:
-    """One window of inner training: (state after it, its meta-loss, metrics), differentiable."""
+    """One window of inner training: (state after it, its meta-loss, metrics), differentiable.
+
+    held_out_loss: on validation batches, where that is not the loss of the family trained on.
+    """
     family = inner.family
+    measure = family.loss if held_out_loss is None else held_out_loss
+    every_step = objective.reads_validation and objective.form != "last"
+
+    def held_out_at(state):
+        return measure(state.params, state.problem, batch_at(family, state, data, VALIDATION))
+
     on_train, on_validation = objective.weights(state.step, state.num_steps)
     emphases = objective.emphases(state.step, state.num_steps, inner.length)
 
     def steps(state, _, length):
-        if not objective.reads_validation:
+        if not every_step:
             state, losses = unroll(state, data, family, transform, length, frozen)
             return state, (losses, ())
 
         def step(state, _):
             state, losses = unroll(state, data, family, transform, 1, frozen)
-            batch = batch_at(family, state, data, VALIDATION)
-            return state, (losses[0], family.loss(state.params, state.problem, batch))
+            return state, (losses[0], held_out_at(state))
 
         return jax.lax.scan(step, state, None, length)
 
@@ -133,6 +159,8 @@ def window(
         state, (losses, held_out) = in_segments(steps, state, None, inner.length, size)
     else:
         state, (losses, held_out) = steps(state, None, inner.length)
+    if objective.reads_validation and not every_step:
+        held_out = held_out_at(state)[None]
     last = family.loss(state.params, state.problem, batch_at(family, state, data, TRAIN))
     following = jnp.concatenate([losses[1:], last[None]])
     value = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32))

@@ -26,7 +26,7 @@ from l2l.core import base
 from l2l.core.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew
 from l2l.estimators.first_order_per_tensor import first_order_per_tensor
 from l2l.estimators.objective import Objective
-from l2l.optimizers import coordinates, features
+from l2l.optimizers import blocks, coordinates, features
 
 
 class Teacher(NamedTuple):
@@ -79,10 +79,10 @@ class Seen(NamedTuple):
     held_out_weights: jax.Array | tuple
     tensors: jax.Array | tuple
 
-    def on(self, blocks: coordinates.Blocks, i) -> "Seen":
+    def on(self, cut: blocks.Blocks, i) -> "Seen":
         """What was seen of the coordinates of block i."""
         own = ("gradient", "params", "directions", "held_out", "last")
-        return self._replace(**{name: blocks.cut(getattr(self, name), i) for name in own})
+        return self._replace(**{name: cut.cut(getattr(self, name), i) for name in own})
 
     def pulls(self):
         """∂L/∂θ after each step, [K, P]: the loss that follows update t is met at step t + 1."""
@@ -208,7 +208,7 @@ class _Engine(NamedTuple):
         """
         start = run.opt_state
         size = seen.last.size
-        blocks = coordinates.blocks_of(size, self.block or coordinates.width(start.hidden))
+        cut = blocks.blocks_of(size, self.block or blocks.width(start.hidden))
         signals, back_to_theta = jax.vjp(lambda t: self.tensor_signals(t, run, seen), theta)
         window = _Window(self, run, imitation / (size * self.inner.length))
         gradient_of = jax.grad(window.loss, has_aux=True)
@@ -216,17 +216,17 @@ class _Engine(NamedTuple):
 
         def one_block(i, carry):
             total, moments = carry
-            arrays = (*blocks.cut(state, i), blocks.cut(moments, i))
-            place = (seen.on(blocks, i), blocks.fresh(i), blocks.start(i))
+            arrays = (*cut.cut(state, i), cut.cut(moments, i))
+            place = (seen.on(cut, i), cut.fresh(i), cut.start(i))
             gradient, after = gradient_of(both, arrays, *place)
             total = jax.tree.map(jnp.add, total, gradient)
-            return total, blocks.put(moments, after, i)
+            return total, cut.put(moments, after, i)
 
-        if blocks.count == 1:
+        if cut.count == 1:
             total, moments = gradient_of(both, (*state, moments), seen, True, None)
         else:
             zeros = jax.tree.map(jnp.zeros_like, both)
-            total, moments = jax.lax.fori_loop(0, blocks.count, one_block, (zeros, moments))
+            total, moments = jax.lax.fori_loop(0, cut.count, one_block, (zeros, moments))
         direct, by_signals = total
         (indirect,) = back_to_theta(by_signals)
         return jax.tree.map(jnp.add, direct, indirect), moments
@@ -323,7 +323,7 @@ def in_segments(steps: Callable, carry, xs, length: int, size: int):
 def over_problems(function, states):
     """Maps over problems: one after another on a CPU (each window stays in the cache, and memory is
     that of one problem), all at once on an accelerator."""
-    if coordinates.platform() == "cpu":
+    if blocks.platform() == "cpu":
         return jax.lax.map(function, states)
     return jax.vmap(function)(states)
 

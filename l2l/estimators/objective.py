@@ -111,7 +111,7 @@ class Objective(NamedTuple):
         """The lowest of the losses that the meta-loss of a window reads, NaN left out: a scalar,
         for the caller to hold against `least`."""
         read: list = [training] * self.reads_train + [validation] * self.reads_validation
-        losses = jnp.concatenate(read)
+        losses = jnp.concatenate([x[-1:] if self.form == "last" else x for x in read])
         return jnp.min(jnp.where(jnp.isnan(losses), jnp.inf, losses))
 
 

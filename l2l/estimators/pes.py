@@ -62,8 +62,9 @@ def pes(
       noise: (key, theta) -> ε, with mean 0 and covariance I.
 
     A run is renewed together with its twin, also when only one of them has left the finite numbers.
-    The imitation weight of the stage is ignored. The state at the start of a run is made by theta
-    without noise.
+    The imitation weight of the stage is ignored. The optimizer's state at the start of a run is
+    made by theta without noise, unless theta holds the start itself: each of the pair then begins
+    with its own.
     """
     if not sigma > 0:
         raise UserError(f"sigma={sigma} perturbs nothing: use a positive number, such as 0.01.")
@@ -87,7 +88,12 @@ def pes(
             sign, state = xs
             # Same run key on both sides: common random numbers.
             perturbed = jax.tree.map(lambda t, e: t + sign.astype(t.dtype) * e, theta, epsilon)
-            return window(inner, objective, inner.optimizer.bind(perturbed), state, data)
+            return window(
+                inner._replace(family=unroll.trained_on(inner, perturbed)),
+                *(objective, inner.optimizer.bind(perturbed)),
+                *(unroll.begun(inner, perturbed, state), data),
+                held_out_loss=inner.family.loss,
+            )
 
         pair, values, metrics = over_problems(side, (jnp.asarray([1.0, -1.0]), pair))
         slope = (values[0] - values[1]) / (2 * sigma**2)

@@ -36,19 +36,11 @@ def curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
     Raises:
       UserError: no panels.
     """
-    # Imported here: matplotlib takes a second, which tables do not need. No display is touched.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not panels:
         raise UserError("There are no curves to draw: give at least one panel.")
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    canvas = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(canvas)
-    axes = canvas.subplots(rows, columns, squeeze=False)
-    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+    canvas, axes = _panels(len(panels))
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         drawn = []
         for name, losses in lines.items():
             style = dict(
@@ -62,9 +54,67 @@ def curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
         axis.set(title=title, xlabel="step", ylabel="training loss")
         _scale(axis, np.concatenate(drawn))
         axis.grid(True, which="major", alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
+    axes[0].legend(fontsize="small")
+    return _written(canvas, path)
+
+
+def adaptation(losses: Mapping[str, np.ndarray], steps, path: str | os.PathLike) -> Path:
+    """Draws query losses against inner steps, a line for each start: medians over problems, and
+    bands from the first to the ninth decile. Writes them as PNG.
+
+    Args:
+      losses: {start: [num_problems, c]}, after `steps` [c].
+    """
+    canvas, (axis,) = _panels(1)
+    for color, (name, values) in zip(PALETTE, losses.items(), strict=False):
+        values = np.where(np.isfinite(values), values, np.inf)
+        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=0, method="nearest")
+        axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        axis.plot(steps, middle, marker="o", markersize=3.5, label=name, color=color)
+    axis.set(xlabel="inner steps", ylabel="query loss", yscale="log")
+    axis.grid(True, which="major", alpha=0.3)
+    axis.legend(fontsize="small")
+    return _written(canvas, path)
+
+
+def fits(panels: Sequence[Mapping], path: str | os.PathLike) -> Path:
+    """Draws what regressions of one input answer, one panel a problem, and writes them as PNG.
+
+    Args:
+      panels: dicts of "support" (inputs, labels), "query" (inputs in order, labels), and "answers",
+        {name: those on the query}.
+    """
+    canvas, axes = _panels(len(panels))
+    for axis, panel in zip(axes, panels, strict=False):
+        inputs, labels = panel["query"]
+        axis.plot(inputs, labels, color="0.6", linewidth=2.5, label="truth")
+        for i, (name, answers) in enumerate(panel["answers"].items()):
+            line = LINES[i % len(LINES)]
+            axis.plot(inputs, answers, line, color=PALETTE[i], linewidth=1.3, label=name)
+        axis.plot(*panel["support"], "k^", markersize=4.5, label="support")
+        axis.set(xlabel="x")
+        axis.grid(True, alpha=0.3)
+    axes[0].legend(fontsize="x-small")
+    return _written(canvas, path)
+
+
+def _panels(count: int):
+    """(a canvas, the axes of `count` panels)."""
+    # Imported here: matplotlib takes a second, which tables do not need. No display is touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, count)
+    rows = math.ceil(count / columns)
+    canvas = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
         axis.set_visible(False)
-    axes[0, 0].legend(fontsize="small")
+    return canvas, axes[:count]
+
+
+def _written(canvas, path) -> Path:
     image = io.BytesIO()
     canvas.savefig(image, format="png", dpi=150)
     files.write(path, image.getvalue())
@@ -141,10 +191,7 @@ def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) ->
     ]
     canvas.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
     canvas.suptitle(title, fontsize="medium")
-    image = io.BytesIO()
-    canvas.savefig(image, format="png", dpi=150)
-    files.write(path, image.getvalue())
-    return Path(path)
+    return _written(canvas, path)
 
 
 def profiles(scores: Sequence[aggregate.Score], path: str | os.PathLike) -> Path:

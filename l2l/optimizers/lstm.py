@@ -1,10 +1,7 @@
-"""LSTM optimizers: ours (`lstm`), L2L's (`dm`) and RNNprop (`rnnprop`).
+"""Our LSTM optimizer, `lstm`: a network per coordinate that corrects Adam's or SOAP's step."""
 
-Each is a `Rule` (what it observes, and a haiku network that proposes) with an initialiser.
-"""
-
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import haiku as hk
 import jax
@@ -13,7 +10,7 @@ import jax.numpy as jnp
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.optimizers import coordinates, features, soap_coordinates
-from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
+from l2l.optimizers.network import FeatureMajorLinear, stack, zero_states
 from l2l.optimizers.per_tensor_signals import NUM_SIGNALS, tensor_signals
 
 # The rate of a coordinate stays within a factor exp(±REACH) of the common one.
@@ -24,6 +21,9 @@ TENSOR_REACH = 4.0
 LONG_AGES, LONG_LENGTHS = (10.0, 100.0, 1000.0), (300.0, 3000.0)
 # What is left of an annealed rate at the horizon and after it.
 ANNEALED = 0.01
+# What a network may see of a coordinate, and what it may say.
+INPUTS = ("momentum", "gradient", "parameter", "scale")
+OUTPUTS = ("mixture", "scale", "residual")
 
 
 def lstm(
@@ -71,41 +71,101 @@ def lstm(
       anneal: the rate is times ((1 + cos(π t/T))/2 + ANNEALED)^p where the horizon T is known; p is
         learned from this on. 0 for a rate that only the network lowers.
     """
-    known = ("momentum", "gradient", "parameter", "scale")
-    if unknown := set(inputs) - set(known):
-        raise UserError(f"Unknown inputs {sorted(unknown)}: choose from {', '.join(known)}.")
-    if output not in ("mixture", "scale", "residual"):
+    if unknown := set(inputs) - set(INPUTS):
+        raise UserError(f"Unknown inputs {sorted(unknown)}: choose from {', '.join(INPUTS)}.")
+    if output not in OUTPUTS:
         raise UserError(f"Unknown output {output!r}: choose mixture, scale or residual.")
     decays = tuple(decays)
-    names = [f"m̂({d:g})/√v̂" for d in decays] + ["g/√v̂", "clipped θ", "log √v̂"]
-    groups = ["momentum"] * len(decays) + ["gradient", "parameter", "scale"]
-    num_directions = len(decays) + 1
-    seen = [i for i, group in enumerate(groups) if group in inputs]
-    num_directions += bool(matrix_size)
-    num_outputs = {"mixture": 1 + num_directions, "scale": 1, "residual": 2}[output]
-
-    whole, whole_init, clock, matrices = None, None, features.time_context, None
+    moments = dict(second_decay=second_decay, eps_root=eps_root)
+    matrices, signals, init_signals = None, None, None
     if matrix_size:
-        matrices = soap_coordinates.soap_direction(
-            largest=matrix_size, decay=decays[0], second_decay=second_decay, eps_root=eps_root
-        )
-    num_matrix = len(matrices.names) if matrices else 0
+        matrices = soap_coordinates.soap_direction(largest=matrix_size, decay=decays[0], **moments)
     if tensor_size:
-        whole, whole_init = tensor_signals(
+        signals, init_signals = tensor_signals(
             hidden_size=tensor_size,
             decays=decays,
-            second_decay=second_decay,
-            eps_root=eps_root,
             further=soap_coordinates.PER_TENSOR if matrix_size else 0,
+            **moments,
         )
-        clock = partial(features.time_context, ages=LONG_AGES, lengths=LONG_LENGTHS)
-    reach = TENSOR_REACH if tensor_size else REACH
+    network = _Network(
+        hidden_size=hidden_size,
+        layers=layers,
+        learning_rate=learning_rate,
+        decays=decays,
+        weight_decay=weight_decay,
+        inputs=tuple(inputs),
+        output=output,
+        anneal=anneal,
+        matrices=matrices,
+        signals=signals,
+        init_signals=init_signals,
+        **moments,
+    )
+    return coordinates.optimizer(network.init, network.rule())
 
-    def observe(gradient, moments, params, step):
-        moments, hat = features.update_moments(
-            gradient, moments, step, decays=decays, second_decay=second_decay
+
+class _Network(NamedTuple):
+    """The two halves of the rule of `lstm`, and its weights: its settings, with the parts that look
+    at matrices and at whole tensors built."""
+
+    hidden_size: int
+    layers: int
+    learning_rate: float
+    decays: tuple[float, ...]
+    second_decay: float
+    eps_root: float
+    weight_decay: float
+    inputs: tuple[str, ...]
+    output: str
+    anneal: float
+    matrices: base.Preconditioner | None
+    signals: base.TensorSignals | None
+    init_signals: Callable | None
+
+    def rule(self) -> base.Rule:
+        return base.Rule(
+            accumulators=self.accumulators,
+            context=self.context,
+            observe=self.observe,
+            hidden=self.hidden,
+            propose=self.propose,
+            features=(*self.names, "θ"),
+            matrices=self.matrices,
+            tensors=self.signals,
+            rate=self.rate,
         )
-        root = features.root(hat.nu, eps_root)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the features of a coordinate, before θ itself, which only the weight decay reads."""
+        return (*(f"m̂({d:g})/√v̂" for d in self.decays), "g/√v̂", "clipped θ", "log √v̂")
+
+    @property
+    def shown(self) -> list[int]:
+        """The numbers of those that the network sees."""
+        groups = ["momentum"] * len(self.decays) + ["gradient", "parameter", "scale"]
+        return [i for i, group in enumerate(groups) if group in self.inputs]
+
+    @property
+    def num_directions(self) -> int:
+        """From the preconditioner."""
+        return len(self.matrices.names) if self.matrices else 0
+
+    def context(self, step, num_steps):
+        further = dict(ages=LONG_AGES, lengths=LONG_LENGTHS) if self.signals else {}
+        return features.time_context(step, num_steps, **further)
+
+    def accumulators(self, params, dtype):
+        return features.zero_moments(len(self.decays), base.count(params), dtype)
+
+    def hidden(self, theta, n):
+        return zero_states(self.hidden_size, self.layers, n, coordinates.dtype_of(theta))
+
+    def observe(self, gradient, moments, params, step):
+        moments, hat = features.update_moments(
+            gradient, moments, step, decays=self.decays, second_decay=self.second_decay
+        )
+        root = features.root(hat.nu, self.eps_root)
         rows = [
             *(hat.mu / root[None]),
             gradient / root,
@@ -115,160 +175,62 @@ def lstm(
         ]
         return jnp.stack(rows), moments
 
-    @hk.without_apply_rng
-    @hk.transform
-    def network(rows, context, states):
-        columns, states = _stack(rows, context, states, hidden_size, layers)
-        return FeatureMajorLinear(num_outputs, jnp.zeros, name="out")(columns, context), states
+    def transformed(self) -> hk.Transformed:
+        """(rows, context, states) -> (outputs, states), as haiku's functions."""
+        directions = len(self.decays) + 1 + self.num_directions
+        num_outputs = {"mixture": 1 + directions, "scale": 1, "residual": 2}[self.output]
 
-    def propose(theta, rows, context, hidden):
+        def network(rows, context, states):
+            columns, states = stack(rows, context, states, self.hidden_size, self.layers)
+            return FeatureMajorLinear(num_outputs, jnp.zeros, name="out")(columns, context), states
+
+        return hk.without_apply_rng(hk.transform(network))
+
+    def propose(self, theta, rows, context, hidden):
         # The rows the network sees stand first unless the inputs were chosen otherwise.
-        shown = rows[: len(seen)] if seen == list(range(len(seen))) else rows[jnp.array(seen)]
-        soaps, signals = jnp.split(rows[len(names) + 1 :], [num_matrix])
-        shown = jnp.concatenate([shown, soaps, signals[2:]])
-        out, hidden = network.apply(theta["network"], shown, context, hidden)
-        size = out[0] + signals[0] if tensor_size else out[0]
-        step = soaps[0] if matrix_size else rows[0]
-        if output == "mixture":
-            directions = jnp.concatenate([rows[: len(decays) + 1], soaps])
+        own = self.shown
+        seen = rows[: len(own)] if own == list(range(len(own))) else rows[jnp.array(own)]
+        parameter = len(self.names)
+        soaps, signals = jnp.split(rows[parameter + 1 :], [self.num_directions])
+        seen = jnp.concatenate([seen, soaps, signals[2:]])
+        out, hidden = self.transformed().apply(theta["network"], seen, context, hidden)
+        size = out[0] + signals[0] if self.signals else out[0]
+        step = soaps[0] if self.matrices else rows[0]
+        if self.output == "mixture":
+            directions = jnp.concatenate([rows[: len(self.decays) + 1], soaps])
             step = step + jnp.sum(jnp.tanh(out[1:]) * directions, 0)
-        elif output == "residual":
+        elif self.output == "residual":
             step = step + jnp.tanh(out[1])
+        reach = TENSOR_REACH if self.signals else REACH
         step = jnp.exp(reach * jnp.tanh(size / reach)) * step
-        if tensor_size:
-            step = step + (weight_decay + signals[1]) * rows[len(names)]
-        elif weight_decay:
-            step = step + weight_decay * rows[len(names)]
-        return -rate_of(theta, context) * step, hidden
+        if self.signals:
+            step = step + (self.weight_decay + signals[1]) * rows[parameter]
+        elif self.weight_decay:
+            step = step + self.weight_decay * rows[parameter]
+        return -self.rate_in(theta, context) * step, hidden
 
-    def rate_of(theta, context):
+    def rate(self, theta, step, num_steps):
+        return self.rate_in(theta, self.context(step, num_steps))
+
+    def rate_in(self, theta, context):
         log_rate = theta["log_learning_rate"]
-        if anneal:
+        if self.anneal:
             # The first of the context is t/T, 0 where T is not known.
             left = 0.5 * (1 + jnp.cos(jnp.pi * context[0])) + ANNEALED
             log_rate = log_rate + theta["anneal"] * jnp.log(left / (1 + ANNEALED))
         return jnp.exp(log_rate)
 
-    def init(key):
-        context = jnp.zeros_like(clock(jnp.int32(0), jnp.int32(0)))
-        inputs = len(seen) + num_matrix + (NUM_SIGNALS - 2 if tensor_size else 0)
-        rows = jnp.zeros((inputs, 1), jnp.float32)
-        weights = network.init(key, rows, context, _zeros(hidden_size, layers, 1, jnp.float32))
-        own = {"tensors": whole_init(jax.random.fold_in(key, 1), context)} if whole_init else {}
-        if anneal:
-            own["anneal"] = jnp.asarray(anneal, jnp.float32)
-        return own | {
-            "network": weights,
-            "log_learning_rate": jnp.log(jnp.asarray(learning_rate, jnp.float32)),
+    def init(self, key):
+        context = jnp.zeros_like(self.context(jnp.int32(0), jnp.int32(0)))
+        signals = NUM_SIGNALS - 2 if self.signals else 0
+        rows = jnp.zeros((len(self.shown) + self.num_directions + signals, 1), jnp.float32)
+        states = zero_states(self.hidden_size, self.layers, 1, jnp.float32)
+        theta = {
+            "network": self.transformed().init(key, rows, context, states),
+            "log_learning_rate": jnp.log(jnp.asarray(self.learning_rate, jnp.float32)),
         }
-
-    rule = base.Rule(
-        accumulators=lambda params, dtype: features.zero_moments(
-            len(decays), base.count(params), dtype
-        ),
-        context=clock,
-        observe=observe,
-        hidden=lambda theta, n: _zeros(hidden_size, layers, n, coordinates.dtype_of(theta)),
-        propose=propose,
-        features=(*names, "θ"),
-        matrices=matrices,
-        tensors=whole,
-        rate=lambda theta, *clock_of: rate_of(theta, clock(*clock_of)),
-    )
-    return coordinates.optimizer(init, rule)
-
-
-def dm(
-    *, hidden_size: int = 20, layers: int = 2, p: float = 5.0, scale: float = 0.01
-) -> base.LearnedOptimizer:
-    """L2L's optimizer: LogAndSign(g) → LSTMs → linear, times `scale` (Andrychowicz et al. 2016).
-
-    p: 10 in the paper, 5 in the authors' code, which made the published curves.
-    """
-
-    @hk.without_apply_rng
-    @hk.transform
-    def network(rows, states):
-        columns, states = _stack(rows, None, states, hidden_size, layers)
-        return FeatureMajorLinear(1, name="out")(columns)[0], states
-
-    def propose(theta, rows, context, hidden):
-        del context
-        out, hidden = network.apply(theta, rows, hidden)
-        return scale * out, hidden
-
-    rule = base.Rule(
-        accumulators=lambda params, dtype: (),
-        context=lambda step, num_steps: jnp.zeros((0,), jnp.float32),
-        observe=lambda g, accumulators, params, step: (features.log_and_sign(g, p), accumulators),
-        hidden=lambda theta, n: _zeros(hidden_size, layers, n, coordinates.dtype_of(theta)),
-        propose=propose,
-        features=("log |g|", "sign g"),
-    )
-
-    return coordinates.optimizer(_initialiser(network, 2, hidden_size, layers), rule)
-
-
-def rnnprop(
-    *,
-    hidden_size: int = 20,
-    layers: int = 2,
-    decay: float = 0.95,
-    second_decay: float = 0.95,
-    scale: float = 0.1,
-    eps_root: float = 1e-8,
-) -> base.LearnedOptimizer:
-    """RNNprop: (m̂/√v̂, g/√v̂) → ELU → LSTMs → scale · tanh (Lv et al. 2017)."""
-
-    def observe(gradient, moments, params, step):
-        del params
-        moments, hat = features.update_moments(
-            gradient, moments, step, decays=(decay,), second_decay=second_decay
-        )
-        root = features.root(hat.nu, eps_root)
-        return jnp.stack([hat.mu[0] / root, gradient / root]), moments
-
-    @hk.without_apply_rng
-    @hk.transform
-    def network(rows, states):
-        columns = jax.nn.elu(FeatureMajorLinear(hidden_size, name="preprocess")(rows))
-        columns, states = _stack(columns, None, states, hidden_size, layers)
-        return jnp.tanh(FeatureMajorLinear(1, name="out")(columns)[0]), states
-
-    def propose(theta, rows, context, hidden):
-        del context
-        out, hidden = network.apply(theta, rows, hidden)
-        return -scale * out, hidden
-
-    rule = base.Rule(
-        accumulators=lambda params, dtype: features.zero_moments(1, base.count(params), dtype),
-        context=lambda step, num_steps: jnp.zeros((0,), jnp.float32),
-        observe=observe,
-        hidden=lambda theta, n: _zeros(hidden_size, layers, n, coordinates.dtype_of(theta)),
-        propose=propose,
-        features=("m̂/√v̂", "g/√v̂"),
-    )
-
-    return coordinates.optimizer(_initialiser(network, 2, hidden_size, layers), rule)
-
-
-def _initialiser(network, inputs, hidden_size, layers):
-    def init(key):
-        state = _zeros(hidden_size, layers, 1, jnp.float32)
-        return network.init(key, jnp.zeros((inputs, 1), jnp.float32), state)
-
-    return init
-
-
-def _stack(columns, context, states, hidden_size, layers):
-    out = []
-    for i in range(layers):
-        core = FeatureMajorLSTM(hidden_size, name=f"lstm_{i}")
-        columns, state = core(columns, states[i], context if i == 0 else None)
-        out.append(state)
-    return columns, tuple(out)
-
-
-def _zeros(hidden_size, layers, n, dtype):
-    zeros = jnp.zeros((hidden_size, n), dtype)
-    return tuple(hk.LSTMState(zeros, zeros) for _ in range(layers))
+        if self.init_signals:
+            theta["tensors"] = self.init_signals(jax.random.fold_in(key, 1), context)
+        if self.anneal:
+            theta["anneal"] = jnp.asarray(self.anneal, jnp.float32)
+        return theta

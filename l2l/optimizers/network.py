@@ -74,3 +74,20 @@ class FeatureMajorLinear(hk.Module):
             shape = [context.shape[0], self.output_size]
             b = b + context @ hk.get_parameter("v", shape, inputs.dtype, init=jnp.zeros)
         return w.T @ inputs + b[:, None]
+
+
+def stack(columns, context, states, hidden_size: int, layers: int):
+    """Layers of `FeatureMajorLSTM` named lstm_0, lstm_1, …, inside a haiku function: (columns
+    [H, n], states). `context` goes to the first."""
+    out = []
+    for i in range(layers):
+        core = FeatureMajorLSTM(hidden_size, name=f"lstm_{i}")
+        columns, state = core(columns, states[i], context if i == 0 else None)
+        out.append(state)
+    return columns, tuple(out)
+
+
+def zero_states(hidden_size: int, layers: int, n: int, dtype) -> tuple[hk.LSTMState, ...]:
+    """The states of a `stack` before the first step, of n coordinates."""
+    zeros = jnp.zeros((hidden_size, n), dtype)
+    return tuple(hk.LSTMState(zeros, zeros) for _ in range(layers))

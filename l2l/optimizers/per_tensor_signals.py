@@ -69,9 +69,20 @@ def tensor_signals(
 
     further: features that a preconditioner adds.
     """
-    inputs = len(features_of(len(decays))) + further
+    network = _Network(hidden_size, len(features_of(len(decays))) + further)
+    view = _View(decays, second_decay, eps_root)
+    signals = base.TensorSignals(view.accumulators, view.observe, network.hidden, network.propose)
+    return signals, network.init
 
-    def accumulators(params, dtype):
+
+class _View(NamedTuple):
+    """What is seen of whole tensors: `observe` and its accumulators."""
+
+    decays: tuple[float, ...]
+    second_decay: float
+    eps_root: float
+
+    def accumulators(self, params, dtype):
         leaves = jax.tree.leaves(params)
         fixed = [
             (
@@ -88,11 +99,13 @@ def tensor_signals(
             jnp.asarray(fixed, dtype).reshape(-1, 3).T,
         )
 
-    def observe(gradient, moments, params, past, step, sizes):
+    def pooled(self, gradient, moments, params, step, sizes):
+        """Means over each tensor: of m̂²/v̂ at every decay [J, G], and [4, G] of gm̂/v̂, g²/v̂, g² and
+        θ²."""
         weight = partial(features.weight_of, count=jnp.maximum(step, 1), dtype=gradient.dtype)
         # The moments before this step: those after it are made block by block, later.
-        corrected = [m / weight(d) for m, d in zip(moments.mu, decays, strict=True)]
-        over = 1 / features.root(moments.nu / weight(second_decay), eps_root) ** 2
+        corrected = [m / weight(d) for m, d in zip(moments.mu, self.decays, strict=True)]
+        over = 1 / features.root(moments.nu / weight(self.second_decay), self.eps_root) ** 2
         products = [
             *(m * m * over for m in corrected),
             gradient * corrected[0] * over,
@@ -100,20 +113,19 @@ def tensor_signals(
             gradient * gradient,
             params * params,
         ]
-        pooled = features.pool(products, sizes)
+        means = features.pool(products, sizes)
+        return means[: len(self.decays)], means[len(self.decays) :]
+
+    def observe(self, gradient, moments, params, past, step, sizes):
+        steady, (along, ahead, square, weights) = self.pooled(
+            gradient, moments, params, step, sizes
+        )
         began = step > 0
-        steady, (along, ahead, square, weights) = pooled[: len(decays)], pooled[len(decays) :]
         cosine = along / (features.norm(ahead * steady[0]) + 1e-8)
         log_gradient = 0.5 * jnp.log(square + 1e-20)
-
-        def average(past, new):
-            return jnp.stack(
-                [d * x + (1 - d) * new for d, x in zip((FAST, SLOW), past, strict=True)]
-            )
-
         present = past._replace(
-            alignment=average(past.alignment, jnp.where(began, cosine, 0.0)),
-            log_gradient=average(
+            alignment=_average(past.alignment, jnp.where(began, cosine, 0.0)),
+            log_gradient=_average(
                 jnp.where(began, past.log_gradient, log_gradient[None]), log_gradient
             ),
         )
@@ -131,29 +143,42 @@ def tensor_signals(
         together = jnp.broadcast_to((dynamic @ share)[:, None], dynamic.shape)
         return jnp.concatenate([dynamic, jnp.stack(own), together]), present
 
-    @hk.without_apply_rng
-    @hk.transform
-    def network(rows, context, state):
-        columns, state = FeatureMajorLSTM(hidden_size, name="lstm")(rows, state, context)
-        # The features once more: how a rate follows the size of the weights is all but linear.
-        columns = jnp.concatenate([columns, rows])
-        return FeatureMajorLinear(NUM_SIGNALS, jnp.zeros, name="out")(columns, context), state
 
-    def hidden(theta, num_tensors):
-        zeros = jnp.zeros((hidden_size, num_tensors), jax.tree.leaves(theta)[0].dtype)
+class _Network(NamedTuple):
+    """What is said of them: `propose`, its recurrent state and its weights."""
+
+    hidden_size: int
+    num_inputs: int
+
+    def transformed(self) -> hk.Transformed:
+        """(rows, context, state) -> (outputs, state), as haiku's functions."""
+
+        def network(rows, context, state):
+            columns, state = FeatureMajorLSTM(self.hidden_size, name="lstm")(rows, state, context)
+            # The features once more: how a rate follows the size of the weights is all but linear.
+            columns = jnp.concatenate([columns, rows])
+            return FeatureMajorLinear(NUM_SIGNALS, jnp.zeros, name="out")(columns, context), state
+
+        return hk.without_apply_rng(hk.transform(network))
+
+    def hidden(self, theta, num_tensors):
+        zeros = jnp.zeros((self.hidden_size, num_tensors), jax.tree.leaves(theta)[0].dtype)
         return hk.LSTMState(zeros, zeros)
 
-    def propose(theta, rows, context, state):
-        signals, state = network.apply(theta["tensors"], rows, context, state)
+    def propose(self, theta, rows, context, state):
+        signals, state = self.transformed().apply(theta["tensors"], rows, context, state)
         decay = jax.nn.sigmoid(signals[1:2] + NO_DECAY)
         return jnp.concatenate([signals[:1], decay, jnp.tanh(signals[2:])]), state
 
-    def init(key, context):
-        zeros = jnp.zeros((hidden_size, 1), jnp.float32)
-        rows = jnp.zeros((inputs, 1), jnp.float32)
-        return network.init(key, rows, context, hk.LSTMState(zeros, zeros))
+    def init(self, key, context):
+        zeros = jnp.zeros((self.hidden_size, 1), jnp.float32)
+        rows = jnp.zeros((self.num_inputs, 1), jnp.float32)
+        return self.transformed().init(key, rows, context, hk.LSTMState(zeros, zeros))
 
-    return base.TensorSignals(accumulators, observe, hidden, propose), init
+
+def _average(past, new):
+    """Averages over time [2, G], fast and slow, after another number of each tensor."""
+    return jnp.stack([d * x + (1 - d) * new for d, x in zip((FAST, SLOW), past, strict=True)])
 
 
 def _mean(x: jax.Array) -> jax.Array:

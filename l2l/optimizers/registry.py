@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from l2l.console import schema
 from l2l.core import base
-from l2l.optimizers import adam, lstm, per_tensor
+from l2l.optimizers import adam, adamw, lstm, per_tensor, published, sgd
 from l2l.optimizers.by_parameter import by_parameter
 
 
@@ -19,11 +19,13 @@ def _by_sections(parts: Mapping, labels: Sequence) -> base.LearnedOptimizer:
 OPTIMIZERS = {
     "adam": adam.adam,
     "by_parameter": _by_sections,
-    "dm": lstm.dm,
+    "dm": published.dm,
     "learned_adam": adam.learned_adam,
+    "learned_adamw": adamw.learned_adamw,
     "lstm": lstm.lstm,
     "per_tensor": per_tensor.per_tensor,
-    "rnnprop": lstm.rnnprop,
+    "rnnprop": published.rnnprop,
+    "sgd": sgd.sgd,
 }
 
 

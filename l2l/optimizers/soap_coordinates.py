@@ -77,39 +77,50 @@ def soap_direction(*, largest: int, decay: float, second_decay: float, eps_root:
       eps_root: in every root.
     """
 
-    def grouped(shapes):
+    view = _View(largest, decay, second_decay, eps_root)
+    return base.Preconditioner(view.accumulators, view.observe, ("SOAP's m̃/√ν",))
+
+
+class _View(NamedTuple):
+    """What is seen of matrices: `observe` and its accumulators."""
+
+    largest: int
+    decay: float
+    second_decay: float
+    eps_root: float
+
+    def grouped(self, shapes):
         """{matrix: the numbers of the tensors taken for it}, of those with a side to have a basis.
         Matrices of one shape go together: what there is to compile grows with the shapes alone."""
         groups = {}
         for i, matrix in enumerate(map(matrix_of, shapes)):
-            if min(matrix) > 1 and min(matrix) <= largest:
+            if min(matrix) > 1 and min(matrix) <= self.largest:
                 groups.setdefault(matrix, []).append(i)
         return groups
 
-    def accumulators(params, dtype):
+    def accumulators(self, params, dtype):
         def basis(size, count):
-            if size > largest:
+            if size > self.largest:
                 return ()
             eye = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (count, size, size))
             return Basis(jnp.zeros_like(eye), eye)
 
-        groups = grouped([jnp.shape(leaf) for leaf in jax.tree.leaves(params)])
+        groups = self.grouped([jnp.shape(leaf) for leaf in jax.tree.leaves(params)])
         bases = tuple(
             tuple(basis(size, len(numbers)) for size in matrix)
             for matrix, numbers in groups.items()
         )
         return SoapAccumulators(bases, jnp.zeros((base.count(params),), dtype))
 
-    def observe(gradient, moments, past, step, shapes):
-        count = step + 1
+    def observe(self, gradient, moments, past, step, shapes):
         # The moments after this step, of which the rule's own are made later, block by block.
         first = features.Moments(moments.mu[:1], moments.nu)
         _, hat = features.update_moments(
-            gradient, first, step, decays=(decay,), second_decay=second_decay
+            gradient, first, step, decays=(self.decay,), second_decay=self.second_decay
         )
-        ahead = decay * hat.mu[0] + (1 - decay) * gradient
-        adam = ahead / features.root(hat.nu, eps_root)
-        groups = grouped(shapes)
+        ahead = self.decay * hat.mu[0] + (1 - self.decay) * gradient
+        adam = ahead / features.root(hat.nu, self.eps_root)
+        groups = self.grouped(shapes)
         sizes = tuple(map(math.prod, shapes))
         # Few large operations in place of many small ones, of which each costs a microsecond: that
         # is most of a step of a small network.
@@ -117,33 +128,46 @@ def soap_direction(*, largest: int, decay: float, second_decay: float, eps_root:
         tensors = [rows[:, end - n : end] for end, n in zip(np.cumsum(sizes), sizes, strict=True)]
         own = [i for i in range(len(sizes)) if not any(i in group for group in groups.values())]
         lengths = features.pool([adam * adam], sizes, own) + TINY
-        told, order, bases = [jnp.concatenate([lengths, jnp.ones_like(lengths)])], list(own), []
+        found, order, bases = [jnp.concatenate([lengths, jnp.ones_like(lengths)])], list(own), []
         after = {i: tensors[i][2:] for i in own}
         for (matrix, numbers), pair in zip(groups.items(), past.bases, strict=True):
-            g, m, flat, second = jnp.stack([tensors[i] for i in numbers], 1).reshape(
-                4, len(numbers), *matrix
-            )
-            pair = _follow(*jax.lax.stop_gradient((g, pair)), step)
+            arrays = jnp.stack([tensors[i] for i in numbers], 1)
+            arrays = arrays.reshape(4, len(numbers), *matrix)
+            both, seen, pair = self.turned(arrays, pair, step)
             bases.append(pair)
-            second = SECOND_DECAY * second + (1 - SECOND_DECAY) * jnp.square(_into(g, pair))
-            moment = second / features.weight_of(SECOND_DECAY, count, second.dtype)
-            nothing = NOTHING * jnp.mean(moment, (1, 2), keepdims=True)
-            direction = _back(_into(m, pair) / features.root(moment + nothing, eps_root), pair)
-            length, adams, along = (
-                jnp.mean(x, (1, 2)) for x in (direction**2, flat**2, direction * flat)
-            )
-            length, adams = length + TINY, adams + TINY
-            told.append(jnp.stack([length, along / jnp.sqrt(length * adams)]))
+            found.append(seen)
             order += numbers
-            scaled = direction * jnp.sqrt(adams / length)[:, None, None]
-            both = jnp.stack([scaled, second]).reshape(2, len(numbers), -1)
+            both = both.reshape(2, len(numbers), -1)
             after |= {i: both[:, j] for j, i in enumerate(numbers)}
-        told = jnp.concatenate(told, 1)[:, np.argsort(order)]
-        told = jnp.stack([jnp.tanh(0.5 * jnp.log(told[0])), told[1]])
+        found = jnp.concatenate(found, 1)[:, np.argsort(order)]
+        found = jnp.stack([jnp.tanh(0.5 * jnp.log(found[0])), found[1]])
         direction, nu = jnp.concatenate([after[i] for i in range(len(sizes))], 1)
-        return direction[None], told, SoapAccumulators(tuple(bases), nu)
+        return direction[None], found, SoapAccumulators(tuple(bases), nu)
 
-    return base.Preconditioner(accumulators, observe, ("SOAP's m̃/√ν",))
+    def turned(self, arrays, pair, step):
+        """The direction of k matrices of one shape.
+
+        Args:
+          arrays: [4, k, rows, columns], the gradient, m̃, m̃/√v̂ and the second moment in the bases.
+          pair: their bases.
+
+        Returns:
+          ([2, k, rows, columns], the direction and the second moment; [2, k], the mean square of
+          the direction before it got its length, and its cosine to m̃/√v̂; the bases).
+        """
+        g, m, flat, second = arrays
+        pair = _follow(*jax.lax.stop_gradient((g, pair)), step)
+        second = SECOND_DECAY * second + (1 - SECOND_DECAY) * jnp.square(_into(g, pair))
+        moment = second / features.weight_of(SECOND_DECAY, step + 1, second.dtype)
+        nothing = NOTHING * jnp.mean(moment, (1, 2), keepdims=True)
+        direction = _back(_into(m, pair) / features.root(moment + nothing, self.eps_root), pair)
+        length, adams, along = (
+            jnp.mean(x, (1, 2)) for x in (direction**2, flat**2, direction * flat)
+        )
+        length, adams = length + TINY, adams + TINY
+        scaled = direction * jnp.sqrt(adams / length)[:, None, None]
+        seen = jnp.stack([length, along / jnp.sqrt(length * adams)])
+        return jnp.stack([scaled, second]), seen, pair
 
 
 def _follow(gradients, pair, step):

@@ -24,9 +24,11 @@ VERSIONS = {
     "by_parameter": 1,
     "dm": 1,
     "learned_adam": 1,
+    "learned_adamw": 1,
     "lstm": 2,
     "per_tensor": 1,
     "rnnprop": 1,
+    "sgd": 1,
 }
 
 # What a setting is where a file does not hold it: exports of format 1 held only those that their
@@ -43,6 +45,14 @@ EARLIER: dict[str, dict[str, Any]] = {
     "by_parameter": {},
     "dm": {"hidden_size": 20, "layers": 2, "p": 5.0, "scale": 0.01},
     "learned_adam": {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps_root": 1e-8},
+    "learned_adamw": {
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-2,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps_root": 1e-8,
+        "knots": 0,
+    },
     "lstm": {
         "hidden_size": 8,
         "layers": 1,
@@ -84,6 +94,7 @@ EARLIER: dict[str, dict[str, Any]] = {
         "scale": 0.1,
         "eps_root": 1e-8,
     },
+    "sgd": {"learning_rate": 0.01, "momentum": 0.0, "learned": False, "tensors": []},
 }
 
 

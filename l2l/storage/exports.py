@@ -20,16 +20,18 @@ from l2l.console import errors, modules, schema
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.optimizers import binding, coordinates, leaves, registry, versions
-from l2l.storage import export_header, files
+from l2l.storage import export_header, files, trees
 
 EXPORT = "optimizer.safetensors"  # Its name in a run directory.
 # 2 holds every setting and the versions of its rules; 1 held the settings its configuration named.
-FORMAT = 2
+# 3 is 2 with a start or a loss beside the optimizer, which older readers would not know of.
+FORMAT, WITH_PARTS = 2, 3
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def export(path, specification: dict, theta, metadata: dict | None = None) -> Path:
     """Writes theta [pytree of arrays] and its optimizer's specification as one safetensors file.
+    Of `Parts` the start and the loss are written too, as dicts and lists.
 
     Args:
       specification: a section `optimizer` of a configuration: a name of `optimizers.registry`, and
@@ -47,7 +49,9 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     """
     from safetensors.numpy import save
 
-    tensors = {_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(theta)}
+    parts = theta if isinstance(theta, base.Parts) else base.Parts(theta)
+    own = jax.tree_util.tree_leaves_with_path(parts.optimizer)
+    tensors = {_name(p): np.asarray(x) for p, x in own}
     expected, _ = _like(registry.optimizer(specification))
     kinds = [{n: f"{x.dtype} {x.shape}" for n, x in tree.items()} for tree in (tensors, expected)]
     if odd := next((n for n in {**kinds[0], **kinds[1]} if kinds[0].get(n) != kinds[1].get(n)), ""):
@@ -58,9 +62,13 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
         )
     settings = versions.complete(specification)
     rules = versions.rules_of(settings)
-    header = {
-        **(metadata or {}),
-        "format": FORMAT,
+    header = {key: value for key, value in (metadata or {}).items() if key != trees.HELD}
+    if held := {name: trees.paths(tree) for name, tree in _beside(parts).items()}:
+        header[trees.HELD] = held
+        for name, tree in _beside(parts).items():
+            tensors |= trees.tensors(name, tree)
+    header |= {
+        "format": WITH_PARTS if held else FORMAT,
         "optimizer": {"name": settings.pop("name"), "rules": rules, "settings": settings},
         "sha256": _digest(tensors),
     }
@@ -74,6 +82,10 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
 
 def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any, dict]:
     """An export, local or remote, as (optimizer, theta, metadata). Executes nothing that it brings.
+
+    Where it holds a start or a loss, theta is `Parts`, made of dicts and lists, and the optimizer
+    binds that. Of the loss there are the numbers alone; what they are settings of, the metadata's
+    configuration says.
 
     Args:
       other_rules: read it even if it was made for another version of its rule, so that its theta
@@ -107,15 +119,15 @@ def _metadata(file) -> dict:
     check(isinstance(about, dict), "it has no metadata")
     assert about is not None
     metadata = export_header.table(about["l2l"])
-    known = metadata["format"] in (1, FORMAT)
-    check(known, f"its format is {metadata['format']}, and this l2l reads those up to {FORMAT}")
+    known = metadata["format"] in (1, FORMAT, WITH_PARTS)
+    check(known, f"its format is {metadata['format']}, and this l2l reads those up to {WITH_PARTS}")
     stored = metadata["optimizer"]
     check(isinstance(stored, dict), "its optimizer is not a table")
     check(isinstance(stored["name"], str), "the optimizer's name is not text")
     own = stored["settings"]
     check(isinstance(own, dict) and "name" not in own, "its settings are not a table")
     section = versions.earlier(specification_of(metadata))
-    rules = stored["rules"] if metadata["format"] == FORMAT else dict.fromkeys(versions.VERSIONS, 1)
+    rules = dict.fromkeys(versions.VERSIONS, 1) if metadata["format"] == 1 else stored["rules"]
     check(isinstance(rules, dict), "the versions of its rules are not a table")
     settings = {key: value for key, value in section.items() if key != "name"}
     metadata["optimizer"] = {"name": stored["name"], "rules": rules, "settings": settings}
@@ -133,19 +145,27 @@ def _read(path, metadata):
         export_header.plausible(metadata["optimizer"]["settings"], len(shapes))
         optimizer = registry.optimizer(specification_of(metadata))
         expected, treedef = _like(optimizer)
-        check(set(expected) == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
+        held = trees.declared(metadata, ("start", "loss"))
+        beside = {tensor for name, paths in held.items() for tensor in trees.names(name, paths)}
+        check({*expected, *beside} == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
+        check(all(types[name] in _TYPES for name in beside), "its start is not of real numbers")
         for name, x in expected.items():
             check(
                 x.shape == shapes[name] and str(x.dtype) == _TYPES.get(types[name]),
                 f"{name} is {types[name]} {shapes[name]}, not {x.dtype} {x.shape}",
             )
-        found = {name: tensors.get_tensor(name) for name in expected}
+        found = {name: tensors.get_tensor(name) for name in (*expected, *sorted(beside))}
     check(_digest(found) == metadata["sha256"], "its numbers are not those written")
     fine = all(np.isfinite(x.astype(np.float32)).all() for x in found.values())
     check(fine, "not all of its numbers are finite")
     # In one transfer, which a guard against those that nobody asked for lets pass.
-    theta = jax.tree.unflatten(treedef, jax.device_put([found[name] for name in expected]))
-    return optimizer, theta
+    there = dict(zip(found, jax.device_put([*found.values()]), strict=True))
+    theta = jax.tree.unflatten(treedef, [there[name] for name in expected])
+    if not held:
+        return optimizer, theta
+    parts = {name: trees.tree(name, paths, there) for name, paths in held.items()}
+    begin = (lambda key: parts["start"]) if "start" in parts else None
+    return base.learner(optimizer, start=begin), base.Parts(theta, **parts)
 
 
 def specification_of(metadata: dict) -> dict:
@@ -188,7 +208,9 @@ def load(
     if num_steps is not None:
         leaves.horizon(num_steps)
     state_dtype = leaves.state_type(state_dtype)
-    optimizer, theta, _ = read(locate(name_or_path))
+    optimizer, theta, metadata = read(locate(name_or_path))
+    if isinstance(theta, base.Parts):
+        optimizer, theta = registry.optimizer(specification_of(metadata)), theta.optimizer
     rule = optimizer.rule
     if isinstance(rule, base.Rule):
         bound = coordinates.bind(rule, theta, state_dtype=state_dtype, wide=True)
@@ -210,6 +232,52 @@ def load(
         return bound.update(updates, state, params, **{"num_steps": num_steps, **extra_args})
 
     return optax.GradientTransformationExtraArgs(bound.init, update)
+
+
+def start(path, *, like: Any = None) -> Any:
+    """The learned start of training runs, from the directory of a run that has ended or its export:
+    the parameters of the model, a pytree of arrays.
+
+    Args:
+      path: also at gs:// or s3://, where etils can read those.
+      like: a pytree of the structure that is wanted, of arrays or shapes. By default it is one of
+        dicts and lists: that of the task's parameters, if they are made of those.
+
+    Raises:
+      UserError: there is no such file, it is damaged, or it holds no start (theta.start was not
+        set); or the start does not fit `like`.
+    """
+    theta = read(locate(path))[1]
+    if not isinstance(theta, base.Parts) or not jax.tree.leaves(theta.start):
+        raise UserError(
+            f"{path} holds no start: theta.start was not set when it was trained. Use l2l.load for "
+            "its optimizer."
+        )
+    return theta.start if like is None else fitted(theta.start, like, f"The start of {path}")
+
+
+def fitted(tree, like, what: str) -> base.PyTree:
+    """The arrays of a tree of dicts and lists in the structure of `like`, whose paths, shapes and
+    dtypes they must have; or a UserError about `what`."""
+
+    def described(tree):
+        pairs = jax.tree_util.tree_leaves_with_path(tree)
+        return {_name(path): f"{x.dtype} {np.shape(x)}" for path, x in pairs}
+
+    have, want = described(tree), described(like)
+    if odd := next((n for n in {**have, **want} if have.get(n) != want.get(n)), ""):
+        raise UserError(
+            f"{what} has {odd}: {have.get(odd, 'none')}, where {want.get(odd, 'none')} is wanted: "
+            "use the model that it was trained for."
+        )
+    arrays = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in want])
+
+
+def _beside(parts: base.Parts) -> dict[str, Any]:
+    """{name: tree} of what there is beside the theta of the optimizer."""
+    named = {"start": parts.start, "loss": parts.loss}
+    return {name: tree for name, tree in named.items() if jax.tree.leaves(tree)}
 
 
 def locate(name_or_path):

@@ -153,6 +153,10 @@ def noise(family: TaskFamily, *, scale: float | tuple[float, float] = (1e-3, 1e-
         assert family.accuracy is not None
         return family.accuracy(params, problem.problem, batch.batch)
 
+    def outputs(params, problem, batch):
+        assert family.outputs is not None
+        return family.outputs(params, problem.problem, batch.batch)
+
     return family._replace(
         sample=sample,
         init=lambda key, problem: family.init(key, problem.problem),
@@ -160,6 +164,7 @@ def noise(family: TaskFamily, *, scale: float | tuple[float, float] = (1e-3, 1e-
         loss=loss,
         accuracy=accuracy if family.accuracy else None,
         name=f"{family.name}+noise",
+        outputs=outputs if family.outputs else None,
     )
 
 
@@ -179,6 +184,7 @@ def _wrap(family, suffix, sample, init, unwrap):
         accuracy=through(family.accuracy),
         data=family.data,
         name=f"{family.name}+{suffix}",
+        outputs=through(family.outputs),
     )
 
 

@@ -18,6 +18,7 @@ ARGUMENTS = {
     "loss": ("params", "problem", "batch"),
     "accuracy": ("params", "problem", "batch"),
     "data": (),
+    "outputs": ("params", "problem", "batch"),
 }
 LONGEST = 300  # Of what is said about one argument.
 

@@ -148,7 +148,7 @@ class Compare:
 
     def __init__(self, log, compare: Callable):
         self.log, self.compare = log, compare
-        self.phrase = "not yet compared with Adam"
+        self.phrase = "not yet compared"
 
     def __call__(self, loop: Loop, group: Group) -> None:
         experiment = loop.experiment

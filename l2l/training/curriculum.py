@@ -174,11 +174,11 @@ def validation(
         inner = unroll.Inner(family, optimizer, num_steps, stagger=False)
         horizon = jnp.float32(num_steps)
         state = unroll.fresh(inner, key, theta, base.Stage(horizon, horizon, jnp.float32(0)))
-        bound = optimizer.bind(theta)
-        state, _ = unroll.unroll(state, data, family, bound, num_steps - tail)
+        bound, training = optimizer.bind(theta), unroll.trained_on(inner, theta)
+        state, _ = unroll.unroll(state, data, training, bound, num_steps - tail)
 
         def step(state, _):
-            state, _ = unroll.unroll(state, data, family, bound, 1)
+            state, _ = unroll.unroll(state, data, training, bound, 1)
             batch = unroll.batch_at(family, state, data, unroll.VALIDATION)
             return state, family.loss(state.params, state.problem, batch)
 

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from l2l.core import base
-from l2l.core.unroll import VALIDATION, Inner, batch_at, renew
+from l2l.core.unroll import VALIDATION, Inner, batch_at, renew, trained_on
 from l2l.estimators.objective import Objective
 from l2l.optimizers import coordinates
 from l2l.training.meta_step import Meta, meta_step
@@ -119,7 +119,8 @@ def locator(
     The forward pass first, step by step: parameters, batch, loss, gradient, features by name,
     update, held-out loss. If it is finite, the derivatives a meta-gradient takes: with order
     "exact" of each feature by the gradient and of the gradient by the parameters, from the window's
-    second step on (the first sees nothing that depends on theta); then of the updates by theta.
+    second step on (the first sees nothing that depends on theta, unless that holds the start of the
+    run); then of the updates by theta.
 
     Args:
       order: of the estimator, "first" or "exact".
@@ -131,7 +132,7 @@ def locator(
         passes.remove(_slopes_by_gradient)
     unseen = objective is not None and not objective.reads_validation
     step = jax.jit(lambda theta, run, data: _values(inner, theta, run, data)[0])
-    last_loss = jax.jit(lambda run, data: _last_loss(inner, run, data))
+    last_loss = jax.jit(lambda theta, run, data: _last_loss(inner, theta, run, data))
     watches = {
         look: jax.jit(lambda theta, run, data, look=look: look(inner, theta, run, data)[1])
         for look in passes
@@ -145,7 +146,7 @@ def locator(
             state = run
             for k in range(inner.length):
                 seen = watch(theta, state, data)
-                if look is not _slopes_by_gradient or k:
+                if look is not _slopes_by_gradient or k or inner.optimizer.start is not None:
                     for quantity, tree in seen.items():
                         if "validation" in quantity and unseen:
                             continue
@@ -154,8 +155,10 @@ def locator(
                             when = "after" if late else "at"
                             return f"{when} inner step {int(state.step)} {sentence}."
                 state = step(theta, state, data)
-            if look is _values and (sentence := _fault(_LOSS, last_loss(state, data), objective)):
-                return f"after inner step {int(state.step) - 1} {sentence}."
+            if look is _values:
+                last = last_loss(theta, state, data)
+                if sentence := _fault(_LOSS, last, objective):
+                    return f"after inner step {int(state.step) - 1} {sentence}."
         return None
 
     return locate
@@ -168,7 +171,8 @@ def _values(inner, theta, run, data):
     """(the state after a step, what it computed: {quantity: pytree} in order of appearance)."""
     family = inner.family
     batch = batch_at(family, run, data)
-    loss, gradient = jax.value_and_grad(family.loss)(run.params, run.problem, batch)
+    training_loss = trained_on(inner, theta).loss
+    loss, gradient = jax.value_and_grad(training_loss)(run.params, run.problem, batch)
     # An OrderedDict comes out of jit in this order, a dict in that of its keys.
     seen = OrderedDict({"parameter": run.params, "the training batch's": batch, _LOSS: loss})
     seen["the gradient of"] = gradient
@@ -188,8 +192,9 @@ def _values(inner, theta, run, data):
     return after, seen
 
 
-def _last_loss(inner, run, data):
-    return inner.family.loss(run.params, run.problem, batch_at(inner.family, run, data))
+def _last_loss(inner, theta, run, data):
+    batch = batch_at(inner.family, run, data)
+    return trained_on(inner, theta).loss(run.params, run.problem, batch)
 
 
 def _slopes_by_gradient(inner, theta, run, data):
@@ -200,7 +205,7 @@ def _slopes_by_gradient(inner, theta, run, data):
     batch = batch_at(inner.family, run, data)
 
     def gradient_at(params):
-        return jax.grad(inner.family.loss)(params, run.problem, batch)
+        return jax.grad(trained_on(inner, theta).loss)(params, run.problem, batch)
 
     def slope(function, x):
         return jax.jvp(function, (x,), (jax.tree.map(jnp.ones_like, x),))[1]
@@ -218,7 +223,7 @@ def _slopes_by_gradient(inner, theta, run, data):
 
 def _slopes_by_theta(inner, theta, run, data):
     batch = batch_at(inner.family, run, data)
-    gradient = jax.grad(inner.family.loss)(run.params, run.problem, batch)
+    gradient = jax.grad(trained_on(inner, theta).loss)(run.params, run.problem, batch)
 
     def total(theta):
         return sum(jnp.sum(x) for x in jax.tree.leaves(_update(inner, theta, run, gradient)[0]))

@@ -26,6 +26,7 @@ from l2l.estimators.registry import ESTIMATORS
 from l2l.optimizers.registry import OPTIMIZERS, optimizer
 from l2l.tasks import called
 from l2l.tasks import registry as tasks
+from l2l.tasks.losses import LOSSES
 from l2l.tasks.registry import task
 from l2l.training import curriculum
 from l2l.training.meta_step import Meta
@@ -86,6 +87,9 @@ class Evaluation(NamedTuple):
     num_problems: unseen problems of the final comparison (seeds), for each horizon.
     every:        meta-steps between comparisons on the way; 0 for none. They take the shortest
                   horizon and the first of the tasks.
+    against:      "adam", tuned over a grid; or "random_search" over the settings of AdamW, with as
+                  many runs as meta-training takes (for the optimizer `learned_adamw`, whose runs
+                  are one window). Where theta holds a start: always against other starts.
     tasks:        what to compare on: settings that replace some of section `task`, or several such
                   dicts; {} is that section itself. Always without augmentations.
     """
@@ -93,7 +97,21 @@ class Evaluation(NamedTuple):
     horizons: Sequence[int] = (500, 1000)
     num_problems: int = 12
     every: int = 500
+    against: str = "adam"
     tasks: Any = MappingProxyType({})
+
+
+class Theta(NamedTuple):
+    """Section `theta`: what theta holds of an inner run besides the weights of its optimizer.
+
+    start: the parameters that every run begins with (as in MAML; Finn et al. 2017). Meta-training
+           begins with those that the task draws.
+    loss:  settings of the loss that inner training goes down: a section of its own, or {}. The
+           meta-loss is that of the task, on validation batches.
+    """
+
+    start: bool = False
+    loss: Any = MappingProxyType({})
 
 
 class Saving(NamedTuple):
@@ -155,6 +173,7 @@ SECTIONS: Mapping[str, Any] = MappingProxyType(
         "task": {"name": "mlp"},
         "augmentations": (),
         "optimizer": {"name": "lstm"},
+        "theta": {},
         "objective": {},
         "inner": {},
         "estimator": {"name": "first_order"},
@@ -188,10 +207,11 @@ def build_experiment(config: Mapping) -> Experiment:
             "one: use a number above 0 and at most 1."
         )
     specification = whole["optimizer"]
-    learned = optimizer(specification)
     imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"])
     evaluation = schema.fill("evaluation", Evaluation, whole["evaluation"])
+    _check_against(evaluation.against, specification)
     families, weights = _mixture(whole)
+    learned = _learner(optimizer(specification), whole["theta"], families)
     losses = objective.objective(
         **schema.check("objective", objective.objective, whole["objective"])
     )
@@ -228,6 +248,48 @@ def build_experiment(config: Mapping) -> Experiment:
         evaluation=evaluation,
         saving=schema.fill("checkpoint", Saving, whole["checkpoint"]),
     )
+
+
+def _check_against(against: str, specification: Mapping) -> None:
+    if against not in ("adam", "random_search"):
+        raise UserError(schema.unknown("rival", against, ("adam", "random_search"), "evaluation"))
+    if against == "random_search" and specification["name"] != "learned_adamw":
+        raise UserError(
+            "evaluation.against='random_search' draws settings of the optimizer 'learned_adamw', "
+            f"and this one is {specification['name']!r}: choose the former, or against='adam'."
+        )
+
+
+def _learner(learned, section, families) -> base.LearnedOptimizer:
+    """The optimizer, and with it what else theta holds of an inner run."""
+    held = schema.fill("theta", Theta, section)
+    if not held.start and not held.loss:
+        return learned
+    key = jax.random.key(0)
+    shapes = [jax.eval_shape(lambda k, f=f: f.init(k, f.sample(k)), key) for f in families]
+    odd = next((i for i, other in enumerate(shapes) if not _alike(other, shapes[0])), None)
+    if odd is not None:
+        raise UserError(
+            f"Tasks {families[0].name} and {families[odd].name} have different parameters, and "
+            "theta.start and theta.loss hold one setting for each: train on tasks of one network."
+        )
+
+    def start(key):
+        problem_key, own = jax.random.split(key)
+        return families[0].init(own, families[0].sample(problem_key))
+
+    return base.learner(
+        learned,
+        start=start if held.start else None,
+        loss=schema.make("loss", LOSSES, held.loss) if held.loss else None,
+        params=shapes[0],
+    )
+
+
+def _alike(one, other) -> bool:
+    (a, tree), (b, same_tree) = jax.tree.flatten(one), jax.tree.flatten(other)
+    kinds = [[(x.shape, x.dtype) for x in leaves] for leaves in (a, b)]
+    return tree == same_tree and kinds[0] == kinds[1]
 
 
 def _mixture(config):
@@ -306,7 +368,17 @@ def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGra
     if learned.rule is None and factory is first_order.first_order:
         raise UserError(
             "Estimator 'first_order' works coordinate by coordinate, which this optimizer does "
-            "not: choose 'truncated' or 'pes'."
+            "not, nor any whose theta holds a start or a loss: choose 'truncated' or 'pes'."
+        )
+    if learned.loss is not None and losses.on != "validation":
+        raise UserError(
+            f"objective.on={losses.on!r} judges theta.loss by the loss that it sets itself: set "
+            'objective.on to "validation".'
+        )
+    if learned.loss is not None and not (section["name"] == "pes" or _order(section) == "exact"):
+        raise UserError(
+            "theta.loss acts through the gradients of inner training, which a first-order "
+            'estimator holds constant: choose dict(name="truncated", order="exact") or "pes".'
         )
     given = {"inner": inner, "objective": losses, "teacher": None}
     if imitation.weight or imitation.final:
@@ -317,6 +389,10 @@ def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGra
             )
         given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
     return schema.make("estimator", ESTIMATORS, section, given), inner
+
+
+def _order(section) -> str:
+    return section.get("order", "first")
 
 
 def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
@@ -370,6 +446,7 @@ _RECORDS = {
     "imitation": curriculum.Imitation,
     "meta": Running,
     "objective": objective.objective,
+    "theta": Theta,
 }
 _NAMED = {
     "augmentations": tasks.AUGMENTATIONS,
@@ -385,4 +462,6 @@ def _table(path: tuple[str, ...]) -> Mapping[str, Callable] | None:
         return META_OPTIMIZERS if len(path) == 2 else SCHEDULES
     if path[:2] == ("optimizer", "parts"):
         return OPTIMIZERS
+    if path == ("theta", "loss"):
+        return LOSSES
     return _NAMED.get(path[0]) if len(path) == 1 else None

@@ -19,6 +19,7 @@ from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.optimizers import versions
 from l2l.storage import exports, files
+from l2l.training import adapting, searching
 from l2l.training.experiment import LENGTH, Experiment
 from l2l.training.run_directory import differences
 from l2l.version import __version__
@@ -31,7 +32,9 @@ def comparing(
 ) -> Callable:
     """Makes (theta) -> (numbers for the log, a phrase), at the shortest horizon of section
     `evaluation` and on the first of its tasks. At the first call its data are read and Adam is
-    tuned."""
+    tuned. Where theta holds the start of runs see `adapting.comparing`."""
+    if experiment.optimizer.start is not None:
+        return adapting.comparing(experiment, key)
     settings = experiment.evaluation
     horizon, (name, family) = min(settings.horizons), experiment.judged[0]
 
@@ -66,14 +69,28 @@ def comparing(
 
 
 def conclude(experiment: Experiment, theta, directory, key, snapshot) -> str:
-    """Exports theta, scores it beside tuned Adam and writes table, JSON and figure; returns the
-    summary that a user is shown."""
+    """Exports theta, scores it beside tuned Adam (a start beside other starts, or settings beside
+    those of random search) and writes table, JSON and figure; returns the summary that a user is
+    shown."""
     directory = Path(directory)
     theta = jax.device_get(theta)
     # First of all: whatever becomes of the comparison, the product is there.
     path = exports.export(
         directory / exports.EXPORT, experiment.specification, theta, about(experiment, snapshot)
     )
+    if experiment.optimizer.start is not None:
+        text = adapting.conclude(experiment, theta, directory, key, about(experiment, snapshot))
+    elif experiment.evaluation.against == "random_search":
+        text = searching.conclude(experiment, theta, directory, key, about(experiment, snapshot))
+    else:
+        text = _scored(experiment, theta, directory, key, snapshot)
+    text += f"\n{directory / 'metrics.jsonl'}\n{path}\n"
+    files.write(directory / SUMMARY, text.encode())
+    return text
+
+
+def _scored(experiment: Experiment, theta, directory, key, snapshot) -> str:
+    """The comparison with tuned Adam."""
     cells = [Cell(name, family) for name, family in experiment.judged]
     entry = Entry(experiment.specification["name"], experiment.optimizer, theta)
     horizons, bar = experiment.evaluation.horizons, Bar(1.0)
@@ -87,8 +104,6 @@ def conclude(experiment: Experiment, theta, directory, key, snapshot) -> str:
         *(directory, list(rows), cells, horizons), about=about(experiment, snapshot)
     )
     bar.close()
-    text += f"\n{directory / 'metrics.jsonl'}\n{path}\n"
-    files.write(directory / SUMMARY, text.encode())
     return text
 
 
@@ -101,7 +116,8 @@ def earlier(experiment) -> tuple[base.PyTree, dict]:
             f"start={experiment.start!r} is another optimizer ({'; '.join(different)}): set "
             "section `optimizer` to its settings, or begin without it."
         )
-    return theta, metadata
+    like = jax.eval_shape(experiment.optimizer.init, jax.random.key(0))
+    return exports.fitted(theta, like, f"start={experiment.start!r}"), metadata
 
 
 def finished(directory) -> str | None:

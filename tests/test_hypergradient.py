@@ -1,0 +1,124 @@
+"""AdamW with its settings in theta: against optax, and as a run ends beside random search."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import l2l
+from l2l.evaluation import random_search
+from l2l.optimizers.adamw import learned_adamw
+from l2l.training.callbacks import DONE
+from l2l.training.experiment import build_experiment
+from l2l.training.run import train
+
+PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.array([0.1])}
+
+
+def updates_of(transform, steps, **extra):
+    """The updates of a run on fixed gradients, [steps] of them."""
+    transform = optax.with_extra_args_support(transform)
+    params, state, out = PARAMS, transform.init(PARAMS), []
+    for i in range(steps):
+        gradients = jax.tree.map(lambda p, i=i: jnp.cos(p * (i + 1)), params)
+        updates, state = transform.update(gradients, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+        out.append(updates)
+    return out
+
+
+def assert_close(one, two):
+    def close(x, y):
+        np.testing.assert_allclose(x, y, rtol=2e-5)
+
+    jax.tree.map(close, one, two)
+
+
+def test_is_optax_adamw_where_the_rate_is_constant():
+    learned = learned_adamw(learning_rate=0.03, weight_decay=0.2)
+    own = updates_of(learned.bind(learned.init(jax.random.key(0))), 4)
+    assert_close(own, updates_of(optax.adamw(0.03, eps_root=1e-8, weight_decay=0.2), 4))
+
+
+def test_its_schedule_is_linear_between_knots():
+    """In the logarithm of the rate, over the horizon that `update` is told."""
+    learned = learned_adamw(learning_rate=0.03, weight_decay=0.2, knots=3)
+    theta = learned.init(jax.random.key(0)) | {"schedule": jnp.array([0.5, -1.0, -4.0])}
+
+    def rate(step):
+        return 0.03 * jnp.exp(jnp.interp(step / 8, jnp.array([0, 0.5, 1]), theta["schedule"]))
+
+    own = updates_of(learned.bind(theta), 7, num_steps=8)
+    assert_close(own, updates_of(optax.adamw(rate, eps_root=1e-8, weight_decay=0.2), 7))
+    unknown = updates_of(learned.bind(theta), 3)
+    first = 0.03 * np.exp(0.5)
+    assert_close(unknown, updates_of(optax.adamw(first, eps_root=1e-8, weight_decay=0.2), 3))
+
+
+def test_draws_are_within_their_ranges_and_of_three_schedules():
+    thetas = random_search.draws(jax.random.key(0), 4, 300)
+    for name, limits in (
+        ("log_learning_rate", random_search.RATES),
+        ("log_weight_decay", random_search.DECAYS),
+    ):
+        values = np.exp(thetas[name])
+        assert limits[0] <= values.min() < 2 * limits[0]
+        assert limits[1] / 2 < values.max() <= limits[1] * 1.0001
+    factors = np.unique(np.exp(thetas["schedule"]).round(3), axis=0)
+    expected = [[1, 0.667, 0.333, 0.01], [1, 0.75, 0.25, 0.01], [1, 1, 1, 1]]
+    np.testing.assert_allclose(factors, expected, atol=2e-3)
+
+
+def test_the_best_draw_has_the_lowest_validation_loss():
+    config = {"task": {"name": "quadratic", "dimension": 2, "batch_size": 1}}
+    ((_, family),) = build_experiment(config).judged
+    learned = learned_adamw()
+    run = random_search.compile_runs(learned, family, 5)
+    thetas = random_search.draws(jax.random.key(0), 0, 6)
+    found, losses = random_search.best(run, thetas, jax.random.key(1), ())
+    assert losses.shape == (6,)
+    best = np.argmin(losses)
+    assert found["log_learning_rate"] == thetas["log_learning_rate"][best]
+
+
+@pytest.fixture
+def config() -> dict:
+    return {
+        "task": {"name": "mlp", "hidden": (3,), "activations": ("relu",), "batch_size": 8},
+        "optimizer": {"name": "learned_adamw", "knots": 2},
+        "objective": {"on": "validation", "form": "last"},
+        "inner": {"length": 4, "stagger": False},
+        "horizon": {"name": "log_uniform", "shortest": 4, "longest": 4},
+        "estimator": {"name": "truncated", "order": "exact"},
+        "meta": {"steps": 2, "num_problems": 2, "group": 1},
+        "evaluation": {"horizons": (4,), "num_problems": 2, "every": 0, "against": "random_search"},
+    }
+
+
+def test_a_run_ends_beside_random_search_of_as_many_runs(config, tmp_path):
+    assert train(build_experiment(config), tmp_path, jax.devices()[:1]) == DONE
+    said = (tmp_path / "summary.txt").read_text()
+    assert "| learned " in said and "| random search |" in said
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["search"]) == 4
+    rate = float(
+        np.exp(l2l.read_export(tmp_path / "optimizer.safetensors")[1]["log_learning_rate"])
+    )
+    assert results["rows"][0]["rate"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"evaluation": {"against": "adm"}}, "Did you mean 'adam'"),
+        ({"optimizer": {"name": "lstm"}}, "draws settings of the optimizer 'learned_adamw'"),
+        ({"optimizer": {"name": "learned_adamw", "knots": 1}}, "knots=1 make no schedule"),
+        ({"optimizer": {"name": "learned_adamw", "weight_decay": 0}}, "cannot be learned in log"),
+    ],
+)
+def test_a_mistake_is_one_sentence(config, change, sentence):
+    with pytest.raises(l2l.UserError, match=sentence):
+        build_experiment({**config, **change})

@@ -1,0 +1,196 @@
+"""Runs that learn a start: how they end, their exports, other devices, signals, bad numbers."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import l2l
+from l2l.evaluation import adaptation
+from l2l.evaluation.curves import Problems
+from l2l.storage import exports
+from l2l.tasks.sinusoid import sinusoid
+from l2l.training.callbacks import DONE, NOT_FINITE, TERMINATED
+from l2l.training.experiment import build_experiment
+from l2l.training.run import train
+
+
+@pytest.fixture(scope="module")
+def config() -> dict:
+    """Seconds of MAML."""
+    return {
+        "seed": 3,
+        "task": {"name": "sinusoid", "shots": 3, "queries": 3, "hidden": (4,)},
+        "theta": {"start": True},
+        "optimizer": {"name": "sgd", "learning_rate": 0.01, "learned": True},
+        "objective": {"on": "validation", "form": "last"},
+        "inner": {"length": 2, "stagger": False},
+        "horizon": {"name": "log_uniform", "shortest": 2, "longest": 2},
+        "estimator": {"name": "truncated", "order": "exact", "segments": False},
+        "meta": {"steps": 12, "num_problems": 8, "group": 3},
+        "evaluation": {"horizons": (1, 2), "num_problems": 4, "every": 6},
+        "checkpoint": {"every": 3, "keep": 3},
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("maml") / "whole"
+    assert train(build_experiment(config), directory, jax.devices()[:1]) == DONE
+    return directory
+
+
+def assert_same_parts(directory, other):
+    one, two = (exports.read(d / exports.EXPORT)[1] for d in (directory, other))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_a_run_ends_with_table_figures_and_export(whole, capsys, config):
+    said = (whole / "summary.txt").read_text()
+    for start in ("learned", "random", "pretrained"):
+        assert f"| {start} " in said
+    for steps in ("after 0 steps", "after 1 step ", "after 2 steps"):
+        assert steps in said
+    results = json.loads((whole / "results.json").read_text())
+    losses = results["adaptation"]["sinusoid-3"]["learned"]["loss"]
+    assert np.shape(losses) == (4, 3) and np.isfinite(losses).all()
+    for figure in ("adaptation.png", "fits.png"):
+        assert (whole / figure).read_bytes()[1:4] == b"PNG"
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert any("comparison/query_loss_2" in row for row in rows)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_the_same_theta_on_any_number_of_devices(whole, config, tmp_path, devices):
+    assert train(build_experiment(config), tmp_path / "run", jax.devices()[:devices]) == DONE
+    one, two = (exports.read(d / exports.EXPORT)[1] for d in (whole, tmp_path / "run"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), one, two)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(whole, config, tmp_path):
+    def stop(loop, group):
+        if loop.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    experiment, there = build_experiment(config), tmp_path / "run"
+    assert train(experiment, there, jax.devices()[:1], [stop]) == TERMINATED
+    assert train(experiment, there, jax.devices()[:1]) == DONE
+    assert_same_parts(whole, there)
+
+
+def test_the_start_and_the_optimizer_come_back_by_themselves(whole, config):
+    _, theta, _ = l2l.read_export(whole / exports.EXPORT)
+    start = l2l.start(whole)
+    family = sinusoid(shots=3, queries=3, hidden=(4,))
+    like = jax.eval_shape(family.init, jax.random.key(0), None)
+    assert jax.tree.structure(start) == jax.tree.structure(like)
+    jax.tree.map(np.testing.assert_array_equal, start, theta.start)
+    gradients = jax.tree.map(jnp.ones_like, start)
+    optimizer = l2l.load(whole)
+    updates, _ = optimizer.update(gradients, optimizer.init(start), start)
+    rate = np.exp(theta.optimizer)
+    assert rate != np.float32(0.01)  # It was learned, too.
+    jax.tree.map(lambda u: np.testing.assert_allclose(u, -rate, rtol=1e-6), updates)
+
+
+def test_what_holds_no_start_says_so():
+    with pytest.raises(l2l.UserError, match=r"lstm holds no start: .* l2l\.load"):
+        l2l.start("lstm")
+
+
+def test_a_start_must_fit_what_it_is_wanted_like(whole):
+    start = l2l.start(whole)
+    with pytest.raises(l2l.UserError, match=r"linear_1/w: float32 \(4, 1\), where none is wanted"):
+        l2l.start(whole, like={"linear_0": start["linear_0"], "linear_1": {"b": jnp.zeros(1)}})
+
+
+def test_trees_of_other_nodes_come_back_as_dicts_and_lists_or_as_they_were(tmp_path):
+    state = optax.ScaleByAdamState(jnp.zeros(()), {"mlp/~/linear": [jnp.ones(2)]}, (jnp.ones(1),))
+    theta = l2l.core.base.Parts((), state, ())
+    path = l2l.export(tmp_path / "x.safetensors", {"name": "sgd"}, theta)
+    found = l2l.start(path)
+    assert found.keys() == {"count", "mu", "nu"} and found["mu"].keys() == {"mlp/~/linear"}
+    np.testing.assert_array_equal(found["nu"][0], [1])
+    again = l2l.start(path, like=jax.tree.map(jnp.zeros_like, state))
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_meta_training_goes_on_from_an_export(whole, config, tmp_path):
+    """Without a single meta-step of any size the export is handed on as it was."""
+    still = {"steps": 3, "num_problems": 8, "group": 3, "optimizer": {"name": "sgd"}}
+    still["optimizer"]["learning_rate"] = 0.0
+    more = {**config, "start": str(whole), "meta": still}
+    assert train(build_experiment(more), tmp_path / "run", jax.devices()[:1]) == DONE
+    assert_same_parts(whole, tmp_path / "run")
+
+
+def test_adam_without_eps_root_stops_with_tensor_and_remedy(config, tmp_path, capsys):
+    dead = {**config["meta"], "max_bad": 3}
+    without = {"name": "adam", "learning_rate": 0.01, "eps_root": 0.0}
+    task = {**config["task"], "hidden": (16, 16)}
+    broken = build_experiment({**config, "task": task, "optimizer": without, "meta": dead})
+    assert train(broken, tmp_path / "run", jax.devices()[:1]) == NOT_FINITE
+    said = capsys.readouterr().err
+    assert "the derivative by the gradient of" in said and "linear_" in said
+    assert "set the optimizer's eps_root above zero, such as 1e-8" in said
+
+
+def test_adaptation_is_that_of_plain_descent():
+    """Against a loop over optax, for one problem from a given start."""
+    family = sinusoid(hidden=(4,))
+    start = family.init(jax.random.key(1), None)
+    problems = Problems(jax.random.key(0), 1)
+    sgd = l2l.fixed(optax.sgd(0.02))
+    found = adaptation.adapt(sgd, (), start, (family, ()), problems, (1, 3))
+    assert found.steps.tolist() == [0, 1, 3]
+    problem = family.sample(jax.random.fold_in(jax.random.fold_in(problems.key, 0), 0))
+    support, query = (family.batch(None, problem, (), s) for s in ("train", "test"))
+    params, losses = start, []
+    for _ in range(4):
+        losses.append(family.loss(params, problem, query))
+        slope = jax.grad(family.loss)(params, problem, support)
+        params = jax.tree.map(lambda p, g: p - 0.02 * g, params, slope)
+    np.testing.assert_allclose(found.loss[0], np.take(losses, [0, 1, 3]), rtol=1e-5)
+    best = adaptation.adapt(sgd, (), start, (family, ()), problems, (3,), factors=(0.0, 1.0, 1e6))
+    assert best.factor == 1.0
+
+
+MISTAKES = [
+    (
+        {"task": ({"name": "sinusoid"}, {"name": "sinusoid", "hidden": (3,)})},
+        "different parameters",
+    ),
+    ({"estimator": {"name": "first_order"}}, "holds a start or a loss: choose 'truncated'"),
+    ({"theta": {"loss": {"name": "l2"}}, "objective": {"on": "train"}}, "objective.on"),
+    ({"theta": {"loss": {"name": "l2"}}, "estimator": {"name": "truncated"}}, "holds constant"),
+    ({"theta": {"loss": {"name": "l3"}}}, "Unknown loss 'l3'"),
+    ({"optimizer": {"name": "sgd", "learning_rate": 0.0}}, "leads nowhere"),
+    ({"optimizer": {"name": "sgd", "tensors": ("a", "a")}}, "name one twice"),
+    ({"task": {"name": "sinusoid", "shots": 0}}, "shots=0"),
+    ({"task": {"name": "sinusoid", "phase": (1.0, 0.0)}}, "phase=.* is no range"),
+]
+
+
+@pytest.mark.parametrize("change, sentence", MISTAKES, ids=[m[1][:20] for m in MISTAKES])
+def test_a_mistake_is_one_sentence(config, change, sentence):
+    with pytest.raises(l2l.UserError, match=sentence):
+        build_experiment({**config, **change})
+
+
+def test_tensors_with_rates_must_be_the_optimizees():
+    optimizer = l2l.optimizers.registry.optimizer({"name": "sgd", "tensors": ("a", "b")})
+    bound = optimizer.bind(optimizer.init(jax.random.key(0)))
+    params = {"a": jnp.ones(2), "c": jnp.ones(1)}
+    with pytest.raises(l2l.UserError, match=r"with a rate are a, b, and those of .* a, c"):
+        bound.update(params, bound.init(params), params)
+    params = {"a": jnp.ones(2), "b": jnp.ones(1)}
+    theta = {"a": jnp.log(0.1), "b": jnp.log(2.0)}
+    updates, _ = optimizer.bind(theta).update(params, optimizer.bind(theta).init(params), params)
+    np.testing.assert_allclose(updates["a"], [-0.1, -0.1], rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], [-2.0], rtol=1e-6)
