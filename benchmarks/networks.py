@@ -167,7 +167,7 @@ def judged(name, optimizer, theta, places, seeds: int, folder: Path) -> list[dic
     bar = Bar(1.0)
     measured = comparison.measure(
         *([Entry(name, optimizer, theta)], places, HORIZONS, Problems(KEY(), seeds)),
-        grids=(Grid("adam", eps_roots=(0.0,)),),
+        grids=(Grid("adam"),),
         cache_dir=folder / "cache",
         progress=bar.show,
     )

@@ -71,7 +71,7 @@ def test_a_point_is_what_its_expression_says(name, schedule):
 
 
 def muon(rate, decay):
-    return optax.contrib.muon(rate, weight_decay=decay, adam_weight_decay=decay, consistent_rms=0.2)
+    return optax.contrib.muon(rate, weight_decay=decay, adam_weight_decay=decay)
 
 
 RIVALS = {

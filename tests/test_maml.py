@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors
+import safetensors.numpy
 
 import l2l
 from l2l.evaluation import adaptation
@@ -194,3 +196,36 @@ def test_tensors_with_rates_must_be_the_optimizees():
     updates, _ = optimizer.bind(theta).update(params, optimizer.bind(theta).init(params), params)
     np.testing.assert_allclose(updates["a"], [-0.1, -0.1], rtol=1e-6)
     np.testing.assert_allclose(updates["b"], [-2.0], rtol=1e-6)
+
+
+HOSTILE = [
+    {"start": [["a"], ["a", "b"]]},  # A leaf with children.
+    {"start": [["a"], ["a"]]},  # Two leaves at one place.
+    {"start": [["a"], [3]]},  # A list with gaps.
+    {"start": [[0], [2]]},
+    {"start": [["a"]]},  # Fewer paths than tensors.
+    {"start": [["a"], ["b"], ["c"]]},
+    {"start": [["a"], []]},
+    {"start": [["a"], ["b"] * 40]},
+    {"start": [["a"], [True]]},
+    {"start": [["a"], [{}]]},
+    {"start": "ab"},
+    {"start": {"a": 0, "b": 1}},
+    {"other": [["a"], ["b"]]},
+    [["a"], ["b"]],
+    None,
+]
+
+
+@pytest.mark.parametrize("holds", HOSTILE, ids=str)
+def test_a_start_whose_paths_cannot_be_is_no_whole_export(tmp_path, holds):
+    theta = l2l.core.base.Parts((), {"a": np.ones(2, np.float32), "b": np.zeros(1, np.float32)})
+    path = l2l.export(tmp_path / "x.safetensors", {"name": "sgd"}, theta)
+    with safetensors.safe_open(path, "numpy") as file:
+        header = json.loads(file.metadata()["l2l"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert header["holds"] == {"start": [["a"], ["b"]]}
+    header["holds"] = holds
+    safetensors.numpy.save_file(tensors, path, {"l2l": json.dumps(header)})
+    with pytest.raises(l2l.UserError, match="no whole export"):
+        l2l.start(path)

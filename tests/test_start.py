@@ -240,3 +240,22 @@ def test_reptile_learns_nothing_but_a_start():
     for learned in (base.fixed(optax.sgd(RATE)), from_start(adam_in_log_space())):
         with pytest.raises(UserError, match="learns the start of runs and nothing else"):
             reptile.reptile(Inner(quadratics(), learned, 5), ON_QUERY)
+
+
+def test_segments_bound_the_memory_of_long_runs():
+    """Through 1,000 steps of Adam, as the compiler counts it."""
+    steps, family = 1000, sinusoid()
+    learned = base.learner(
+        base.fixed(optax.adam(1e-3, eps_root=1e-8)), start=lambda key: family.init(key, None)
+    )
+    inner = Inner(family, learned, steps, stagger=False)
+
+    def memory(segments):
+        estimator = autodiff.truncated(inner, ON_QUERY, order="exact", segments=segments)
+        theta, keys = learned.init(jax.random.key(0)), jax.random.split(jax.random.key(0), 1)
+        stage = stage_of(float(steps))
+        state = jax.eval_shape(estimator.init, keys, theta, stage)
+        program = jax.jit(estimator.estimate).lower(theta, state, (), stage).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert memory(segments=False) > 15 * memory(segments=True)

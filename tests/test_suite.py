@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from l2l.evaluation import (
     baselines,
     budget,
     cache,
+    cli,
     comparison,
     curves,
     report,
@@ -238,6 +240,26 @@ def test_a_budget_spans_the_kinds_before_it_repeats_one():
     assert fit(1) == ["", "abcde"]
 
 
+def test_what_a_budget_leaves_out_is_said(capsys):
+    chosen = suites.find("quick")
+    whole = comparison.plan(chosen.cells, chosen.horizons)
+    costs = [comparison.estimate(part, chosen.grids, chosen.seeds, 1) for part in whole]
+    cores = min(len(jax.local_devices()), chosen.seeds)
+    parts, said = cli._plan(chosen, 1, 0.6 * sum(costs) / cores, Path("scores"))
+    assert 0 < len(parts) < len(whole)
+    left = [part for part in whole if part not in parts]
+    for steps in chosen.horizons:
+        names = ", ".join(part.cell.name for part in left)
+        assert f"Left out at {steps:,} steps by the budget: {names}." in said
+    assert f"{len(parts)} cells, {2 * len(parts)} horizons in all, 6 problems each" in (
+        capsys.readouterr().err
+    )
+    parts, said = cli._plan(chosen, 1, None, Path("scores"))
+    assert (parts, said) == (whole, [])
+    with pytest.raises(UserError, match="leaves nothing"):
+        cli._plan(chosen, 1, 1e-3, Path("scores"))
+
+
 @pytest.mark.parametrize(
     "seconds, text", [(5, "5 seconds"), (600, "10 minutes"), (36_000, "10 hours")]
 )
@@ -261,7 +283,9 @@ HORIZONS = (3, 6)
 def timed(monkeypatch):
     """Steps take 20 µs, those of the optimizer called "slow" 40."""
     monkeypatch.setattr(
-        timing, "step_seconds", lambda key, field, *a: dict.fromkeys(field, 2e-5) | {"slow": 4e-5}
+        timing,
+        "step_seconds",
+        lambda key, field, *a, **k: dict.fromkeys(field, 2e-5) | {"slow": 4e-5},
     )
 
 

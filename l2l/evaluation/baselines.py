@@ -102,9 +102,7 @@ KINDS = {
     "adam": Kind(optax.adam, lambda root, decay: {"eps_root": root}, decays=(0.0,), rooted=True),
     "adamw": Kind(optax.adamw, _adaptive, rooted=True),
     "nadamw": Kind(optax.nadamw, _adaptive, rooted=True),
-    # Orthogonal steps as long as Adam's usually are (Liu et al. 2025, arXiv 2502.16982), so that
-    # one rate serves the matrices and the vectors, which are Adam's.
-    "muon": Kind(optax.contrib.muon, _muon, settings={"consistent_rms": 0.2}, cost=2.5),
+    "muon": Kind(optax.contrib.muon, _muon, cost=2.5),
     "schedule_free_adamw": Kind(
         optax.contrib.schedule_free_adamw, _decayed, schedules=("constant", "warmup")
     ),

@@ -66,7 +66,7 @@ def trained(
     key, count = problems
 
     def compute():
-        run = curves.compile_evaluation(optimizer, family, count, num_steps)
+        run = curves.compiled(optimizer, family, count, num_steps)
         return {name: _packed(x) for name, x in run(theta, key, data)._asdict().items()}
 
     inputs = ()

@@ -231,7 +231,14 @@ def _plan(chosen: Suite, count: int, budget: float | None, output):
     left = []
     if budget is not None:
         cores = min(len(jax.local_devices()), chosen.seeds)
+        dear = min(costs, default=0.0) / cores
         parts, costs, rest = budgets.fit(parts, costs, budget * cores)
+        if not parts:
+            raise UserError(
+                f"A budget of {suites.duration(budget)} leaves nothing to measure: the cheapest "
+                f"cell takes some {suites.duration(dear)}. Give more, or fewer --horizons or "
+                "--seeds."
+            )
         steps = sorted({h for part in rest for h in part.horizons})
         for h in steps:
             names = ", ".join(part.cell.name for part in rest if h in part.horizons)
@@ -297,7 +304,7 @@ def _horizons(values, default) -> tuple[int, ...]:
 
 def _about(values, seeds: int, began: float) -> dict:
     return dict(
-        command=sys.argv,
+        command=["l2l.evaluate", *sys.argv[1:]],
         seeds=seeds,
         seed=values.seed,
         seconds=round(time.monotonic() - began, 1),

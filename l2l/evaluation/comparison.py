@@ -23,7 +23,9 @@ from l2l.tasks import registry
 
 TOGETHER = 1_000  # Horizons up to here are measured together, and in all cells before longer ones.
 COMPILING = 4.0  # CPU seconds a program.
-LEARNED = 5.0  # Steps of Adam that a step of a learned optimizer is taken for, in the estimate.
+# A step of a learned optimizer is taken for so many of Adam's in the estimate, but its own part for
+# no more than so many CPU microseconds: those that a per-coordinate LSTM takes for a million.
+LEARNED, DEAREST = 5.0, 150_000.0
 TUNING = 0.9  # Of the work on a cell, the part that is spent on its grids.
 
 
@@ -254,7 +256,8 @@ def estimate(part: Part, grids: Sequence[Grid], count: int, entries: int) -> flo
     cell, horizons = part
     swept = sum(g.steps(horizons) * baselines.kind(g.kind).cost for g in grids)
     runs = sum(len(g.trials()) for g in grids) * (1 + len(horizons))
-    single = sum(horizons) * (len(grids) + LEARNED * entries)
+    learned = min(LEARNED, 1 + DEAREST / cell.cost)
+    single = sum(horizons) * (len(grids) + learned * entries)
     programs = (len(grids) * 2 + entries) * (len(horizons) + 1)
     steps, whole = cell.cost * 1e-6 * (swept + single), cell.whole * 1e-3 * runs
     return count * (steps + whole) + COMPILING * programs
@@ -268,6 +271,8 @@ class _Field:
         self.entries, self.problems, self.grids = entries, problems, grids
         self.cache_dir, self.report = cache_dir, report
         self.family, self.data = self.cell.load()
+        # Made once, so that all settings of a kind share a compiled program.
+        self.optimizers = [grid.optimizer() for grid in grids]
         self.tuned = [self._tune(i, grid) for i, grid in enumerate(grids)]
 
     def _tune(self, i: int, grid: Grid) -> tuning.Tuned:
@@ -285,8 +290,8 @@ class _Field:
         for horizon in self.horizons:
             best = [t.by_train_loss[horizon] for t in self.tuned]
             field = self.entries + [
-                Entry(tuned_name(g.kind), g.optimizer(), tuning.point_setting(point))
-                for g, point in zip(self.grids, best, strict=True)
+                Entry(tuned_name(grid.kind), optimizer, tuning.point_setting(point))
+                for grid, optimizer, point in zip(self.grids, self.optimizers, best, strict=True)
             ]
             runs = {}
             for entry in field:
@@ -299,12 +304,12 @@ class _Field:
         where = (self.family, self.data, self.problems, horizon, self.cache_dir)
         return cache.trained(*made, *where)
 
-    def _selected(self, grid: Grid, tuned: tuning.Tuned, horizon: int, own: Curves) -> Selected:
-        """The best by validation loss; `own` are the runs of the best by training loss."""
-        point = tuned.by_validation_loss[horizon]
-        if point != tuned.by_train_loss[horizon]:
-            own = self._trained((grid.optimizer(), tuning.point_setting(point)), horizon)
-        return Selected(_setting(grid, point), own)
+    def _selected(self, i: int, horizon: int, own: Curves) -> Selected:
+        """Of grid i, the best by validation loss; `own`: the runs of the best by training loss."""
+        point = self.tuned[i].by_validation_loss[horizon]
+        if point != self.tuned[i].by_train_loss[horizon]:
+            own = self._trained((self.optimizers[i], tuning.point_setting(point)), horizon)
+        return Selected(_setting(self.grids[i], point), own)
 
     def _row(self, entry, horizon: int, runs: Mapping[str, Curves], seconds: Mapping) -> Row:
         # A step of a variant costs what one of the optimizer itself does.
@@ -324,7 +329,7 @@ class _Field:
             if accurate := tuned.by_test_accuracy.get(horizon):
                 points = 100 * (accuracy - float(np.mean(accurate.test_accuracy)))
         sooner, setting, notes, trials, selected = {}, None, (), (), None
-        for grid, tuned in zip(self.grids, self.tuned, strict=True):
+        for i, (grid, tuned) in enumerate(zip(self.grids, self.tuned, strict=True)):
             name = tuned_name(grid.kind)
             steps = statistics.interval(statistics.speed_up(own.losses, runs[name].losses))
             time = 1.0 if name == entry.name else seconds.get(name, math.nan) / duration
@@ -332,7 +337,7 @@ class _Field:
             if name == entry.name:
                 setting = _setting(grid, tuned.by_train_loss[horizon])
                 trials = tuple(_trial(grid, p) for p in tuned.points if p.horizon == horizon)
-                selected = self._selected(grid, tuned, horizon, own)
+                selected = self._selected(i, horizon, own)
                 # The notes are those of the whole search; they are told once.
                 notes = tuple(tuned.notes) if horizon == self.horizons[-1] else ()
         return Row(
@@ -367,8 +372,8 @@ class _Field:
         """`timing.step_seconds` of all, in one go: kept together, since they are compared."""
         longest = self.horizons[-1]
         field = {e.name: e.at(longest) for e in self.entries if e.variant_of is None}
-        for grid in self.grids:
-            field[tuned_name(grid.kind)] = grid.optimizer(), baselines.setting(1e-3)
+        for grid, optimizer in zip(self.grids, self.optimizers, strict=True):
+            field[tuned_name(grid.kind)] = optimizer, baselines.setting(1e-3)
         inputs, key = (), self.problems.key
         if self.cache_dir is not None:
             programs = {
@@ -378,7 +383,11 @@ class _Field:
             inputs = ("seconds", programs, platform.node(), jax.devices()[0].device_kind)
 
         def compute():
-            return timing.step_seconds(key, field, self.family, self.data)
+            # Of a dear cell a second of Adam's steps a round is enough, and fewer rounds.
+            steps = int(np.clip(1e6 / self.cell.cost, 5, 50))
+            rounds = 15 if steps == 50 else 5
+            how = dict(steps=steps, rounds=rounds)
+            return timing.step_seconds(key, field, self.family, self.data, **how)
 
         return cache.kept(self.cache_dir, inputs, compute)
 

@@ -83,7 +83,7 @@ def evaluate(
     if not isinstance(optimizer, base.LearnedOptimizer):
         optimizer, theta = _fixed(optimizer), ()
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    run = _compiled(optimizer, family, num_problems, num_steps, **settings)
+    run = compiled(optimizer, family, num_problems, num_steps, **settings)
     return run(theta, key, data)
 
 
@@ -298,7 +298,8 @@ def _begin(family):
 
 # A transformation is a pair of functions, so the same one is recognised when it comes again.
 _fixed = functools.lru_cache(maxsize=64)(base.fixed)
-_compiled = functools.lru_cache(maxsize=64)(compile_evaluation)
+# `compile_evaluation`, but one program for all that comes with the same arguments.
+compiled = functools.lru_cache(maxsize=64)(compile_evaluation)
 
 
 def forget() -> None:
@@ -308,7 +309,7 @@ def forget() -> None:
     On a CPU each takes dozens of the 65,530 memory mappings that Linux allows a process by default
     (vm.max_map_count); after some hundreds of programs the compiler finds no memory.
     """
-    for kept in (_compiled, _begin, _fixed):
+    for kept in (compiled, _begin, _fixed):
         kept.cache_clear()
     if environment.prepared:
         jax.clear_caches()

@@ -276,39 +276,52 @@ def all_of(directory: Path, rows: Sequence["Row"]) -> list[Path]:
     return paths
 
 
-def comparisons(directory: Path, rows: Sequence["Row"], prefix: str = "") -> list[Path]:
+def comparisons(
+    directory: Path, rows: Sequence["Row"], prefix: str = "", *, draw: bool = True
+) -> list[Path]:
     """Draws what `results.json` has enough for: of several cells with a baseline one scorecard for
     each optimizer and the performance profiles, and with a baseline the trials that match each
-    optimizer; the paths.
+    optimizer; the paths. Untrained twins are in the profiles alone.
 
     Args:
       prefix: of the names of the files.
+      draw: False for the paths alone.
     """
     paths = []
     rows, _ = untrained.with_best_rates(rows)
-    names = list(dict.fromkeys(row.optimizer for row in rows if row.setting is None))
+    names = dict.fromkeys(r.optimizer for r in rows if r.setting is None and r.variant_of is None)
     several = len({row.cell for row in rows}) > 1
     for i, name in enumerate(names):
-        own = [row for row in rows if row.optimizer == name]
-        reference = next(iter(own[0].sooner), None)
-        if not several or reference is None:
+        points, reference = _points([row for row in rows if row.optimizer == name])
+        if not several or not points:
             continue
-        points = []
-        for row in own:
-            sooner = row.sooner[reference]
-            where = {"cell": row.cell, "kind": row.kind or "all", "steps": row.steps}
-            ratio, speed = (row.ratio, *row.interval), (sooner["steps"], *sooner["interval"])
-            points.append(where | {"ratio": ratio, "sooner": speed})
         path = directory / f"{prefix}scorecard{f'-{i + 1}' if i else ''}.png"
-        paths.append(scorecard(points, path, f"{name} beside tuned {reference}"))
+        title = f"{name} beside tuned {reference}"
+        paths.append(scorecard(points, path, title) if draw else path)
     scores = aggregate.score(rows) if several else []
     if scores:
-        paths.append(profiles(scores, directory / f"{prefix}profile.png"))
-    found = trials.matches(rows)
+        path = directory / f"{prefix}profile.png"
+        paths.append(profiles(scores, path) if draw else path)
+    found = [match for match in trials.matches(rows) if match.optimizer in names]
     for i, name in enumerate(dict.fromkeys(match.optimizer for match in found)):
         path = directory / f"{prefix}trials{f'-{i + 1}' if i else ''}.png"
-        paths.append(to_match(found, name, path))
+        paths.append(to_match(found, name, path) if draw else path)
     return paths
+
+
+def _points(own: Sequence["Row"]) -> tuple[list[dict], str | None]:
+    """(what `scorecard` draws of an optimizer, the kind of baseline that it is beside); nothing
+    where there is none."""
+    reference = next(iter(own[0].sooner), None)
+    if reference is None:
+        return [], None
+    points = []
+    for row in own:
+        sooner = row.sooner[reference]
+        where = {"cell": row.cell, "kind": row.kind or "all", "steps": row.steps}
+        ratio, speed = (row.ratio, *row.interval), (sooner["steps"], *sooner["interval"])
+        points.append(where | {"ratio": ratio, "sooner": speed})
+    return points, reference
 
 
 def spread(losses) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -42,7 +42,8 @@ third of it.
 - *area*: under the training curve, as the mean batch loss over all steps and problems.
 - *diverged*: runs with a batch or final training loss that is not finite, or a final training loss
   that is above the initial one by more than its size, of all runs.
-- *steps/…*: how many times fewer steps than that tuned baseline. Training losses are smoothed (mean
+- *steps/…*: how many times fewer steps than the first tuned baseline, which stands behind the
+  stroke (results.json has the others too). Training losses are smoothed (mean
   of the batch losses of the last twentieth of the horizon). Of the two, the one that ends higher
   sets the target, and the factor is the horizon over the first step at which the other is there;
   below 1 where it is the baseline that is there sooner. It is between 1/horizon and horizon, 1 for
@@ -281,7 +282,7 @@ def _shown(row: "Row", score: aggregate.Score | None) -> dict:
         "diverged": f"{row.diverged}/{row.runs}",
     }
     for measure in ("steps", "time"):
-        for kind, sooner in row.sooner.items():
+        for kind, sooner in list(row.sooner.items())[:1]:
             shown[f"{measure}/{kind}"] = sooner[measure]
     if score is not None:
         shown["validation"] = float(aggregate.validation_of(row)[-1])
@@ -292,7 +293,10 @@ def _shown(row: "Row", score: aggregate.Score | None) -> dict:
 
 def _joined(row: Mapping) -> dict:
     """A row of the summary as the table has it."""
-    shown = {key: value for key, value in row.items() if key not in ("diverged", "runs")}
+    ratios = [key for key in row if key.startswith(("steps/", "time/"))]
+    kept = {key.split("/")[1] for key in ratios[:1]}  # The first baseline's.
+    hidden = {"diverged", "runs", *(key for key in ratios if key.split("/")[1] not in kept)}
+    shown = {key: value for key, value in row.items() if key not in hidden}
     return shown | {"diverged": f"{row['diverged']}/{row['runs']}"}
 
 

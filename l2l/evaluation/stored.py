@@ -46,15 +46,17 @@ def page(directory: str | os.PathLike) -> tuple[str, dict[str, list[Row]]]:
     if not paths:
         raise UserError(f"{directory} holds no .json: copy a results.json into it, by any name.")
     text = (
-        "# Measured\n\nMade from the JSON files beside it, by "
-        f"`python -m l2l.evaluate --from={Path(directory).as_posix()}`.\n\n{report.LEGEND}"
+        "# Measured\n\nMade of the JSON files beside this page alone, by `python -m l2l.evaluate "
+        f"--from=` and their directory.\n\n{report.LEGEND}"
     )
     found = {}
     for path in paths:
         rows, cells, about = read(path)
         found[path.stem] = rows
         laid = report.lay_out(rows, cells, (), about["notes"], "###")
-        text += f"\n## {path.stem}\n\n{_told(about)}\n{laid.overall}{laid.rest}"
+        drawn = figures.comparisons(Path(), rows, f"{path.stem}-", draw=False)
+        images = "".join(f"\n![{figure.stem}]({figure.name})\n" for figure in drawn)
+        text += f"\n## {path.stem}\n\n{_told(about)}\n{laid.overall}{images}{laid.rest}"
     return text, found
 
 
