@@ -2,6 +2,8 @@
 
 python -m l2l.launch --config=configs/few_shot_digits.py
 python -m l2l.launch --config=configs/few_shot_digits.py --config.estimator.order=first
+
+Not run to its end so far.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,10 @@
 """Rate, decay and schedule of AdamW on digits, by the validation loss at the end of whole runs.
 
 python -m l2l.launch --config=configs/hypergradient.py
+
+37 seconds of meta-training, after three minutes of compiling, on 2 cores of an EPYC that much other
+work shared. Validation loss on 20 new runs, learned and best of 160 random draws: seed 0, 0.103 and
+0.114; seed 1, 0.122 and 0.114. No meta-gradient was left out. Other seeds have not been run so far.
 """
 
 from ml_collections import ConfigDict

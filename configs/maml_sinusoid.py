@@ -1,6 +1,15 @@
 """MAML on sinusoids (Finn et al. 2017): the start of a 1-40-40-1 network, learned through SGD.
 
 python -m l2l.launch --config=configs/maml_sinusoid.py
+python -m l2l.launch --config=configs/maml_sinusoid.py --config.optimizer.name=adam
+
+40 seconds of processor time for the 20,000 meta-steps on 2 cores of an EPYC shared with much other
+work. Seed 0, mean squared error on 600 new sinusoids after 0, 1, 5, 10 steps: 3.07, 0.352, 0.121,
+0.093 (the paper has some 0.5 after one step and 0.1 after nine, of 70,000 meta-steps); with 10,000
+meta-steps 3.12, 0.422, 0.159, 0.126. No meta-gradient was left out. With 5,000 meta-steps, beside
+the other starts, after 1 and 10 steps: learned 0.57, 0.21; pretrained 2.85, 2.19; random 5.7, 4.5.
+The paper's meta-batch is 25, which 2 cores do not share evenly. The line with Adam inside, whose
+eps_root is 1e-8, has not been run to its end so far.
 """
 
 from ml_collections import ConfigDict

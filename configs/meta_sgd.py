@@ -1,6 +1,8 @@
 """Meta-SGD on sinusoids: the start and a rate for each tensor, learned together (Li et al. 2017).
 
 python -m l2l.launch --config=configs/meta_sgd.py
+
+Not run to its end so far.
 """
 
 from ml_collections import ConfigDict

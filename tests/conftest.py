@@ -12,6 +12,18 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Where shapes are part of the signatures, every call in a test is held to them.
+install_import_hook(
+    [
+        "l2l.core",
+        "l2l.optimizers.features",
+        "l2l.estimators.objective",
+        "l2l.evaluation.statistics",
+    ],
+    "beartype.beartype",
+)
 
 
 def pytest_configure(config):

@@ -13,10 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float, Int, Key
 
 PyTree = Any
 Device = Any  # jax.Device, which type checkers take for a variable.
 Scalar = jax.Array | np.ndarray | float
+RandomKey = Key[Array, ""]
+Loss = Float[Array, ""]
+Step = Int[Array, ""]
+Features = Float[Array, "F n"]
+Context = Float[Array, " C"]
+Updates = Float[Array, " n"]
 
 
 class TaskFamily(NamedTuple):
@@ -39,11 +46,11 @@ class TaskFamily(NamedTuple):
               nothing to draw.
     """
 
-    sample: Callable[[jax.Array], PyTree]
-    init: Callable[[jax.Array, PyTree], PyTree]
-    batch: Callable[[jax.Array | None, PyTree, PyTree, str], PyTree]
-    loss: Callable[[PyTree, PyTree, PyTree], jax.Array]
-    accuracy: Callable[[PyTree, PyTree, PyTree], jax.Array] | None = None
+    sample: Callable[[RandomKey], PyTree]
+    init: Callable[[RandomKey, PyTree], PyTree]
+    batch: Callable[[RandomKey | None, PyTree, PyTree, str], PyTree]
+    loss: Callable[[PyTree, PyTree, PyTree], Loss]
+    accuracy: Callable[[PyTree, PyTree, PyTree], Float[Array, ""]] | None = None
     data: Callable[[], PyTree] = lambda: ()
     name: str = "task"
     outputs: Callable[[PyTree, PyTree, PyTree], jax.Array] | None = None
@@ -66,9 +73,11 @@ class TensorSignals(NamedTuple):
     """
 
     accumulators: Callable[[PyTree, Any], PyTree]
-    observe: Callable[..., tuple[jax.Array, PyTree]]
+    observe: Callable[..., tuple[Float[Array, "S G"], PyTree]]
     hidden: Callable[[PyTree, int], PyTree]
-    propose: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+    propose: Callable[
+        [PyTree, Float[Array, "S G"], Context, PyTree], tuple[Float[Array, "O G"], PyTree]
+    ]
 
 
 class Preconditioner(NamedTuple):
@@ -82,7 +91,7 @@ class Preconditioner(NamedTuple):
     """
 
     accumulators: Callable[[PyTree, Any], PyTree]
-    observe: Callable[..., tuple[jax.Array, jax.Array, PyTree]]
+    observe: Callable[..., tuple[Float[Array, "E P"], Float[Array, "S G"], PyTree]]
     names: tuple[str, ...]
 
 
@@ -115,10 +124,10 @@ class Rule(NamedTuple):
     """
 
     accumulators: Callable[[PyTree, Any], PyTree]
-    context: Callable[[jax.Array, jax.Array], jax.Array]
-    observe: Callable[[jax.Array, PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
+    context: Callable[[Step, Step], Context]
+    observe: Callable[[Updates, PyTree, Updates, Step], tuple[Features, PyTree]]
     hidden: Callable[[PyTree, int], PyTree]
-    propose: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+    propose: Callable[[PyTree, Features, Context, PyTree], tuple[Updates, PyTree]]
     features: tuple[str, ...]
     matrices: Preconditioner | None = None
     tensors: TensorSignals | None = None
@@ -168,7 +177,7 @@ class LearnedOptimizer(NamedTuple):
            arguments; None where that is the family's. The meta-loss is always the family's.
     """
 
-    init: Callable[[jax.Array], PyTree]
+    init: Callable[[RandomKey], PyTree]
     bind: Callable[[PyTree], optax.GradientTransformationExtraArgs]
     rule: Rule | PerTensorRule | None = None
     start: Callable[[PyTree], PyTree] | None = None
@@ -313,7 +322,7 @@ def count(tree: PyTree) -> int:
     return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
-def finite(tree: PyTree) -> jax.Array:
+def finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number in a pytree is finite: a boolean scalar."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from l2l.core import base
 
@@ -28,7 +29,7 @@ class Inner(NamedTuple):
     hide_horizon_probability: float = 0.0
 
 
-def fresh(inner: Inner, key: jax.Array, theta, stage: base.Stage) -> base.InnerState:
+def fresh(inner: Inner, key: base.RandomKey, theta, stage: base.Stage) -> base.InnerState:
     """A new inner run, all of it decided by `key`; its horizon is log-uniform in the range."""
 
     def fold(use):
@@ -54,7 +55,7 @@ def fresh(inner: Inner, key: jax.Array, theta, stage: base.Stage) -> base.InnerS
     )
 
 
-def first(inner: Inner, key: jax.Array, theta, stage: base.Stage) -> base.InnerState:
+def first(inner: Inner, key: base.RandomKey, theta, stage: base.Stage) -> base.InnerState:
     """The first run of a slot: like `fresh`, but cut at a random age where runs are staggered."""
     state = fresh(inner, key, theta, stage)
     if not inner.stagger:
@@ -92,7 +93,9 @@ def trained_on(inner: Inner, theta) -> base.TaskFamily:
     return inner.family._replace(loss=inner.optimizer.loss(theta, inner.family.loss))
 
 
-def batch_at(inner_family: base.TaskFamily, state: base.InnerState, data, use: int = TRAIN):
+def batch_at(
+    inner_family: base.TaskFamily, state: base.InnerState, data, use: int = TRAIN
+) -> base.PyTree:
     """The batch of a step: the training one, or the validation one of the meta-loss."""
     key = jax.random.fold_in(jax.random.fold_in(state.key, use), state.step)
     split = "train" if use == TRAIN else "validation"
@@ -106,7 +109,7 @@ def unroll(
     optimizer,
     length: int,
     frozen: Callable = lambda tree: tree,
-) -> tuple[base.InnerState, jax.Array]:
+) -> tuple[base.InnerState, Float[Array, " {length}"]]:
     """Trains for `length` steps; returns (state, training losses [length], each before its step).
 
     `optimizer` is any optax transformation with extra arguments. What it observes, the gradient and

@@ -1,9 +1,9 @@
 """Meta-losses: what is to be small along a window of inner training."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from l2l.console.errors import UserError
 
@@ -51,7 +51,9 @@ class Objective(NamedTuple):
     def reads_validation(self) -> bool:
         return self.on != "train"
 
-    def weights(self, step: jax.Array, num_steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def weights(
+        self, step: Int[Array, ""], num_steps: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """The weights of (training, validation) losses in a window that begins at `step`."""
         if self.on != "both":
             return jnp.float32(self.on == "train"), jnp.float32(self.on == "validation")
@@ -65,7 +67,9 @@ class Objective(NamedTuple):
         ).astype(jnp.float32)
         return 1.0 - validation, validation
 
-    def emphases(self, step: jax.Array, num_steps: jax.Array, length: int) -> jax.Array:
+    def emphases(
+        self, step: Int[Array, ""], num_steps: Int[Array, ""], length: int
+    ) -> Float[Array, " {length}"]:
         """What each loss of a window that begins at `step` counts: [length]."""
         progress = (step + 1 + jnp.arange(length)) / num_steps
         return (1 + self.emphasis) * progress.astype(jnp.float32) ** self.emphasis
@@ -82,7 +86,7 @@ class Objective(NamedTuple):
         limits = jnp.finfo(dtype)
         return -(float(limits.eps) ** 0.5) if self.floor else float(limits.tiny)
 
-    def value(self, losses: Any, emphases: jax.Array) -> jax.Array:
+    def value(self, losses: Float[Array, " K"], emphases: Float[Array, " K"]) -> Float[Array, ""]:
         """L of losses [K] after each update, in float32 at least. It is not finite if one of them
         is NaN or −∞, or below `least`; +∞ is above the cap."""
         least = self.least(losses.dtype)
@@ -98,7 +102,12 @@ class Objective(NamedTuple):
         # By name: with a large floor a negative loss would have a logarithm.
         return jnp.where(losses < least, jnp.nan, logs)
 
-    def metrics(self, meta_loss, training: jax.Array, validation: jax.Array | tuple) -> dict:
+    def metrics(
+        self,
+        meta_loss: Float[Array, ""],
+        training: Float[Array, " K"],
+        validation: Float[Array, " K"] | tuple,
+    ) -> dict[str, Float[Array, ""]]:
         """Scalars that every estimator tells of a window, from the losses [K] after each update."""
         return {
             "meta_loss": meta_loss,
@@ -107,7 +116,9 @@ class Objective(NamedTuple):
             "lowest": self.lowest(training, validation),
         }
 
-    def lowest(self, training: jax.Array, validation: jax.Array | tuple) -> jax.Array:
+    def lowest(
+        self, training: Float[Array, " K"], validation: Float[Array, " K"] | tuple
+    ) -> Float[Array, ""]:
         """The lowest of the losses that the meta-loss of a window reads, NaN left out: a scalar,
         for the caller to hold against `least`."""
         read: list = [training] * self.reads_train + [validation] * self.reads_validation

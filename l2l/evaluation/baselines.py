@@ -65,7 +65,7 @@ class Kind(NamedTuple):
     decays: weight decays, decoupled and times the rate, as in `optax.adamw`.
     rooted: whether eps_root means anything to it.
     settings: further arguments.
-    cost: of a step, over Adam's; on digits, batch 128, hidden layers of 32 to 256. For estimates.
+    cost: about that of a step over Adam's, on small networks: for estimates of the time.
     """
 
     make: Callable[..., optax.GradientTransformation]
@@ -102,7 +102,7 @@ KINDS = {
     "adam": Kind(optax.adam, lambda root, decay: {"eps_root": root}, decays=(0.0,), rooted=True),
     "adamw": Kind(optax.adamw, _adaptive, rooted=True),
     "nadamw": Kind(optax.nadamw, _adaptive, rooted=True),
-    "muon": Kind(optax.contrib.muon, _muon, cost=2.5),
+    "muon": Kind(optax.contrib.muon, _muon, cost=2.2),
     "schedule_free_adamw": Kind(
         optax.contrib.schedule_free_adamw, _decayed, schedules=("constant", "warmup")
     ),

@@ -52,7 +52,7 @@ def compile_runs(optimizer: base.LearnedOptimizer, family, num_steps: int):
 
     @jax.jit
     def run(thetas, keys, data):
-        return jax.lax.map(lambda x: one(*x, data), (thetas, keys))
+        return jax.lax.map(lambda x: one(x[0], x[1], data), (thetas, keys))
 
     return lambda thetas, keys, data: Ended(*jax.device_get(run(thetas, keys, data)))
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Array, Float
 
 # The steps that a loss is averaged over are one part in so many of the horizon.
 WINDOWS = 20
@@ -21,7 +22,7 @@ def or_infinite(losses) -> np.ndarray:
     return np.where(np.isfinite(losses), losses, np.inf)
 
 
-def smooth(losses) -> np.ndarray:
+def smooth(losses: Float[Array | np.ndarray, "n T"]) -> Float[np.ndarray, "n T"]:
     """[n, T] to [n, T]: the mean of the batch losses of the last max(1, T // 20) steps, of all
     steps while there are fewer; infinite where one of them is not finite.
 
@@ -35,7 +36,9 @@ def smooth(losses) -> np.ndarray:
     return views.sum(-1) / np.minimum(np.arange(losses.shape[1]) + 1, width)
 
 
-def speed_up(losses, reference) -> np.ndarray:
+def speed_up(
+    losses: Float[Array | np.ndarray, "n T"], reference: Float[Array | np.ndarray, "n T"]
+) -> Float[np.ndarray, " n"]:
     """[n, T], [n, T] to [n]: how many times fewer steps a run needs than its reference.
 
     Of the two, one ends with the lower smoothed loss (`smooth`), and the other's final smoothed

@@ -53,7 +53,8 @@ class Match(NamedTuple):
 
 
 def matches(rows: Sequence["Row"]) -> list[Match]:
-    """Every optimizer that is no baseline beside every baseline, by training and validation loss.
+    """Every optimizer that is no baseline beside every baseline, by training and validation loss;
+    what is there to be compared with a learned optimizer is left out.
 
     A trial counts with at most the loss at the start, as if it had kept its initial parameters.
     """
@@ -62,7 +63,7 @@ def matches(rows: Sequence["Row"]) -> list[Match]:
         places.setdefault((row.cell, row.steps), []).append(row)
     found = []
     for (cell, steps), here in places.items():
-        for row in (row for row in here if row.setting is None):
+        for row in (row for row in here if row.setting is None and row.variant_of is None):
             own = {"train": row.train, "validation": aggregate.validation_of(row)[-1]}
             for rival in (rival for rival in here if rival.trials):
                 for loss in LOSSES:

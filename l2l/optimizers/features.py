@@ -8,17 +8,19 @@ derivative of √v̂ is infinite, and one such coordinate makes an exact meta-gr
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, Int
+
+Step = Int[Array | np.ndarray, ""] | int
 
 
 class Moments(NamedTuple):
     """First moments at J decays, mu [J, n], and one second moment, nu [n], not bias-corrected."""
 
-    mu: jax.Array
-    nu: jax.Array
+    mu: Float[Array, "J n"]
+    nu: Float[Array, " n"]
 
 
 def zero_moments(num_decays: int, size: int, dtype=jnp.float32) -> Moments:
@@ -26,12 +28,12 @@ def zero_moments(num_decays: int, size: int, dtype=jnp.float32) -> Moments:
 
 
 def update_moments(
-    gradient: jax.Array,
+    gradient: Float[Array, " n"],
     moments: Moments,
-    step: jax.Array,
+    step: Step,
     *,
-    decays: tuple[float, ...],
-    second_decay: float,
+    decays: tuple[float | int, ...],
+    second_decay: float | int,
 ) -> tuple[Moments, Moments]:
     """Returns (moments, bias-corrected moments) after `gradient` [n] was seen at `step` (from 0).
 
@@ -48,18 +50,20 @@ def update_moments(
     return Moments(jnp.stack(mu), nu), Moments(jnp.stack(mu_hat), nu_hat)
 
 
-def weight_of(decay: float, count: jax.Array, dtype) -> jax.Array:
+def weight_of(decay: float | int, count: Step, dtype) -> Float[Array, ""]:
     """1 − decayᵗ, the sum of the weights in an average of t numbers: what a bias correction divides
     by. A Python number to a whole power would be float64 under `jax_enable_x64`."""
     return 1 - jnp.asarray(decay, dtype) ** count
 
 
-def root(nu_hat: jax.Array, eps_root: float, eps: float = 1e-8) -> jax.Array:
+def root(
+    nu_hat: Float[Array, "*shape"], eps_root: float | int, eps: float | int = 1e-8
+) -> Float[Array, "*shape"]:
     """√(v̂ + eps_root) + eps, the denominator of `optax.adam(eps=eps, eps_root=eps_root)`."""
     return jnp.sqrt(nu_hat + eps_root) + eps
 
 
-def norm(square: jax.Array) -> jax.Array:
+def norm(square: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """√square, of sums or means of squares; its derivative is 0 where they are 0.
 
     There a norm is even, and central differences of it are 0, but that of the root is infinite: a
@@ -70,8 +74,10 @@ def norm(square: jax.Array) -> jax.Array:
 
 
 def pool(
-    products: Sequence[jax.Array], sizes: Sequence[int], tensors: Sequence[int] | None = None
-) -> jax.Array:
+    products: Sequence[Float[Array, " P"]],
+    sizes: Sequence[int],
+    tensors: Sequence[int] | None = None,
+) -> Float[Array, "{len(products)} G"]:
     """Means over whole tensors, 0 for an empty one, of R arrays [P]: [R, G].
 
     sizes: of all tensors, as they lie in P.
@@ -84,7 +90,7 @@ def pool(
     return jnp.stack(means, 1) if means else jnp.zeros((len(rows), 0), rows.dtype)
 
 
-def log_and_sign(gradient: jax.Array, p: float) -> jax.Array:
+def log_and_sign(gradient: Float[Array, " n"], p: float | int) -> Float[Array, "2 n"]:
     """[2, n]: (log|g|/p, sign g) where |g| ≥ e^−p, and (−1, eᵖ g) below (Andrychowicz et al. 2016,
     appendix A)."""
     size = jnp.abs(gradient)
@@ -97,12 +103,12 @@ def log_and_sign(gradient: jax.Array, p: float) -> jax.Array:
 
 
 def time_context(
-    step: jax.Array,
-    num_steps: jax.Array,
-    ages: tuple[float, ...] = (10.0, 100.0),
-    lengths: tuple[float, ...] = (300.0,),
+    step: Step,
+    num_steps: Step,
+    ages: tuple[float | int, ...] = (10.0, 100.0),
+    lengths: tuple[float | int, ...] = (300.0,),
     dtype=jnp.float32,
-) -> jax.Array:
+) -> Float[Array, " C"]:
     """[C]: t/T, t/(t + a) for each age, T/(T + l) for each length and whether T is known; zeros for
     T if not.
 

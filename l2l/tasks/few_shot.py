@@ -131,7 +131,7 @@ def distorted(image: jax.Array, angle: jax.Array, shift: jax.Array) -> jax.Array
 def by_class(dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(train, validation, test) of a data set of images, each [classes, rows, height, width] in
     [0, 1]: of each class as many as there are of the rarest."""
-    classes = datasets.spec(dataset).classes
+    classes = datasets.spec(dataset).classes or 0
 
     def stacked(split):
         rows = [np.flatnonzero(split.labels == c) for c in range(classes)]
@@ -140,4 +140,5 @@ def by_class(dataset: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         scale = 255 if images.dtype == np.uint8 else 1
         return images.astype(np.float32) / scale
 
-    return tuple(stacked(split) for split in datasets.load(dataset))
+    train, validation, test = map(stacked, datasets.load(dataset))
+    return train, validation, test

@@ -72,6 +72,7 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
 def _beside_others(experiment, theta, task, problems) -> dict[str, adaptation.Adapted]:
     """{start: what it came to}."""
     optimizer, steps = experiment.optimizer, experiment.evaluation.horizons
+    assert optimizer.start is not None
     running, count = experiment.running, len(experiment.families)
     pretrained = adaptation.pretrain(
         *task,
