@@ -160,14 +160,15 @@ def window(
     else:
         state, (losses, held_out) = steps(state, None, inner.length)
     if objective.reads_validation and not every_step:
-        held_out = held_out_at(state)[None]
+        # Of K numbers the form "last" reads the last.
+        held_out = jnp.broadcast_to(held_out_at(state), losses.shape)
     last = family.loss(state.params, state.problem, batch_at(family, state, data, TRAIN))
     following = jnp.concatenate([losses[1:], last[None]])
     value = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32))
     if objective.reads_train:
         value += on_train * objective.value(following, emphases)
     if objective.reads_validation:
-        value += on_validation * objective.value(held_out, emphases)
+        value += on_validation * objective.value(held_out, emphases)  # pyright: ignore[reportArgumentType]
     return state, value, objective.metrics(value, following, held_out)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Batches for one pytree: beyond it, the nearest shapes share one.
 LARGEST_NUMBER_OF_BATCHES = 6
@@ -61,13 +62,14 @@ class Batch(NamedTuple):
             start += member.blocks
         return out
 
-    def per_leaf(self, sums: jax.Array) -> dict[int, jax.Array]:
-        """Sums over blocks [..., k], added up for each member: {number of the leaf: [...]}."""
-        out, start = {}, 0
-        for member in self.members:
-            out[member.leaf] = jnp.sum(sums[..., start : start + member.blocks], -1)
-            start += member.blocks
-        return out
+    def per_member(self, sums: jax.Array) -> jax.Array:
+        """Sums over blocks [..., k], added up for each member: [..., members]."""
+        counts = {member.blocks for member in self.members}
+        if len(counts) == 1:
+            return jnp.sum(sums.reshape(*sums.shape[:-1], -1, counts.pop()), -1)
+        ends = np.cumsum([member.blocks for member in self.members])
+        parts = jnp.split(sums, ends[:-1], -1)
+        return jnp.stack([jnp.sum(part, -1) for part in parts], -1)
 
     def _cut(self, array, member):
         (m, n), (rows, columns), (r, c) = member.matrix, member.grid, self.block

@@ -11,12 +11,14 @@ basis moves; the outer products and the bases follow every few steps alone; long
 blocks; and every batch of blocks is one set of products, however many tensors it has.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2l.console.errors import UserError
@@ -123,13 +125,18 @@ POOLED = ("g·m", "m²", "g²", "m̃²", "ν̂")
 class Seen(NamedTuple):
     """The directions of one step, before they leave the bases.
 
-    blocks: for each batch, [J, k, r, c]. vectors: {leaf: [J, *shape]}. bases: those to leave.
-    Row 0 is the nominal direction; then one for each further decay, and the gradient's if chosen.
+    blocks: for each batch, [J, k, r, c].
+    scales: for each batch, [J, k]: the factors that these still want.
+    vectors: {leaf: [J, *shape]}.
+    bases: those to leave.
     pooled: [len(POOLED) + J, G], means over each tensor: `POOLED`, then the squares of the J
-    directions.
+      directions.
+
+    Row 0 is the nominal direction; then one for each further decay, and the gradient's if chosen.
     """
 
     blocks: tuple[jax.Array, ...]
+    scales: tuple[jax.Array, ...]
     vectors: dict[int, jax.Array]
     bases: Bases
     pooled: jax.Array
@@ -182,14 +189,16 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
     after_mu: list[list] = [[None] * plan.count for _ in mu]
     after_nu: list = [None] * plan.count
     count = state.count + 1
-    vectors, pooled = {}, [jnp.zeros(())] * plan.count
+    # Sums over tensors, and which these are.
+    vectors, pooled, order = {}, [], []
     for i in plan.vectors:
         first = jnp.stack([tree[i] for tree in mu])
         vectors[i], first, after_nu[i], sums = _directions(settings, leaves[i], first, nu[i], count)
-        pooled[i] = sums / max(leaves[i].size, 1)
+        pooled.append(_grafted(settings, sums[:, None])[1])
+        order.append(i)
         for tree, x in zip(after_mu, first, strict=True):
             tree[i] = x
-    blocks, bases = [], []
+    blocks, scales, bases = [], [], []
     for batch, pair in zip(plan.batches, state.bases, strict=True):
         g = batch.gather(leaves)
         first = jnp.stack([batch.gather(tree) for tree in mu])
@@ -197,50 +206,66 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
         rows, first, second, sums = _directions(
             settings, into(g, pair), first, batch.gather(nu), count, in_basis=True
         )
-        for leaf, value in batch.per_leaf(sums).items():
-            pooled[leaf] = value / leaves[leaf].size
+        scale, sums = _grafted(settings, sums, math.prod(batch.block))
+        pooled.append(batch.per_member(sums))
+        order += [member.leaf for member in batch.members]
         blocks.append(rows)
+        scales.append(scale)
         bases.append(pair)
-        for tree, x in zip(after_mu, first, strict=True):
-            for leaf, value in batch.scatter(x).items():
+        for tree, new in zip([*after_mu, after_nu], [*first, second], strict=True):
+            for leaf, value in batch.scatter(new).items():
                 tree[leaf] = value
-        for leaf, value in batch.scatter(second).items():
-            after_nu[leaf] = value
 
     def unflatten(leaves):
         return meshes.beside(treedef.unflatten(leaves), gradient)
 
+    pooled = jnp.concatenate(pooled, 1)
+    sizes = jnp.asarray([max(leaves[i].size, 1) for i in order], pooled.dtype)
+    pooled = (pooled / sizes[None])[:, np.argsort(order)]
     state = SoapState(count, tuple(map(unflatten, after_mu)), unflatten(after_nu), tuple(bases))
-    return Seen(tuple(blocks), vectors, tuple(bases), jnp.stack(pooled, 1)), state
+    return Seen(tuple(blocks), tuple(scales), vectors, tuple(bases), pooled), state
 
 
 def _directions(settings, g, mu, nu, count, in_basis=False):
-    """(directions [J, …], mu [D, …], nu, the sums that `Seen.pooled` are means of) of a gradient in
-    the basis and moments before it; sums over a block or, of a vector, over all of it."""
+    """(directions [J, …], mu [D, …], nu, sums) of a gradient and moments before it. sums, over a
+    block or, of a vector, over all of it: g·m, m², g², ν̂, the squares of the J numerators, and
+    those of the J directions."""
     b2 = settings.second_decay
+    over = (-2, -1) if in_basis else tuple(range(-g.ndim, 0))
     decays = jnp.asarray(settings.decays, g.dtype).reshape(-1, *[1] * g.ndim)
     before = mu[0]
     mu = decays * mu + (1 - decays) * g[None]
     nu = b2 * nu + (1 - b2) * jnp.square(g)
-    steps = count.astype(g.dtype)
-    hat = mu / (1 - decays**steps)
-    second = nu / (1 - b2**steps)
-    over = (-2, -1) if in_basis else tuple(range(-g.ndim, 0))
-    floor = settings.nothing * jnp.mean(second, over, keepdims=True) if in_basis else 0.0
-    root = jnp.sqrt(second + floor + settings.eps_root) + settings.eps
+    # Divided by once, and not for every number.
+    whole = 1 / (1 - b2 ** count.astype(g.dtype))
+    hat = mu * (1 / (1 - decays ** count.astype(g.dtype)))
+    total = jnp.sum(nu, over)
+    floor = settings.eps_root
+    if in_basis:
+        mean = total * whole / math.prod(g.shape[-2:])
+        floor = floor + settings.nothing * mean[..., None, None]
+    root = jnp.sqrt(nu * whole + floor) + settings.eps
     ahead = hat[0]
     if settings.nesterov:
         ahead = settings.decays[0] * ahead + (1 - settings.decays[0]) * g
     rows = jnp.stack([ahead, *hat[1:], *([g] if settings.gradient else [])])
     directions = rows / root[None]
-    if in_basis and settings.graft:
-        size = jnp.mean(second, over, keepdims=True) + TINY
-        length = jnp.mean(jnp.square(rows), over, keepdims=True) / size[None]
-        own = jnp.mean(jnp.square(directions), over, keepdims=True)
-        directions = directions * jnp.sqrt((length + TINY) / (own + TINY))
-    products = (g * before, before * before, g * g, rows[0] * rows[0], second)
-    sums = [jnp.sum(x, over) for x in products]
-    return directions, mu, nu, jnp.stack([*sums, *jnp.sum(jnp.square(directions), over)])
+    products = (g * before, before * before, g * g, *jnp.square(rows), *jnp.square(directions))
+    one, two, three, *squares = (jnp.sum(x, over) for x in products)
+    return directions, mu, nu, jnp.stack([one, two, three, total * whole, *squares])
+
+
+def _grafted(settings, sums, size=None):
+    """(the factors [J, …] on the directions whose sums `_directions` found, the sums that
+    `Seen.pooled` are means of). size: of a block; None for vectors, which are not grafted."""
+    own = (len(sums) - 4) // 2
+    second, numerators, directions = sums[3], sums[4 : 4 + own], sums[4 + own :]
+    scale = jnp.ones_like(directions)
+    if size and settings.graft:
+        length = numerators / (second + size * TINY)[None]
+        scale = jnp.sqrt((length + TINY) / (directions / size + TINY))
+        directions = directions * jnp.square(scale)
+    return scale, jnp.concatenate([sums[:3], numerators[:1], second[None], directions])
 
 
 def _follow(settings, g, pair, mu, step):
@@ -272,19 +297,18 @@ def _once_if(condition, function, state):
 
 def _average(settings, g, averages, now, early):
     """The averages with the outer products of another gradient in them, if it is `now`."""
-    scale = 1.0
-    if settings.normalized:
-        scale = 1 / (jnp.mean(jnp.square(g), (1, 2), keepdims=True) + 1e-30)
     decay = settings.basis_decay**settings.average_every
     decay = jnp.where(early, settings.basis_decay, decay).astype(g.dtype)
-    products = (
-        lambda: jnp.einsum("kab,kcb->kac", g, g),
-        lambda: jnp.einsum("kab,kac->kbc", g, g),
-    )
+    products = ("kab,kcb->kac", "kab,kac->kbc")
 
     def grow(averages):
+        scale = 1.0
+        if settings.normalized:
+            scale = 1 / (jnp.mean(jnp.square(g), (1, 2), keepdims=True) + 1e-30)
         return tuple(
-            () if isinstance(a, tuple) else decay * a + (1 - decay) * (product() * scale)
+            ()
+            if isinstance(a, tuple)
+            else decay * a + (1 - decay) * (jnp.einsum(product, g, g) * scale)
             for a, product in zip(averages, products, strict=True)
         )
 
@@ -318,9 +342,13 @@ def _turn_jvp(damping, primals, tangents):
 def _rotated(mu, old, new):
     """Moments [D, k, r, c] from the old bases to the new: what is U M Vᵀ becomes U′MV′ᵀ."""
     (rows, columns), (new_rows, new_columns) = old, new
+    r, c = mu.shape[-2:]
+    # The cheaper of two orders: a side may be much shorter than the other.
     if not isinstance(rows, tuple):
-        mu = (new_rows @ rows.mT) @ mu
-    return mu if isinstance(columns, tuple) else mu @ (columns @ new_columns.mT)
+        mu = new_rows @ (rows.mT @ mu) if c < r else (new_rows @ rows.mT) @ mu
+    if not isinstance(columns, tuple):
+        mu = (mu @ columns) @ new_columns.mT if r < c else mu @ (columns @ new_columns.mT)
+    return mu
 
 
 def _iterate(average, vectors, damping):
@@ -356,8 +384,10 @@ def back(settings: Settings, seen: Seen, coefficients, like) -> Any:
     for i in plan.vectors:
         own = coefficients[:, i].reshape(-1, *[1] * leaves[i].ndim)
         out[i] = jnp.sum(own * seen.vectors[i][:chosen], 0)
-    for batch, rows, pair in zip(plan.batches, seen.blocks, seen.bases, strict=True):
-        own = coefficients[:, jnp.asarray(batch.owners)][..., None, None]
+    for batch, rows, scale, pair in zip(
+        plan.batches, seen.blocks, seen.scales, seen.bases, strict=True
+    ):
+        own = (coefficients[:, jnp.asarray(batch.owners)] * scale[:chosen])[..., None, None]
         mixed = out_of(jnp.sum(own * rows[:chosen], 0), jax.lax.stop_gradient(pair))
         for leaf, value in batch.scatter(mixed).items():
             out[leaf] = value
