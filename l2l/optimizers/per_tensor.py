@@ -192,8 +192,8 @@ class _Network:
         self._network = network
 
     def init(self, key):
-        zeros = jnp.zeros((self._size, 1))
-        rows = jnp.zeros((len(FEATURES), 1))
+        zeros = jnp.zeros((self._size, 1), jnp.float32)
+        rows = jnp.zeros((len(FEATURES), 1), jnp.float32)
         return self._network.init(key, rows, hk.LSTMState(zeros, zeros))
 
     def hidden(self, theta, num_tensors: int):
