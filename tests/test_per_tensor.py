@@ -81,7 +81,7 @@ def test_long_sides_have_lower_rates_and_rows_of_embeddings_do_not_count():
 def test_decay_acts_where_the_step_goes_towards_zero_too():
     plain, decayed = (run(bound(weight_decay=x, bound=0.0), 1)[0] for x in (0.0, 0.5))
     for name, p in PARAMS.items():
-        rate = 0.025 * (64 / max(p.size // p.shape[-1], p.shape[-1])) ** 0.5
+        rate = 0.02 * (64 / max(p.size // p.shape[-1], p.shape[-1])) ** 0.5
         towards = jnp.clip(-plain[name] / rate * jnp.sign(p) / RAMP, 0, 1) * (p.ndim > 1)
         assert bool(jnp.any(towards == 0)) and (p.ndim == 1 or bool(jnp.any(towards == 1)))
         wanted = -rate * 0.5 * towards * p
@@ -183,9 +183,9 @@ def test_knobs(exported):
         l2l.load(exported, num_steps=9, weight_decay=0.1, mask={"w": True, "k": False, "b": False}),
         1,
     )[0]
-    # At the first step the schedule's rate is the nominal one, 0.025.
+    # At the first step the schedule's rate is the nominal one, 0.02.
     np.testing.assert_allclose(
-        decayed["w"] - plain["w"], -0.1 * 0.025 * PARAMS["w"], rtol=1e-3, atol=1e-7
+        decayed["w"] - plain["w"], -0.1 * 0.02 * PARAMS["w"], rtol=1e-3, atol=1e-7
     )
     np.testing.assert_array_equal(decayed["k"], plain["k"])
 

@@ -221,6 +221,33 @@ def test_the_teacher_knows_the_answer_up_to_noise():
 # --- batches ---------------------------------------------------------------------------------
 
 
+def test_a_batch_of_few_distinct_rows_has_the_gradient_of_a_small_one():
+    """Each problem has as many different rows as its share says, from the range, in every batch;
+    validation batches are whole."""
+    family = tasks.mlp(batch_size=64, distinct=(1 / 16, 1.0), subset=(1.0, 1.0))
+    data = family.data()
+    numbered = data._replace(
+        train=data.train._replace(inputs=np.arange(len(data.train.labels), dtype=np.float32)),
+        validation=data.validation._replace(
+            inputs=np.arange(len(data.validation.labels), dtype=np.float32)
+        ),
+    )
+    counts = []
+    for i in range(20):
+        problem = family.sample(jax.random.key(i))
+        rows, whole = (
+            np.asarray(family.batch(jax.random.key(99 + i), problem, numbered, split).inputs)
+            for split in ("train", "validation")
+        )
+        wanted = round(float(problem.distinct) * 64)
+        # Drawn with replacement from some 1,200, so that a few may be alike.
+        assert 0.8 * wanted <= len(np.unique(rows)) <= wanted
+        np.testing.assert_array_equal(rows[:wanted][: 64 - wanted], rows[wanted:][:wanted])
+        assert len(np.unique(whole)) > 0.7 * 64
+        counts.append(wanted)
+    assert min(counts) < 10 and max(counts) > 40
+
+
 @pytest.mark.parametrize("fraction, offset", [(0.25, 0.0), (0.3, 0.9), (1.0, 0.5), (1e-4, 0.999)])
 def test_training_rows_come_from_the_window(fraction, offset):
     rows = 1000

@@ -168,7 +168,7 @@ def window(
     if objective.reads_train:
         value += on_train * objective.value(following, emphases)
     if objective.reads_validation:
-        value += on_validation * objective.value(held_out, emphases)
+        value += on_validation * objective.value(held_out, emphases)  # pyright: ignore[reportArgumentType]
     return state, value, objective.metrics(value, following, held_out)
 
 

@@ -178,7 +178,7 @@ class _Engine(NamedTuple):
             meta_loss += on_train * objective.value(following, emphases)
         if objective.reads_validation:
             seen = seen._replace(held_out_weights=on_validation * slope(values, emphases))
-            meta_loss += on_validation * objective.value(values, emphases)
+            meta_loss += on_validation * objective.value(values, emphases)  # pyright: ignore[reportArgumentType]
         return state, seen, objective.metrics(meta_loss, following, values)
 
     def step(self, theta, state: base.InnerState, data):

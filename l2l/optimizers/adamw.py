@@ -51,7 +51,7 @@ def learned_adamw(
         )
     if knots == 1 or knots < 0:
         raise UserError(f"knots={knots} make no schedule: use 0 for none, or 2 or more.")
-    scale = optax.scale_by_adam(b1=b1, b2=b2, eps_root=eps_root)
+    scale: Any = optax.scale_by_adam(b1=b1, b2=b2, eps_root=eps_root)
 
     def init(key):
         del key

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-Step = Int[Array | np.ndarray, ""] | int
+Step = Int[Array | np.ndarray, ""]
 
 
 class Moments(NamedTuple):

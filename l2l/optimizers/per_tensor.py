@@ -67,13 +67,13 @@ class PerTensorState(NamedTuple):
 def per_tensor(
     *,
     hidden_size: int = 16,
-    learning_rate: float = 0.025,
+    learning_rate: float = 0.02,
     vector_rate: float = 1.0,
     size_power: float = 0.5,
     decays: Sequence[float] = (0.9,),
     second_decay: float = 0.999,
     mixture: bool = False,
-    weight_decay: float = 0.3,
+    weight_decay: float = 0.5,
     warm_up: float = 0.0,
     anneal: float = 1.0,
     reach: float = 1.4,
@@ -192,8 +192,8 @@ class _Network:
         self._network = network
 
     def init(self, key):
-        zeros = jnp.zeros((self._size, 1))
-        rows = jnp.zeros((len(FEATURES), 1))
+        zeros = jnp.zeros((self._size, 1), jnp.float32)
+        rows = jnp.zeros((len(FEATURES), 1), jnp.float32)
         return self._network.init(key, rows, hk.LSTMState(zeros, zeros))
 
     def hidden(self, theta, num_tensors: int):

@@ -31,7 +31,7 @@ def l2(*, coefficient: float = 1e-3) -> LearnedLoss:
         def penalised(params, problem, batch):
             terms = jax.tree.map(lambda c, p: jnp.exp(c) * jnp.sum(p * p) / 2, theta, params)
             value = loss(params, problem, batch)
-            return value + jnp.sum(jnp.stack(jax.tree.leaves(terms))).astype(value.dtype)
+            return value + jnp.asarray(sum(jax.tree.leaves(terms)), value.dtype)
 
         return penalised
 

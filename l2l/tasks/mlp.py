@@ -28,6 +28,7 @@ def mlp(
     initial_scale: tuple[float, float] = (0.5, 2.0),
     subset: tuple[float, float] = (0.25, 1.0),
     batch_size: int = 128,
+    distinct: tuple[float, float] = (1.0, 1.0),
     init: str | float = "lecun",
     layer_norm: bool = False,
     name: str | None = None,
@@ -43,6 +44,9 @@ def mlp(
       subset: the share of the training split a problem sees, log-uniform in this range. Whole
         splits (`key=None`) are whole whatever the subset.
       batch_size: rows a batch.
+      distinct: the share of a training batch's rows that differ, log-uniform in this range a
+        problem; the others repeat them. It draws batch sizes, up to `batch_size`, for the noise
+        that they have.
       init: "lecun", "he" or "glorot" for normal weights of that variance and biases of zero; or a
         number, the standard deviation of weights and biases alike.
       layer_norm: normalise each hidden layer over its units (Ba et al., 2016), then activate.
@@ -71,7 +75,7 @@ def mlp(
         name or "-".join(map(str, ("mlp-norm" if layer_norm else "mlp", dataset, *hidden))),
         outputs,
         lambda key, problem: initialise(key, problem.scale),
-        *(dataset, activations, initial_scale, subset, batch_size),
+        *(dataset, activations, initial_scale, subset, batch_size, distinct),
     )
 
 

@@ -37,12 +37,14 @@ class Problem(NamedTuple):
     scale:      the factor on the initial weights.
     fraction:   the share of the training split that is seen, in (0, 1].
     offset:     where its window starts, as a share of the split, in [0, 1).
+    distinct:   the share of a training batch's rows that differ, in (0, 1]; None for all of them.
     """
 
     activation: jax.Array
     scale: jax.Array
     fraction: jax.Array
     offset: jax.Array
+    distinct: Any = None
 
 
 class Batch(NamedTuple):
@@ -53,20 +55,26 @@ class Batch(NamedTuple):
 
 
 def sampler(
-    activations: Sequence[str], initial_scale: tuple[float, float], subset: tuple[float, float]
+    activations: Sequence[str],
+    initial_scale: tuple[float, float],
+    subset: tuple[float, float],
+    distinct: tuple[float, float] = (1.0, 1.0),
 ) -> Callable[[jax.Array], Problem]:
-    """Makes `sample`: a uniform activation and offset, a log-uniform scale and fraction."""
+    """Makes `sample`: a uniform activation and offset, and log-uniform shares and scale."""
     activations = check_activations(activations)
     check_range("initial_scale", initial_scale)
     check_range("subset", subset, highest=1.0)
+    check_range("distinct", distinct, highest=1.0)
 
     def sample(key):
         keys = jax.random.split(key, 4)
+        drawn = log_uniform(jax.random.fold_in(key, 4), distinct) if min(distinct) < 1 else None
         return Problem(
             jax.random.randint(keys[0], (), 0, len(activations), jnp.int32),
             log_uniform(keys[1], initial_scale),
             log_uniform(keys[2], subset),
             jax.random.uniform(keys[3]),
+            drawn,
         )
 
     return sample
@@ -104,12 +112,17 @@ def select(data: datasets.Dataset, split: str) -> datasets.Split:
 
 
 def draw(key: jax.Array, problem: Problem, count: int, rows: int, split: str) -> jax.Array:
-    """`count` row numbers below `rows`, int32; those for "train" within the problem's window."""
+    """`count` row numbers below `rows`, int32; those for "train" within the problem's window, and
+    repeated where not all are to differ: such a batch has the noise of a smaller one."""
     if split != "train":
         return jax.random.randint(key, (count,), 0, rows, jnp.int32)
     length = jnp.clip(jnp.round(problem.fraction * rows).astype(jnp.int32), 1, rows)
     start = jnp.floor(problem.offset * rows).astype(jnp.int32)
-    return (start + jax.random.randint(key, (count,), 0, length, jnp.int32)) % rows
+    index = (start + jax.random.randint(key, (count,), 0, length, jnp.int32)) % rows
+    if problem.distinct is None:
+        return index
+    different = jnp.clip(jnp.round(problem.distinct * count).astype(jnp.int32), 1, count)
+    return index[jnp.arange(count) % different]
 
 
 def pixels(inputs: jax.Array) -> jax.Array:
@@ -155,6 +168,7 @@ def family(
     initial_scale: tuple[float, float],
     subset: tuple[float, float],
     batch_size: int,
+    distinct: tuple[float, float] = (1.0, 1.0),
 ) -> TaskFamily:
     """A family of networks on a data set: classification by cross-entropy, or regression by the
     mean squared error of the first output where the data set has no classes.
@@ -175,7 +189,7 @@ def family(
         return hits(outputs(params, problem, batch), batch.labels)
 
     return TaskFamily(
-        sample=sampler(activations, initial_scale, subset),
+        sample=sampler(activations, initial_scale, subset, distinct),
         init=init,
         batch=batcher(batch_size),
         loss=loss,

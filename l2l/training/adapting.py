@@ -74,10 +74,9 @@ def _beside_others(experiment, theta, task, problems) -> dict[str, adaptation.Ad
     optimizer, steps = experiment.optimizer, experiment.evaluation.horizons
     assert optimizer.start is not None
     running, count = experiment.running, len(experiment.families)
-    family, data = task
     pretrained = adaptation.pretrain(
-        family,
-        data,
+        task[0],
+        task[1],
         jax.random.fold_in(problems.key, problems.count),
         steps=running.steps,
         num_problems=running.num_problems * count,

@@ -1,7 +1,6 @@
 """What learned settings of AdamW come to: beside the best of as many runs of random search."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
     rows, ended = [], {}
     for name, own in (("learned", theta), ("random search", found)):
         ended[name] = run(_repeated(own, settings.num_problems), new, data)
-        shown: dict[str, Any] = {"settings": name, **_described(own)}
+        shown = {"settings": name, **_described(own)}
         for measure, values in ended[name]._asdict().items():
             if not np.isnan(values).all():
                 error = values.std() / np.sqrt(max(len(values) - 1, 1))
@@ -53,7 +52,7 @@ def _repeated(theta, count: int):
 
 def _described(theta) -> dict:
     """Theta as people write such settings: its schedule as factors on the rate."""
-    shown: dict[str, Any] = {
+    shown: dict = {
         "rate": float(np.exp(theta["log_learning_rate"])),
         "decay": float(np.exp(theta["log_weight_decay"])),
     }
