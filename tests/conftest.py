@@ -33,6 +33,14 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """What a file compiled is let go at its end: XLA maps memory for every program, and Linux allows
+    a process 65,530 maps, beyond which its compiler aborts."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def tiny() -> dict:
     """A configuration of seconds: 12 meta-steps on two-dimensional quadratics."""
