@@ -175,7 +175,10 @@ def test_explains_the_failing_meta_step():
 
         return optax.sgd(rate)
 
-    optimizer, data = learned_adam()._replace(bind=base.lift(None, make).bind), numbers()
+    optimizer, data = (
+        learned_adam()._replace(bind=base.lift(lambda key: None, make).bind),
+        numbers(),
+    )
     inner = Inner(plain_family(), optimizer, 4, stagger=False)
     made, state = failing(autodiff.truncated(inner, Objective()), optimizer)
     explain = diagnose.explainer(made, [inner])

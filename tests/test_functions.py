@@ -19,6 +19,7 @@ EXCEPTIONS = {
     "l2l.optimizers.guard.guard": "the settings of a transformation, as optax has them",
     "l2l.optimizers.per_tensor.per_tensor": "its halves share a dozen settings and little else",
     "l2l.optimizers.soap.soap": "the settings of a transformation, as optax has them",
+    "l2l.tasks.supervised.family": "what the families of three modules pass on",
 }
 # The settings of a section of a configuration, which may be as many as it takes.
 SECTIONS = {
