@@ -35,8 +35,8 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def forgotten():
-    """What a file compiled is let go at its end: XLA maps memory for every program, and Linux allows
-    a process 65,530 maps, beyond which its compiler aborts."""
+    """What a file compiled is let go at its end: XLA maps memory for every program, and beyond the
+    65,530 maps that Linux allows a process its compiler aborts."""
     yield
     jax.clear_caches()
 
