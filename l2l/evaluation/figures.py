@@ -252,7 +252,10 @@ def to_match(found: Sequence[trials.Match], optimizer: str, path: str | os.PathL
             style = dict(color=PALETTE[i % len(PALETTE)], ls=LINES[i // len(PALETTE) % len(LINES)])
             axis.plot(np.arange(1, len(ratios) + 1), ratios, label=name, linewidth=1.8, **style)
         axis.axhline(1, color="0.4", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="random trials, of which the best counts")
+        axis.set(xlabel="random trials, of which the best counts")
+        drawn = [y for line in axis.lines[:-1] for y in np.asarray(line.get_ydata(), float)]
+        if any(math.isfinite(y) and y > 0 for y in drawn):  # Negative losses have no ratios.
+            axis.set(xscale="log", yscale="log")
         axis.set_ylabel(f"final {loss} loss / {optimizer}'s")
         axis.grid(True, which="major", alpha=0.3)
     axes[0].legend(fontsize="small")
