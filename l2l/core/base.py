@@ -356,9 +356,11 @@ def raw(tree: PyTree) -> PyTree:
 
 def typed(tree: PyTree) -> PyTree:
     """The inverse of `raw`."""
-
-    def is_raw(x):
-        return isinstance(x, RawKey)
-
     wrap = jax.random.wrap_key_data
-    return jax.tree.map(lambda x: wrap(x.data) if is_raw(x) else x, tree, is_leaf=is_raw)
+    return jax.tree.map(lambda x: wrap(x.data) if _is_raw(x) else x, tree, is_leaf=_is_raw)
+
+
+# No function within `typed`: the checks of shapes in tests would compile it anew at every call, and
+# reading a checkpoint is watched for whatever is executed.
+def _is_raw(x) -> bool:
+    return isinstance(x, RawKey)
