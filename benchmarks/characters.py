@@ -12,11 +12,12 @@ import time
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import l2l
 from l2l import tasks
+from l2l.core import unroll
 from l2l.data import datasets
+from l2l.evaluation import curves
 
 BATCHES, EVERY = 200, 100
 
@@ -31,38 +32,29 @@ def main() -> None:
         print(f"tinyshakespeare is not below {datasets.data_dir()}: another text in its place.")
     family = tasks.nanogpt()
     data = jax.device_put(family.data())
-    problem = family.sample(jax.random.key(flags.seed))
-    params = family.init(jax.random.key(flags.seed), problem)
     optimizer = l2l.load(flags.load, num_steps=flags.steps)
-    state = optimizer.init(params)
-    draws, held_out = jax.random.key(flags.seed + 1), jax.random.key(2)
+    run = curves.beginning(family, jax.random.key(flags.seed))
+    state = curves.opened(optimizer, run, flags.steps)
+    held_out = jax.random.split(jax.random.key(2), BATCHES)
 
     @jax.jit
-    def advance(params, state, first, data):
-        def step(carry, i):
-            params, state = carry
-            batch = family.batch(jax.random.fold_in(draws, i), problem, data, "train")
-            loss, gradient = jax.value_and_grad(family.loss)(params, problem, batch)
-            updates, state = optimizer.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), loss
-
-        carry, losses = jax.lax.scan(step, (params, state), first + jnp.arange(EVERY))
-        return *carry, losses.mean()
+    def advance(state, data):
+        return unroll.unroll(state, data, family, optimizer, EVERY)
 
     @jax.jit
-    def validation(params, data):
-        def one(i):
-            batch = family.batch(jax.random.fold_in(held_out, i), problem, data, "validation")
-            return family.loss(params, problem, batch)
+    def validation(state, data):
+        def one(key):
+            batch = family.batch(key, state.problem, data, "validation")
+            return family.loss(state.params, state.problem, batch)
 
-        return jnp.mean(jax.lax.map(one, jnp.arange(BATCHES)))
+        return jnp.mean(jax.lax.map(one, held_out))
 
-    for first in range(0, flags.steps, EVERY):
+    while int(state.step) < flags.steps:
         start = time.process_time()
-        params, state, loss = jax.block_until_ready(advance(params, state, first, data))
+        state, losses = jax.block_until_ready(advance(state, data))
         each = (time.process_time() - start) / EVERY * 1e3
-        held = float(validation(params, data))
-        print(f"{first + EVERY}: {loss:.3f}, validation {held:.3f}, {each:.0f} ms", flush=True)
+        loss, held = float(losses.mean()), float(validation(state, data))
+        print(f"{state.step}: {loss:.3f}, validation {held:.3f}, {each:.0f} ms", flush=True)
 
 
 if __name__ == "__main__":

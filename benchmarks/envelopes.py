@@ -22,7 +22,6 @@ horizon has that advantage.
 """
 
 import argparse
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,7 +33,8 @@ from l2l import tasks
 from l2l.console.configuration import split
 from l2l.core import base
 from l2l.data import datasets
-from l2l.evaluation import cache, cli, report
+from l2l.evaluation import cache, entries, report
+from l2l.evaluation.comparison import Cell
 from l2l.evaluation.curves import Problems
 from l2l.tasks.mlp import dense
 
@@ -132,31 +132,22 @@ def main() -> None:
     if not datasets.present("mnist"):
         print(f"MNIST is not present below {datasets.data_dir()}: it is what both tasks are of.")
         return
-    entries = [cli.read_optimizer(text) for text in split(flags.optimizer)]
+    field = [entries.read(text) for text in split(flags.optimizer)]
     makers = {"classifier": classifier, "autoencoder": autoencoder}
     rows, problems = [], Problems(jax.random.key(KEY), flags.seeds)
     for name in flags.only.split(","):
-        family = makers[name]()
-        data = jax.device_put(family.data())
         # Whole splits are not looked at: a sample of them is enough.
-        family = family._replace(batch=functools.partial(_sampled, family.batch))
+        family, data = Cell(name, makers[name](), scored=1_000).load()
         for steps in map(int, flags.steps.split(",")):
-            for entry in entries:
-                optimizer, theta = entry.optimizer, entry.theta
-                if not isinstance(optimizer, base.LearnedOptimizer):
-                    optimizer, theta = base.fixed(optimizer), ()
-                run = cache.trained(optimizer, theta, family, data, problems, steps, flags.cache)
+            for entry in field:
+                where = (family, data, problems, steps, flags.cache)
+                run = cache.trained(*entry.at(steps), *where)
                 loss = float(np.mean(run.losses[:, -WINDOW:], dtype=float))
                 row = {"task": name, "steps": steps, "optimizer": entry.name, "loss": loss}
                 row |= {"envelope": published(name, steps)}
                 rows.append(row | {"speed-up": str(speed_up(name, steps, loss))})
                 print(rows[-1], flush=True)
     print(f"\n{report.table(rows)}")
-
-
-def _sampled(batch: Callable, key, problem, data, split):
-    rows = batch(key, problem, data, split)
-    return rows if key is not None else jax.tree.map(lambda x: x[:1000], rows)
 
 
 if __name__ == "__main__":

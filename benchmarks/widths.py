@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l2l.core import unroll
+from l2l.evaluation import curves
 from l2l.optimizers.per_tensor import per_tensor
 from l2l.tasks.mlp import mlp
 
@@ -31,19 +33,9 @@ def ends(width: int, steps: int, seeds: int) -> list[float]:
 
     @jax.jit
     def end(seed, multiplier):
-        key = jax.random.fold_in(jax.random.key(0), seed)
-        problem = family.sample(key)
-        params = family.init(key, problem)
-
-        def step(carry, i):
-            params, state = carry
-            batch = family.batch(jax.random.fold_in(key, i), problem, data, "train")
-            loss, gradient = jax.value_and_grad(family.loss)(params, problem, batch)
-            updates, state = transform.update(gradient, state, params, num_steps=steps)
-            updates = jax.tree.map(lambda u: multiplier * u, updates)
-            return (optax.apply_updates(params, updates), state), loss
-
-        losses = jax.lax.scan(step, (params, transform.init(params)), jnp.arange(steps))[1]
+        scaled = optax.chain(transform, optax.scale(multiplier))
+        run = curves.beginning(family, jax.random.key(seed))
+        losses = unroll.unroll(curves.opened(scaled, run, steps), data, family, scaled, steps)[1]
         return jnp.mean(losses[-max(steps // 10, 1) :])
 
     return [
