@@ -57,11 +57,9 @@ def whole_runs(inner, losses, num_windows):
         start = unroll.fresh(inner, key, theta, stage)
 
         def loss(theta):
-            transform = inner.optimizer.bind(theta)
-
             @jax.checkpoint
             def step(run, _):
-                run, value, _ = autodiff.window(inner, losses, transform, run, data, segments=True)
+                run, value, _ = autodiff.window(inner, losses, theta, run, data, segments=True)
                 return run, value
 
             return jnp.mean(jax.lax.scan(step, start, None, num_windows)[1])

@@ -86,11 +86,11 @@ def begun(inner: Inner, theta, state: base.InnerState) -> base.InnerState:
     return jax.tree.map(lambda x, y: jnp.where(state.step == 0, x, y), own, state)
 
 
-def trained_on(inner: Inner, theta) -> base.TaskFamily:
+def trained_on(family: base.TaskFamily, optimizer: base.LearnedOptimizer, theta) -> base.TaskFamily:
     """The family with the loss that theta makes of its own, which the steps of a run go down."""
-    if inner.optimizer.loss is None:
-        return inner.family
-    return inner.family._replace(loss=inner.optimizer.loss(theta, inner.family.loss))
+    if optimizer.loss is None:
+        return family
+    return family._replace(loss=optimizer.loss(theta, family.loss))
 
 
 def batch_at(

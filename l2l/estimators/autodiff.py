@@ -97,9 +97,8 @@ def truncated(
                 beside = Imitation(begin.opt_state, teaching, jnp.zeros(()))
                 begin = begin._replace(opt_state=beside)
             after, value, metrics = window(
-                inner._replace(family=trained_on(inner, theta)),
-                *(objective, transform, begin, data),
-                held_out_loss=inner.family.loss,
+                *(inner, objective, theta, begin, data),
+                transform=transform,
                 frozen=frozen,
                 segments=segments,
             )
@@ -121,24 +120,29 @@ def truncated(
 def window(
     inner: Inner,
     objective: Objective,
-    transform: optax.GradientTransformationExtraArgs,
+    theta,
     state: base.InnerState,
     data,
     *,
-    held_out_loss: Callable | None = None,
+    transform: optax.GradientTransformationExtraArgs | None = None,
     frozen: Callable = lambda tree: tree,
     segments: bool = False,
 ) -> tuple[base.InnerState, jax.Array, dict[str, jax.Array]]:
     """One window of inner training: (state after it, its meta-loss, metrics), differentiable.
 
-    held_out_loss: on validation batches, where that is not the loss of the family trained on.
+    Its steps go down the loss that theta makes of the family's own, by which validation batches are
+    judged.
+
+    transform: the optimizer; by default as theta binds it.
     """
-    family = inner.family
-    measure = family.loss if held_out_loss is None else held_out_loss
+    family = trained_on(inner.family, inner.optimizer, theta)
+    if transform is None:
+        transform = inner.optimizer.bind(theta)
     every_step = objective.reads_validation and objective.form != "last"
 
     def held_out_at(state):
-        return measure(state.params, state.problem, batch_at(family, state, data, VALIDATION))
+        batch = batch_at(family, state, data, VALIDATION)
+        return inner.family.loss(state.params, state.problem, batch)
 
     on_train, on_validation = objective.weights(state.step, state.num_steps)
     emphases = objective.emphases(state.step, state.num_steps, inner.length)

@@ -88,12 +88,8 @@ def pes(
             sign, state = xs
             # Same run key on both sides: common random numbers.
             perturbed = jax.tree.map(lambda t, e: t + sign.astype(t.dtype) * e, theta, epsilon)
-            return window(
-                inner._replace(family=unroll.trained_on(inner, perturbed)),
-                *(objective, inner.optimizer.bind(perturbed)),
-                *(unroll.begun(inner, perturbed, state), data),
-                held_out_loss=inner.family.loss,
-            )
+            run = unroll.begun(inner, perturbed, state)
+            return window(inner, objective, perturbed, run, data)
 
         pair, values, metrics = over_problems(side, (jnp.asarray([1.0, -1.0]), pair))
         slope = (values[0] - values[1]) / (2 * sigma**2)

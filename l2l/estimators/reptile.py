@@ -35,8 +35,7 @@ def reptile(inner: Inner, objective: Objective) -> base.MetaGradient:
 
     def one_problem(theta, state, data, stage):
         before = unroll.renew(inner, state, theta, stage)
-        transform = inner.optimizer.bind(theta)
-        after, _, metrics = window(inner, objective, transform, before, data)
+        after, _, metrics = window(inner, objective, theta, before, data)
         moved = jax.tree.map(jnp.subtract, before.params, after.params)
         return theta._replace(start=moved), after, metrics
 

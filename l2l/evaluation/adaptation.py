@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from l2l.core import base, unroll
-from l2l.evaluation import curves
+from l2l.evaluation import curves, statistics
 from l2l.evaluation.curves import Problems
 
 # On the updates of the inner optimizer, for the starts that it was not learned with.
@@ -58,15 +58,14 @@ def adapt(
     """
     family, data = task
     marks = sorted({0, *steps})
-    inner = unroll.Inner(family, optimizer, 1)
 
     def one(theta, start, data, key, factor):
         transform = optax.chain(optimizer.bind(theta), optax.scale(factor))
         run = curves.beginning(family, key)
         run = run if start is None else run._replace(params=start)
         state, seen = curves.opened(transform, run, marks[-1]), []
+        training = unroll.trained_on(family, optimizer, theta)
         for before, mark in zip([0, *marks], marks, strict=False):
-            training = unroll.trained_on(inner, theta)
             state, _ = unroll.unroll(state, data, training, transform, mark - before)
             batch = family.batch(None, state.problem, data, "test")
             measures = (family.loss, family.accuracy, family.outputs)
@@ -75,12 +74,12 @@ def adapt(
 
     @jax.jit
     def run(theta, start, data, key, factors):
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(problems.count))
+        keys = problems._replace(key=key).keys()
         each = jax.vmap(one, (None, None, None, None, 0))
         return jax.lax.map(lambda key: each(theta, start, data, key, factors), keys)
 
     found = jax.device_get(run(theta, start, data, problems.key, jnp.asarray(factors)))
-    best = int(np.argmin(_or_infinite(found[0][..., -1]).mean(0)))
+    best = int(np.argmin(statistics.or_infinite(found[0][..., -1]).mean(0)))
     own = [None if x is None else x[:, best] for x in found]
     return Adapted(float(factors[best]), np.asarray(marks), *own)
 
@@ -135,8 +134,8 @@ def rows(found: dict[str, Adapted]) -> list[dict]:
     for name, adapted in found.items():
         row: dict[str, Any] = {"start": name, "updates": f"× {adapted.factor:g}"}
         for i, step in enumerate(adapted.steps):
-            losses = _or_infinite(adapted.loss[:, i])
-            mean, error = losses.mean(), losses.std() / np.sqrt(max(len(losses) - 1, 1))
+            losses = statistics.or_infinite(adapted.loss[:, i])
+            mean, error = losses.mean(), statistics.standard_error(losses)
             row[_after(step)] = f"{mean:.3g} ± {error:.1g}" if np.isfinite(mean) else "inf"
         if adapted.accuracy is not None:
             for i, step in enumerate(adapted.steps):
@@ -147,7 +146,3 @@ def rows(found: dict[str, Adapted]) -> list[dict]:
 
 def _after(step) -> str:
     return f"after {step} step{'s' if step != 1 else ''}"
-
-
-def _or_infinite(losses) -> np.ndarray:
-    return np.where(np.isfinite(losses), losses, np.inf)

@@ -30,6 +30,10 @@ class Problems(NamedTuple):
     key: jax.Array
     count: int
 
+    def keys(self) -> jax.Array:
+        """[count], the key of each problem."""
+        return jax.vmap(lambda i: jax.random.fold_in(self.key, i))(jnp.arange(self.count))
+
 
 class Curves(NamedTuple):
     """What `num_problems` training runs came to, as numpy arrays: n runs, T steps, c checkpoints.

@@ -126,7 +126,7 @@ def variants(
     Args:
       told: parts of the length of a run; the entry itself is told all of it.
       multipliers: of the untrained twin's rate; with several it counts at the best one for all
-        cells (`statistics.with_best_rates`).
+        cells (`untrained.with_best_rates`).
     """
     optimizer, theta = entry.optimizer, entry.theta
     if not isinstance(optimizer, base.LearnedOptimizer):

@@ -43,10 +43,7 @@ def curves(panels: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLi
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         drawn = []
         for name, losses in lines.items():
-            style = dict(
-                color=PALETTE[names.index(name) % len(PALETTE)],
-                linestyle=LINES[names.index(name) // len(PALETTE) % len(LINES)],
-            )
+            style = _style(names.index(name))
             steps, low, middle, high = spread(losses)
             axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
             axis.plot(steps, middle, label=name, linewidth=1.6, **style)
@@ -98,16 +95,30 @@ def fits(panels: Sequence[Mapping], path: str | os.PathLike) -> Path:
     return _written(canvas, path)
 
 
-def _panels(count: int):
-    """(a canvas, the axes of `count` panels)."""
+def _canvas(width: float, height: float):
+    """A figure of that many inches."""
     # Imported here: matplotlib takes a second, which tables do not need. No display is touched.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    canvas = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(canvas)
+    return canvas
+
+
+def _style(i: int) -> dict:
+    """The colour and the line of the i-th optimizer."""
+    return {
+        "color": PALETTE[i % len(PALETTE)],
+        "linestyle": LINES[i // len(PALETTE) % len(LINES)],
+    }
+
+
+def _panels(count: int):
+    """(a canvas, the axes of `count` panels)."""
     columns = min(3, count)
     rows = math.ceil(count / columns)
-    canvas = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = _canvas(4.6 * columns, 3.6 * rows)
     axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[count:]:
         axis.set_visible(False)
@@ -144,16 +155,13 @@ def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) ->
         which is neither better nor worse, not at all.
       path: of the file; its directory must exist.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter
 
     kinds = list(dict.fromkeys(point["kind"] for point in points))
     cells = [c for k in kinds for c in dict.fromkeys(p["cell"] for p in points if p["kind"] == k)]
     horizons = sorted({point["steps"] for point in points})
-    canvas = Figure(figsize=(9, 1.6 + 0.3 * len(cells)), layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = _canvas(9, 1.6 + 0.3 * len(cells))
     axes = canvas.subplots(1, 2, sharey=True)
     labels = ("final training loss / tuned Adam's", "times fewer steps to the same loss")
     for axis, key, label in zip(axes, ("ratio", "sooner"), labels, strict=True):
@@ -201,13 +209,9 @@ def profiles(scores: Sequence[aggregate.Score], path: str | os.PathLike) -> Path
     Args:
       path: of the file; its directory must exist.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     timed = not all(math.isnan(score.time) for score in scores)
     measures = (("cost", "steps"), ("time", "seconds"))[: 1 + timed]
-    canvas = Figure(figsize=(4.6 * len(measures), 3.8), layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = _canvas(4.6 * len(measures), 3.8)
     axes = canvas.subplots(1, len(measures), squeeze=False, sharey=True)[0]
     factors = np.geomspace(1, 16, 400)
     for axis, (of, unit) in zip(axes, measures, strict=True):
@@ -220,10 +224,7 @@ def profiles(scores: Sequence[aggregate.Score], path: str | os.PathLike) -> Path
         axis.grid(True, which="major", alpha=0.3)
     axes[0].set_ylabel("share of cells")
     axes[0].legend(fontsize="small")
-    image = io.BytesIO()
-    canvas.savefig(image, format="png", dpi=150)
-    files.write(path, image.getvalue())
-    return Path(path)
+    return _written(canvas, path)
 
 
 def to_match(found: Sequence[trials.Match], optimizer: str, path: str | os.PathLike) -> Path:
@@ -234,13 +235,9 @@ def to_match(found: Sequence[trials.Match], optimizer: str, path: str | os.PathL
     Args:
       path: of the file; its directory must exist.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     own = [match for match in found if match.optimizer == optimizer]
     names = list(dict.fromkeys(match.baseline for match in own))
-    canvas = Figure(figsize=(9.2, 3.8), layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = _canvas(9.2, 3.8)
     axes = canvas.subplots(1, len(trials.LOSSES))
     for axis, loss in zip(axes, trials.LOSSES, strict=True):
         for match in own:
@@ -249,8 +246,8 @@ def to_match(found: Sequence[trials.Match], optimizer: str, path: str | os.PathL
                 axis.plot(tried, match.ratios, color=PALETTE[0], alpha=0.25, linewidth=0.7)
         for i, name in enumerate(names):
             ratios = trials.curve(found, optimizer, name, loss)
-            style = dict(color=PALETTE[i % len(PALETTE)], ls=LINES[i // len(PALETTE) % len(LINES)])
-            axis.plot(np.arange(1, len(ratios) + 1), ratios, label=name, linewidth=1.8, **style)
+            tried = np.arange(1, len(ratios) + 1)
+            axis.plot(tried, ratios, label=name, linewidth=1.8, **_style(i))
         axis.axhline(1, color="0.4", linewidth=0.8)
         axis.set(xlabel="random trials, of which the best counts")
         drawn = [y for line in axis.lines[:-1] for y in np.asarray(line.get_ydata(), float)]
@@ -259,10 +256,7 @@ def to_match(found: Sequence[trials.Match], optimizer: str, path: str | os.PathL
         axis.set_ylabel(f"final {loss} loss / {optimizer}'s")
         axis.grid(True, which="major", alpha=0.3)
     axes[0].legend(fontsize="small")
-    image = io.BytesIO()
-    canvas.savefig(image, format="png", dpi=150)
-    files.write(path, image.getvalue())
-    return Path(path)
+    return _written(canvas, path)
 
 
 def all_of(directory: Path, rows: Sequence["Row"]) -> list[Path]:

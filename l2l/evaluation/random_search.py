@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2l.core import base, unroll
-from l2l.evaluation import curves
+from l2l.evaluation import curves, statistics
 from l2l.evaluation.curves import Problems
 
 RATES, DECAYS = (1e-4, 1e-1), (1e-4, 1.0)
@@ -36,7 +36,7 @@ def compile_runs(optimizer: base.LearnedOptimizer, family, num_steps: int):
         run = curves.beginning(family, key)
         transform = optimizer.bind(theta)
         state = curves.opened(transform, run, num_steps)
-        training = unroll.trained_on(unroll.Inner(family, optimizer, 1), theta)
+        training = unroll.trained_on(family, optimizer, theta)
         state, _ = unroll.unroll(state, data, training, transform, num_steps)
 
         def measured(measure, split):
@@ -55,11 +55,6 @@ def compile_runs(optimizer: base.LearnedOptimizer, family, num_steps: int):
         return jax.lax.map(lambda x: one(x[0], x[1], data), (thetas, keys))
 
     return lambda thetas, keys, data: Ended(*jax.device_get(run(thetas, keys, data)))
-
-
-def keys_of(problems: Problems) -> jax.Array:
-    """[count]: the key of each run."""
-    return jax.vmap(lambda i: jax.random.fold_in(problems.key, i))(jnp.arange(problems.count))
 
 
 def draws(key: jax.Array, knots: int, count: int):
@@ -86,6 +81,6 @@ def best(run, thetas, key: jax.Array, data):
     """(of the settings, leaves [n, ...], those with the lowest validation loss at the end of one
     run each; the losses [n], infinite where one is not finite)."""
     count = len(jax.tree.leaves(thetas)[0])
-    ended = run(thetas, keys_of(Problems(key, count)), data)
-    losses = np.where(np.isfinite(ended.validation), ended.validation, np.inf)
+    ended = run(thetas, Problems(key, count).keys(), data)
+    losses = statistics.or_infinite(ended.validation)
     return jax.tree.map(lambda x: x[int(np.argmin(losses))], thetas), losses

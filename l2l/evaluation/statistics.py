@@ -71,6 +71,11 @@ def ratio(loss, reference):
         return np.where(negative, np.nan, np.where(own == other, 1.0, own / other))[()]
 
 
+def standard_error(values) -> float:
+    """Of the mean of independent values [n]; 0 of a single one."""
+    return float(np.std(values) / math.sqrt(max(len(values) - 1, 1)))
+
+
 def geometric_mean(values) -> float:
     """exp(mean(log)); infinite if any value is, NaN if there are none or one is negative or NaN."""
     from scipy import stats  # A second, which nobody else needs.

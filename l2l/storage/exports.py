@@ -50,15 +50,13 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     from safetensors.numpy import save
 
     parts = theta if isinstance(theta, base.Parts) else base.Parts(theta)
-    own = jax.tree_util.tree_leaves_with_path(parts.optimizer)
-    tensors = {_name(p): np.asarray(x) for p, x in own}
+    tensors = {name: np.asarray(x) for name, x in _named(parts.optimizer).items()}
     expected, _ = _like(registry.optimizer(specification))
-    kinds = [{n: f"{x.dtype} {x.shape}" for n, x in tree.items()} for tree in (tensors, expected)]
-    if odd := next((n for n in {**kinds[0], **kinds[1]} if kinds[0].get(n) != kinds[1].get(n)), ""):
+    if odd := _odd(tensors, expected):
+        name, have, want = odd
         raise UserError(
-            f"This theta has {odd}: {kinds[0].get(odd, 'none')}, where {specification['name']!r} "
-            f"with these settings has {kinds[1].get(odd, 'none')}: export it with those that made "
-            "it."
+            f"This theta has {name}: {have}, where {specification['name']!r} with these settings "
+            f"has {want}: export it with those that made it."
         )
     settings = versions.complete(specification)
     rules = versions.rules_of(settings)
@@ -260,19 +258,31 @@ def start(path, *, like: Any = None) -> Any:
 def fitted(tree, like, what: str) -> base.PyTree:
     """The arrays of a tree of dicts and lists in the structure of `like`, whose paths, shapes and
     dtypes they must have; or a UserError about `what`."""
-
-    def described(tree):
-        pairs = jax.tree_util.tree_leaves_with_path(tree)
-        return {_name(path): f"{x.dtype} {np.shape(x)}" for path, x in pairs}
-
-    have, want = described(tree), described(like)
-    if odd := next((n for n in {**have, **want} if have.get(n) != want.get(n)), ""):
+    arrays, wanted = _named(tree), _named(like)
+    if odd := _odd(arrays, wanted):
+        name, have, want = odd
         raise UserError(
-            f"{what} has {odd}: {have.get(odd, 'none')}, where {want.get(odd, 'none')} is wanted: "
-            "use the model that it was trained for."
+            f"{what} has {name}: {have}, where {want} is wanted: use the model that it was trained "
+            "for."
         )
-    arrays = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in want])
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
+def _named(tree) -> dict[str, Any]:
+    """{name: leaf}."""
+    return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _odd(arrays, wanted) -> tuple[str, str, str] | None:
+    """(name, its dtype and shape, those wanted) of the first array that is not as wanted."""
+    have, want = (
+        {name: f"{x.dtype} {np.shape(x)}" for name, x in named.items()}
+        for named in (arrays, wanted)
+    )
+    for name in {**have, **want}:
+        if have.get(name) != want.get(name):
+            return name, have.get(name, "none"), want.get(name, "none")
+    return None
 
 
 def _beside(parts: base.Parts) -> dict[str, Any]:

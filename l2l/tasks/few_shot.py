@@ -64,9 +64,7 @@ def few_shot(
         raise UserError(f"dataset={dataset!r} is not one of grey images in classes: use 'digits'.")
     if not 2 <= ways <= classes:
         raise UserError(f"ways={ways} of the {classes} classes of {dataset}: use 2 to {classes}.")
-    for name, value in (("shots", shots), ("queries", queries)):
-        if value < 1:
-            raise UserError(f"{name}={value} leaves nothing to learn from: use 1 or more.")
+    supervised.check_counts(shots=shots, queries=queries)
     initialise = dense_init((math.prod(shape), *hidden, ways), init)
     forward = dense((activation,))
     counts = {"train": shots, "validation": queries, "test": queries}
@@ -83,9 +81,7 @@ def few_shot(
 
     def batch(key, problem, data, split):
         del key
-        number = datasets.Dataset._fields.index(
-            datasets.check_name("split", split, datasets.Dataset._fields)
-        )
+        number = supervised.number_of(split)
         images, count = jnp.asarray(data[number]), counts[split]
         keys = jax.random.split(jax.random.fold_in(problem.key, number), ways)
 

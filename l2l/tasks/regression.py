@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l.console.errors import UserError
 from l2l.core.base import PyTree, TaskFamily
 from l2l.data import datasets
 from l2l.tasks import supervised
@@ -56,9 +55,7 @@ def regression(
       Data: (). No accuracy.
     """
     supervised.check_range("noise", noise)
-    for name, value in (("inputs", inputs), ("rows", rows), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name}={value} leaves nothing to learn from: use 1 or more.")
+    supervised.check_counts(inputs=inputs, rows=rows, batch_size=batch_size)
     sample_student = supervised.sampler(activations, initial_scale, (1.0, 1.0))
     initialise_teacher = dense_init((inputs, *teacher, 1))
     initialise = dense_init((inputs, *hidden, 1), init)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from l2l.console.errors import UserError
 from l2l.core.base import TaskFamily
-from l2l.data import datasets
 from l2l.tasks import supervised
 from l2l.tasks.mlp import dense, dense_init
 
@@ -53,9 +52,7 @@ def sinusoid(
     Raises:
       UserError: no points, a range in the wrong order, or an unknown activation or init.
     """
-    for name, value in (("shots", shots), ("queries", queries)):
-        if value < 1:
-            raise UserError(f"{name}={value} leaves nothing to learn from: use 1 or more.")
+    supervised.check_counts(shots=shots, queries=queries)
     for name, limits in (("amplitude", amplitude), ("phase", phase)):
         if not limits[0] <= limits[1]:
             raise UserError(f"{name}={limits} is no range: give (low, high) with low <= high.")
@@ -72,8 +69,7 @@ def sinusoid(
 
     def batch(key, problem, data, split):
         del key, data
-        names = datasets.Dataset._fields
-        number = names.index(datasets.check_name("split", split, names))
+        number = supervised.number_of(split)
         if split == "test":
             x = jnp.linspace(-LIMIT, LIMIT, 100)
         else:

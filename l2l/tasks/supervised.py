@@ -93,8 +93,7 @@ def batcher(batch_size: int) -> Callable:
     the rows of the other splits from all of it. `key=None` gives the whole split in order: for
     "train" too all of it, whatever the problem's window, so that problems can be compared.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} leaves nothing to learn from: use 1 or more.")
+    check_counts(batch_size=batch_size)
 
     def batch(key, problem, data, split):
         inputs, labels = (jnp.asarray(array) for array in select(data, split))
@@ -109,6 +108,12 @@ def batcher(batch_size: int) -> Callable:
 def select(data: datasets.Dataset, split: str) -> datasets.Split:
     """The named split of a data set."""
     return getattr(data, datasets.check_name("split", split, datasets.Dataset._fields))
+
+
+def number_of(split: str) -> int:
+    """Where the named split of a data set stands among its splits."""
+    names = datasets.Dataset._fields
+    return names.index(datasets.check_name("split", split, names))
 
 
 def draw(key: jax.Array, problem: Problem, count: int, rows: int, split: str) -> jax.Array:
@@ -231,6 +236,13 @@ def check_activations(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise UserError("activations=() leaves no network: name at least one, like 'relu'.")
     return tuple(datasets.check_name("activation", name, ACTIVATIONS) for name in names)
+
+
+def check_counts(**counts: int) -> None:
+    """UserError for a number of examples that is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name}={count} leaves nothing to learn from: use 1 or more.")
 
 
 def check_range(name: str, limits: tuple[float, float], highest: float = math.inf) -> None:

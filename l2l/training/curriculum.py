@@ -174,7 +174,8 @@ def validation(
         inner = unroll.Inner(family, optimizer, num_steps, stagger=False)
         horizon = jnp.float32(num_steps)
         state = unroll.fresh(inner, key, theta, base.Stage(horizon, horizon, jnp.float32(0)))
-        bound, training = optimizer.bind(theta), unroll.trained_on(inner, theta)
+        bound = optimizer.bind(theta)
+        training = unroll.trained_on(family, optimizer, theta)
         state, _ = unroll.unroll(state, data, training, bound, num_steps - tail)
 
         def step(state, _):

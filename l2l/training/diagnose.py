@@ -171,8 +171,9 @@ def _values(inner, theta, run, data):
     """(the state after a step, what it computed: {quantity: pytree} in order of appearance)."""
     family = inner.family
     batch = batch_at(family, run, data)
-    training_loss = trained_on(inner, theta).loss
-    loss, gradient = jax.value_and_grad(training_loss)(run.params, run.problem, batch)
+    loss, gradient = jax.value_and_grad(_training_loss(inner, theta))(
+        run.params, run.problem, batch
+    )
     # An OrderedDict comes out of jit in this order, a dict in that of its keys.
     seen = OrderedDict({"parameter": run.params, "the training batch's": batch, _LOSS: loss})
     seen["the gradient of"] = gradient
@@ -194,7 +195,11 @@ def _values(inner, theta, run, data):
 
 def _last_loss(inner, theta, run, data):
     batch = batch_at(inner.family, run, data)
-    return trained_on(inner, theta).loss(run.params, run.problem, batch)
+    return _training_loss(inner, theta)(run.params, run.problem, batch)
+
+
+def _training_loss(inner, theta):
+    return trained_on(inner.family, inner.optimizer, theta).loss
 
 
 def _slopes_by_gradient(inner, theta, run, data):
@@ -205,7 +210,7 @@ def _slopes_by_gradient(inner, theta, run, data):
     batch = batch_at(inner.family, run, data)
 
     def gradient_at(params):
-        return jax.grad(trained_on(inner, theta).loss)(params, run.problem, batch)
+        return jax.grad(_training_loss(inner, theta))(params, run.problem, batch)
 
     def slope(function, x):
         return jax.jvp(function, (x,), (jax.tree.map(jnp.ones_like, x),))[1]
@@ -223,7 +228,7 @@ def _slopes_by_gradient(inner, theta, run, data):
 
 def _slopes_by_theta(inner, theta, run, data):
     batch = batch_at(inner.family, run, data)
-    gradient = jax.grad(trained_on(inner, theta).loss)(run.params, run.problem, batch)
+    gradient = jax.grad(_training_loss(inner, theta))(run.params, run.problem, batch)
 
     def total(theta):
         return sum(jnp.sum(x) for x in jax.tree.leaves(_update(inner, theta, run, gradient)[0]))

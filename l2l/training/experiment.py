@@ -375,7 +375,8 @@ def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGra
             f"objective.on={losses.on!r} judges theta.loss by the loss that it sets itself: set "
             'objective.on to "validation".'
         )
-    if learned.loss is not None and not (section["name"] == "pes" or _order(section) == "exact"):
+    exact = section["name"] == "pes" or section.get("order") == "exact"
+    if learned.loss is not None and not exact:
         raise UserError(
             "theta.loss acts through the gradients of inner training, which a first-order "
             'estimator holds constant: choose dict(name="truncated", order="exact") or "pes".'
@@ -389,10 +390,6 @@ def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGra
             )
         given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
     return schema.make("estimator", ESTIMATORS, section, given), inner
-
-
-def _order(section) -> str:
-    return section.get("order", "first")
 
 
 def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:

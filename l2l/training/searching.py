@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2l.evaluation import random_search, report
+from l2l.evaluation import random_search, report, statistics
 from l2l.evaluation.curves import Problems
 from l2l.storage import files
 from l2l.training.experiment import Experiment
@@ -28,14 +28,14 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
     run = random_search.compile_runs(experiment.optimizer, family, steps)
     drawn = random_search.draws(key, experiment.specification.get("knots", 0), count)
     found, losses = random_search.best(run, drawn, jax.random.fold_in(key, 1), data)
-    new = random_search.keys_of(Problems(jax.random.fold_in(key, 2), settings.num_problems))
+    new = Problems(jax.random.fold_in(key, 2), settings.num_problems).keys()
     rows, ended = [], {}
     for name, own in (("learned", theta), ("random search", found)):
         ended[name] = run(_repeated(own, settings.num_problems), new, data)
         shown = {"settings": name, **_described(own)}
         for measure, values in ended[name]._asdict().items():
             if not np.isnan(values).all():
-                error = values.std() / np.sqrt(max(len(values) - 1, 1))
+                error = statistics.standard_error(values)
                 shown[measure] = f"{values.mean():.4g} ± {error:.1g}"
         rows.append(shown)
     text = report.table(rows)
