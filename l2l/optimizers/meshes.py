@@ -13,11 +13,16 @@ on the axes of the mesh, of which JAX has three kinds:
 """
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from l2l.core import base
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # Since JAX 0.11.
+    shard_alike = None
 
 
 def together(tree: base.PyTree, beside: base.PyTree = ()) -> base.PyTree:
@@ -52,7 +57,17 @@ def _alike(update, param):
         return jax.sharding.reshard(update, jax.typeof(param).sharding)
     if jax.sharding.get_abstract_mesh().manual_axes:
         return update
-    return shard_alike(update, param)[0]
+    return _lying_as(update, param)
+
+
+def _lying_as(x, param):
+    """x, which the compiler is to split as it splits `param`, of the same shape."""
+    if shard_alike is not None:
+        return shard_alike(x, param)[0]
+    # Operands of one elementwise operation lie alike, or x is split further: what JAX 0.11 leaves
+    # to ask for. The barrier hides from the compiler that nothing is taken from `param`.
+    never = jax.lax.optimization_barrier(jnp.zeros((), bool))
+    return jnp.where(never, param.astype(x.dtype), x)
 
 
 def _varying(x) -> frozenset:
@@ -76,6 +91,6 @@ def beside(state: base.PyTree, params: base.PyTree) -> base.PyTree:
 
     def one(kept, param):
         plain = _explicit(param) is None and not jax.sharding.get_abstract_mesh().manual_axes
-        return shard_alike(kept, param)[0] if plain and kept.size else kept
+        return _lying_as(kept, param) if plain and kept.size else kept
 
     return jax.tree.map(one, state, params)
