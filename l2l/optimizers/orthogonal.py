@@ -18,15 +18,17 @@ def orthonormal(rows: jax.Array, panel: int = PANEL) -> jax.Array:
     L⁻¹ of them, with L lower triangular and its diagonal positive.
 
     Classical Gram–Schmidt, every projection done twice (Giraud et al. 2005: orthogonal to rounding
-    where the condition number is below its inverse), in panels of rows.
+    where the condition number is below its inverse), in panels of rows. In full precision: what
+    GPUs and TPUs multiply with by default would leave bases that are none.
     """
-    done = rows[:, :0]
-    for start in range(0, rows.shape[-1], panel):
-        new = rows[:, start : start + panel]
-        for _ in range(2 if start else 0):
-            new = new - jnp.einsum("kab,kcb->kac", new, done) @ done
-        done = jnp.concatenate([done, _panel(new)], 1)
-    return done
+    with jax.default_matmul_precision("highest"):
+        done = rows[:, :0]
+        for start in range(0, rows.shape[-1], panel):
+            new = rows[:, start : start + panel]
+            for _ in range(2 if start else 0):
+                new = new - jnp.einsum("kab,kcb->kac", new, done) @ done
+            done = jnp.concatenate([done, _panel(new)], 1)
+        return done
 
 
 def _panel(rows: jax.Array) -> jax.Array:
