@@ -94,11 +94,12 @@ def per_tensor(
         c₀ = −exp(λ) · (64/n)^q · (500/T)^h · (1 − exp(−(t + 1)/w)) · ((1 + cos πt/T)/2)^p
               · exp(r · tanh(a/r)),
 
-    with T the horizon (both its factors are 1 where none is known), n the longer side of a matrix, r the `reach`, and a from the network, zero at first:
-    untrained it is SOAP at one rate. With `mixture` the further directions (one a further decay,
-    and the gradient's) have c₀ · tanh(bⱼ). Decay takes c₀ · exp(δ + r · tanh(e/r)) · θ off, only
-    where the nominal step goes towards zero as well: it is cautious (Chen et al. 2025, arXiv
-    2510.12402), and does not hold back weights that the loss wants to grow.
+    with T the horizon (where none is known, its factors are 1), n the longer side of a matrix, r
+    the `reach`, and a from the network, zero at first: untrained it is SOAP at one rate. With
+    `mixture` the further directions (one a further decay, and the gradient's) have c₀ · tanh(bⱼ).
+    Decay takes c₀ · exp(δ + r · tanh(e/r)) · θ off, only where the nominal step goes towards zero
+    as well: it is cautious (Chen et al. 2025, arXiv 2510.12402), and does not hold back weights
+    that the loss wants to grow.
 
     Args:
       hidden_size: of the LSTM; 0 for none: then λ, w, p and the decay are all of theta.
