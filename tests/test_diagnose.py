@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -186,9 +187,11 @@ def test_explains_the_failing_meta_step():
     assert sentence == (
         "Meta-step 3, problem 0 (plain): at inner step 9 the update of layer/b (nan) is not finite."
     )
-    assert "Run again on one device, the 2 meta-steps after 0 have finite" in explain(
-        state, data, 2
-    )
+    # What the run saw spares the search for the problem, and is not believed where all is fine.
+    assert explain(state, data, 3, np.array([False, True])) == sentence
+    for fine in (None, np.array([True, False])):
+        said = explain(state, data, 2, fine)
+        assert "Run again on one device, the 2 meta-steps after 0 have finite" in said
 
 
 def test_explains_the_failing_problem():

@@ -206,7 +206,9 @@ def test_single_bad_gradients_and_losses_are_passed_over():
     params, state = START, transform.init(START)
     for i in range(60):
         params, state = step(params, state, i % 7 == 3)
-    equal(params, train(plain, 60 - 9, start=START)[0])
+    without = train(plain, 60 - 9, start=START)[0]
+    # Two programs, which may round differently; one step more or less is over 1e-2 of each.
+    np.testing.assert_allclose(params["x"], without["x"], rtol=1e-4)
     assert int(state.falls) == 0
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from l2l.estimators import autodiff
 from l2l.estimators.mixture import mixture
 from l2l.estimators.objective import Objective
 from l2l.storage import exports
-from l2l.training import diagnose, finish, meta_step
+from l2l.training import callbacks, diagnose, finish, meta_step
 from l2l.training.callbacks import DONE, NOT_FINITE, Validate
 from l2l.training.experiment import build_experiment
 from l2l.training.loop import start
@@ -90,9 +92,11 @@ def test_a_family_that_is_never_finite_is_bad_though_the_others_go_on(devices):
             [family(np.zeros(4)), family(np.full(4, NAN))], reads=(0, 0)
         ).estimate(theta, state, ((),), stage)
     )
-    state, _ = steps_of(mixed, devices, group=3)
+    state, metrics = steps_of(mixed, devices, group=3)
     counts = [int(x) for x in (state.bad, state.skipped, state.dropped)]
     assert counts == [3, 0, 12]
+    fine = meta_step.by_family(jax.device_get(metrics["finite"]), devices, 2)
+    assert fine.tolist() == [[[True] * 4, [False] * 4]] * 3
     np.testing.assert_allclose(jax.device_get(state.theta), -3 * GRADIENTS[0] / 2, rtol=1e-6)
 
 
@@ -102,6 +106,8 @@ from l2l import TaskFamily
 
 def family(offset: float = 0.0, form: str = "square", numbers: int = 0) -> TaskFamily:
     def loss(params, problem, batch):
+        if form == "half":
+            return jnp.where(problem < 0.5, jnp.nan, jnp.mean(params**2))
         if form == "square":
             return jnp.mean(params**2) - offset
         return jnp.mean((jnp.sqrt if form == "sqrt" else jnp.log)(params))
@@ -110,7 +116,7 @@ def family(offset: float = 0.0, form: str = "square", numbers: int = 0) -> TaskF
         return (jnp.full(3, float(numbers)),) if numbers else ()
 
     return TaskFamily(
-        sample=lambda key: (),
+        sample=jax.random.uniform,
         init=lambda key, problem: jax.random.normal(key, (12,)),
         batch=lambda key, problem, data, split: (),
         loss=loss,
@@ -181,6 +187,74 @@ def test_a_task_whose_losses_are_nan_is_said_and_exports_nothing(mine, tmp_path,
     assert "at inner step 0 the training loss (nan) is not finite" in said
     assert "Stopped at meta-step 12" in said and "mend that" in said
     assert not (tmp_path / "run" / exports.EXPORT).exists()
+
+
+def test_what_a_run_goes_on_without_is_counted_by_task_and_not_searched(
+    mine, tmp_path, capsys, no_comparison, monkeypatch
+):
+    """A search compiles for minutes where the model is large, and the run has others to learn from.
+    Half of the problems of one of two tasks have no finite loss."""
+
+    def explainer(*args, **settings):
+        raise AssertionError("searched for")
+
+    monkeypatch.setattr(diagnose, "explainer", explainer)
+    config = mine(dict(form="half"))
+    config["task"] = ({"name": "quadratic", "dimension": 2, "batch_size": 3}, config["task"])
+    assert train(build_experiment(config), tmp_path / "run") == DONE
+    said = capsys.readouterr().err
+    found = re.findall(
+        r"(\d+) of 48 meta-gradients left out \((\d+) of mine\), as the losses", said
+    )
+    assert found and all(0 < int(of_task) == int(n) < 24 for n, of_task in found)
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(int(n) for n, _ in found) == rows[-1]["dropped"]
+
+
+@pytest.mark.parametrize(
+    "counts, expected", [((2, 5), (0, 1)), ((1, 0, 3, 6), (2, 0)), ((6,), (0, 0))]
+)
+def test_the_search_begins_where_the_steps_in_a_row_did(monkeypatch, counts, expected):
+    """`bad` after each group of three: the group and the step in it whose problem is searched."""
+    found = []
+    for name in ("refuse", "left_out", "summary"):
+        monkeypatch.setattr(callbacks, name, lambda loop, group: ())
+    monkeypatch.setattr(callbacks, "beginning", lambda loop, *where: found.append(where))
+    log = SimpleNamespace(log=lambda *row: None, say=None)
+    watch, codes = callbacks.Watch(log), []
+    running = SimpleNamespace(max_bad=5, steps=100)
+    groups = [SimpleNamespace(metrics={"finite": np.ones((3, 8))}) for _ in counts]
+    for bad, group in zip(counts, groups, strict=True):
+        state = SimpleNamespace(bad=bad)
+        loop = SimpleNamespace(step=3, state=state, experiment=SimpleNamespace(running=running))
+        codes.append(watch(loop, group))
+    assert codes == [None] * (len(counts) - 1) + [NOT_FINITE]
+    group, index = expected
+    assert found == [(groups[group], index)]
+
+
+def test_the_search_compiles_no_meta_step_where_the_first_fails():
+    """An estimator that cannot be traced again, and what its run found."""
+    family = base.TaskFamily(
+        sample=lambda key: jnp.ones(()),
+        init=lambda key, problem: jnp.ones(2),
+        batch=lambda key, problem, data, split: (),
+        loss=lambda params, problem, batch: problem * jnp.sum(jnp.square(params)),
+        name="square",
+    )
+    inner = Inner(family, base.lift(lambda key: jnp.ones(()), optax.sgd), 2, stagger=False)
+
+    def estimate(*args):
+        raise AssertionError("the meta-step is compiled again")
+
+    estimator = autodiff.truncated(inner, Objective())._replace(estimate=estimate)
+    made = meta_step.Meta(estimator, inner.optimizer, optax.sgd(1e-3), 4)
+    state = meta_step.meta_init(jax.random.key(0), made, STAGE)
+    run = state.estimator.inner
+    run = run._replace(problem=run.problem.at[2].set(NAN))
+    state = state._replace(estimator=state.estimator._replace(inner=run))
+    said = diagnose.explainer(made, [inner])(state, (), 1, np.arange(4) != 2)
+    assert said.startswith("Meta-step 1, problem 2 (square): before the window the problem's (nan)")
 
 
 def test_all_explanations_of_a_run_share_their_programs():

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from l2l.optimizers import meshes
 from l2l.optimizers.guard import guard
 from l2l.storage import exports
 
@@ -87,6 +88,17 @@ def lie(tree, mesh, specs):
     return {key: jax.device_put(x, NamedSharding(mesh, specs[key])) for key, x in tree.items()}
 
 
+def is_part_of(sharding, other, shape):
+    """Whether every device has a part of what it has under the other sharding."""
+    whole = other.devices_indices_map(shape)
+    held = [np.arange(n) for n in shape]
+    return all(
+        np.isin(axis[own], axis[whole[device][i]]).all()
+        for device, index in sharding.devices_indices_map(shape).items()
+        for i, (axis, own) in enumerate(zip(held, index, strict=True))
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_split_changes_no_number_and_updates_lie_as_their_parameters(
@@ -100,7 +112,10 @@ def test_a_split_changes_no_number_and_updates_lie_as_their_parameters(
     close(after, alone[1])
     for key, x in updates.items():
         wanted = NamedSharding(mesh, specs[key])
-        assert x.sharding.is_equivalent_to(wanted, x.ndim), (key, x.sharding)
+        alike = x.sharding.is_equivalent_to(wanted, x.ndim)
+        # Since JAX 0.11 the compiler may split what is replicated: see l2l/optimizers/meshes.py.
+        free = kind == "automatic" and meshes.shard_alike is None
+        assert alike or (free and is_part_of(x.sharding, wanted, x.shape)), (key, x.sharding)
 
 
 @pytest.mark.parametrize("setting", [False, True])

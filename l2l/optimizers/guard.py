@@ -213,6 +213,9 @@ class _Guard(NamedTuple):
 
     def start(self, params) -> GuardState:
         params = _strong(params)
+        with meshes.within_mesh_of(params):
+            learned = self.learned.init(params)  # Before the copy: it may say what is wrong here.
+            adam = self.adam.init(params)
         return GuardState(
             falls=jnp.zeros((), jnp.int32),
             strikes=jnp.zeros((), jnp.int32),
@@ -220,8 +223,8 @@ class _Guard(NamedTuple):
             returning=jnp.zeros((), bool),
             longest=jnp.zeros((), jnp.float32),
             losses=_no_losses(),
-            learned=self.learned.init(params),  # Before the copy: it may say what is wrong here.
-            adam=self.adam.init(params),
+            learned=learned,
+            adam=adam,
             # A copy: leaves that share a buffer with the parameters could not be donated.
             anchor=jax.tree.map(jnp.array, params),
         )

@@ -4,13 +4,17 @@ A rule's vectors run over all parameters, however each lies on a mesh. What that
 on the axes of the mesh, of which JAX has three kinds:
 
 - automatic: the compiler decides what lies where, and is asked for updates that lie as their
-  parameters do.
+  parameters do. Since JAX 0.11, which has no `shard_alike`, it may split the update of a replicated
+  parameter over devices all the same: the numbers are equal, and a sum with the parameter is
+  wherever the compiler finds it best (`out_shardings` of `jax.jit` says otherwise).
 - explicit: a type says how its value is split, and splits that differ cannot be laid end to end.
   All are gathered first, and the updates split again.
 - manual, inside `jax.shard_map`: a type says over which axes its value varies. A vector varies
   where any part of it does; the update of a tensor that does not is the mean of what its devices
   found, so that it stays one tensor (coordinatewise rules found the same on all of them).
 """
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +62,15 @@ def _alike(update, param):
     if jax.sharding.get_abstract_mesh().manual_axes:
         return update
     return _lying_as(update, param)
+
+
+def within_mesh_of(tree: base.PyTree) -> contextlib.AbstractContextManager:
+    """While a function is compiled outside of `jax.set_mesh`: the explicit mesh of the tree's
+    arrays, if they have one. Since JAX 0.11 the types of zeros are otherwise those of no mesh."""
+    mesh = next((m for m in map(_explicit, jax.tree.leaves(tree)) if m is not None), None)
+    if mesh is None or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _lying_as(x, param):

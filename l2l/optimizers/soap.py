@@ -374,8 +374,10 @@ def _rotated(mu, old, new):
 def _iterate(average, vectors, damping):
     """One step of orthogonal iteration towards the eigenvectors."""
     mean = jnp.trace(average, axis1=1, axis2=2)[:, None, None] / average.shape[-1]
+    with jax.default_matmul_precision("highest"):
+        ahead = vectors @ average
     # Before the first gradient there is nothing to follow.
-    return orthonormal(vectors @ average + jnp.where(mean > 0, damping * mean, 1) * vectors)
+    return orthonormal(ahead + jnp.where(mean > 0, damping * mean, 1) * vectors)
 
 
 def into(blocks: jax.Array, pair) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from l2l.cluster import collectives
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.training import curriculum, diagnose
+from l2l.training import curriculum, diagnose, meta_step
 from l2l.training.loop import VALIDATE, Group, Loop
 
 Callback = Callable[[Loop, Group], int | None]
@@ -22,39 +22,47 @@ DONE, NOT_FINITE, INTERRUPTED, TERMINATED = 0, 3, 130, 143
 
 
 class Watch:
-    """Logs the group, refuses losses that the meta-loss cannot take, and says what was left out as
-    not finite and where it began; ends a run in which nothing else comes."""
+    """Logs the group, refuses losses that the meta-loss cannot take, and counts what was left out
+    as not finite; ends a run in which nothing else comes, and says where that began."""
 
     def __init__(self, log):
         self.log = log
-        self.explainer: Callable | None = None  # Made when it is first needed.
+        # Since when some family has no finite meta-gradient: the group, and which of its steps.
+        self.since: tuple[Group, int] | None = None
 
     def __call__(self, loop: Loop, group: Group) -> int | None:
         self.log.log(loop.step, summary(loop, group))
         refuse(loop, group)
         for sentence in left_out(loop, group):
             self.log.say(sentence)
-        if sentence := self.explain(loop, group):
-            self.log.say(sentence)
+        bad, steps = int(loop.state.bad), len(group.metrics["finite"])
+        if not bad:
+            self.since = None
+        elif self.since is None or bad <= steps:
+            self.since = group, max(steps - bad, 0)
         running = loop.experiment.running
-        return NOT_FINITE if int(loop.state.bad) >= min(running.max_bad, running.steps) else None
-
-    def explain(self, loop: Loop, group: Group) -> str | None:
-        """Where a number that is not finite began, or None: for the first such group of a run, and
-        the first of each row in which no problem was fine."""
-        fine = group.metrics["finite"]
-        lacking, skipped = np.flatnonzero(~fine.all(1)), np.flatnonzero(~fine.any(1))
-        new_row = len(skipped) and int(loop.state.bad) <= len(fine)
-        if not len(lacking) or (self.explainer and not new_row):
+        if bad < min(running.max_bad, running.steps):
             return None
-        self.explainer = self.explainer or _explainer(loop.experiment)
-        # All take part in that.
-        whole = collectives.whole((loop.gather(group.before), loop.data), loop.layout.same)
-        return self.explainer(*whole, int(lacking[0]) + 1) if collectives.first() else None
+        # Only now: what it compiles takes as long as many meta-steps.
+        if self.since and (sentence := beginning(loop, *self.since)):
+            self.log.say(sentence)
+        return NOT_FINITE
+
+
+def beginning(loop: Loop, group: Group, index: int) -> str | None:
+    """Where the numbers that are not finite began in meta-step `index` of the group, in a family
+    without any others if there is one; None if all problems of that step are fine."""
+    fine = _by_family(loop, group.metrics["finite"])[index]
+    none = ~fine.any(1, keepdims=True)
+    fine = np.where(none.any(), fine | ~none, fine).ravel()
+    if fine.all():
+        return None
+    # All take part in that.
+    whole = collectives.whole((loop.gather(group.before), loop.data), loop.layout.same)
+    return _explainer(loop.experiment)(*whole, index + 1, fine) if collectives.first() else None
 
 
 def _explainer(experiment) -> Callable:
-    """`diagnose.explainer`, whose compiled programs all explanations of a run share."""
     return diagnose.explainer(
         experiment.meta,
         experiment.inners,
@@ -192,10 +200,16 @@ def refuse(loop: Loop, group: Group) -> None:
         raise UserError(sentence) if collectives.first() else collectives.Elsewhere(sentence)
 
 
+def _by_family(loop: Loop, rows: np.ndarray) -> np.ndarray:
+    """[group, rows] of the metrics as [group, families, num_problems]."""
+    return meta_step.by_family(rows, len(loop.layout.devices), len(loop.experiment.families))
+
+
 def left_out(loop: Loop, group: Group) -> list[str]:
     """Sentences on the meta-steps of a group in which problems were left out, or all of them."""
     fine = group.metrics["finite"]  # [group, problems]
     losses = np.isfinite(group.metrics["meta_loss"])
+    names = [family.name for family in loop.experiment.families]
     state, first, total = loop.state, loop.step - len(fine) + 1, fine.shape[1]
     sentences = []
     for i in np.flatnonzero(~fine.any(1))[:3]:
@@ -205,10 +219,13 @@ def left_out(loop: Loop, group: Group) -> list[str]:
         )
     some = fine.any(1)
     if missing := int((~fine[some]).sum()):
+        each = (~_by_family(loop, fine)[some]).sum((0, 2))
+        counts = [f"{n} of {name}" for name, n in zip(names, each, strict=True) if n]
+        whose = f" ({', '.join(counts)})" if len(names) > 1 else ""
         sentences.append(
             f"Meta-steps {first} to {loop.step}: {missing} of {fine[some].size} meta-gradients "
-            f"left out, as the {_cause(fine[some], losses[some])} ({int(state.dropped)} left out "
-            "so far)."
+            f"left out{whose}, as the {_cause(fine[some], losses[some])} ({int(state.dropped)} "
+            "left out so far)."
         )
     return sentences
 

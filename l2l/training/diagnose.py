@@ -1,13 +1,15 @@
 """Where a number that is not finite began: problem, inner step, tensor and feature.
 
-Nothing here runs while all is well. A training loop keeps the state from before a call of the
-compiled steps (with its stage); when metrics["finite"] shows a False it calls
+Nothing here runs while a run goes on: what it leaves out it only counts. A training loop that is
+about to stop has the state from before a call of the compiled steps (with its stage), and knows
+from metrics["finite"] which of those steps was the first to fail, and whose problems. It calls
 
-    explain = explainer(meta, inners, order=…, objective=…, reads=…)  # Once a run.
-    explain(before, data, group)
+    explain = explainer(meta, inners, order=…, objective=…, reads=…)
+    explain(before, data, failing, fine)
 
-which runs the same meta-steps again, one at a time on one device, and the failing window step by
-step on the host. What that compiles is kept for the next failure.
+which goes through the failing window step by step on one device. That compiles single inner steps;
+the meta-step itself is compiled again only where others came before the failing one, or where every
+inner step is finite.
 """
 
 import functools
@@ -42,9 +44,11 @@ def explainer(
     order: str = "first",
     objective: Objective | None = None,
     reads: Sequence[int] | None = None,
-) -> Callable[[base.MetaState, base.PyTree, int], str]:
-    """Makes (state, data, steps) -> one sentence on the first problem that was left out in the
-    `steps` meta-steps after `state`, since its meta-loss or meta-gradient is not finite.
+) -> Callable[..., str]:
+    """Makes (state, data, steps, fine=None) -> one sentence on the first problem that was left out
+    in the `steps` meta-steps after `state`, since its meta-loss or meta-gradient is not finite.
+    fine: of the last of them, whether each problem's was, as the run found: [num_problems], of a
+    mixture [families · num_problems], family by family. Without it all are taken again to find out.
 
     Args:
       inners: one for each estimator of a mixture, or one alone.
@@ -61,14 +65,21 @@ def explainer(
     def search(component):
         return locator(inners[component], order=order, objective=objective)
 
-    def explain(state, data, steps):
+    def explain(state, data, steps, fine=None):
         # On one device: the states of a run may be spread over several.
         device = min(state.step.devices(), key=lambda device: device.id)
         with jax.default_device(device):
             state, data = jax.device_put((state, data), device)
-            return on_one(state, data, steps)
+            return on_one(state, data, steps, fine)
 
-    def on_one(state, data, steps):
+    def on_one(state, data, steps, fine):
+        if fine is not None:
+            before = state
+            for _ in range(steps - 1):
+                before, _ = step(before, data)
+            row = int(np.flatnonzero(~fine)[0])
+            if sentence := seen(before, row, data):
+                return about(before, row, sentence)
         found = _replay(step, state, data, steps)
         if found is None:
             return (
@@ -77,19 +88,25 @@ def explainer(
                 "at fault."
             )
         before, row = found
+        return about(before, row, seen(before, row, data) or _NOWHERE)
+
+    def about(before, row, sentence):
+        component, problem = divmod(row, meta.num_problems)
+        name = inners[component].family.name
+        return f"Meta-step {int(before.step) + 1}, problem {problem} ({name}): {sentence}"
+
+    def seen(before, row, data):
+        """What is wrong in the window of that row, or None."""
         component, problem = divmod(row, meta.num_problems)
         own, part = data, before.estimator
         if reads is not None:
             own, part = data[reads[component]], before.estimator[component]
-        sentence = None
         for run in _runs(part, problem):
             # Evolution strategies have two runs, seen here through the theta between them.
             run = begin[component](run, before.theta, before.stage)
-            sentence = sentence or search(component)(before.theta, run, own)
-        return (
-            f"Meta-step {int(before.step) + 1}, problem {problem} "
-            f"({inners[component].family.name}): {sentence or _NOWHERE}"
-        )
+            if sentence := search(component)(before.theta, run, own):
+                return sentence
+        return None
 
     return explain
 

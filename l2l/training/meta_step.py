@@ -161,6 +161,13 @@ def gather(state: base.MetaState) -> base.MetaState:
     return state._replace(estimator=joined)
 
 
+def by_family(rows, num_devices: int, num_families: int):
+    """[group, rows] of the metrics as [group, families, num_problems]: each device's rows are those
+    of all families, and those of the first device come first."""
+    each = rows.reshape(len(rows), num_devices, num_families, -1)
+    return each.swapaxes(1, 2).reshape(len(rows), num_families, -1)
+
+
 def split_of(same, problems) -> base.MetaState:
     """A `MetaState` with `problems` as the part of the inner problems, and `same` as all others."""
     parts = base.MetaState(*[same] * len(base.MetaState._fields))
