@@ -2,7 +2,7 @@
 
 On a CPU the batched LAPACK kernels of jaxlib 0.10 wait for the threads they run on: two of them at
 once, of matrices some 200 long, stop a program for ever. What is here is as fast there
-(256 × 256: 1.3 ms a matrix, LAPACK 2.9; one core), takes a batch of any size in one loop, and is
+(256 × 256: 1.4 ms a matrix, LAPACK 2.9; one core), takes a batch of any size in one loop, and is
 the same program on every kind of device.
 """
 
