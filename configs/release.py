@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
         dict(digits, hidden=(32,), batch_size=32),
         dict(images, hidden=(48, 48), batch_size=64),
         dict(images, hidden=(32, 32), batch_size=128, layer_norm=True),
+        dict(images, hidden=(32, 32), batch_size=256),
+        dict(name="autoencoder", batch_size=64, **RANGES),
         dict(name="logistic", dataset="mnist14", batch_size=64, init=0.0, **RANGES),
         dict(name="transformer", width=16, layers=1, heads=2, context=16, batch_size=16),
     )
@@ -39,9 +41,9 @@ def get_config() -> ConfigDict:
     config.horizon = dict(name="log_uniform", shortest=400, longest=400)
     config.imitation = dict(weight=0.0, final=0.0)
     config.meta = dict(
-        steps=160,
+        steps=120,
         num_problems=1,
-        group=5,
+        group=7,
         clip=0.3,
         max_bad=20,
         # All the way it lowers training losses further, and pays with validation losses.

@@ -158,7 +158,7 @@ def test_segments_change_nothing(length):
 
 def test_memory_of_segments_grows_with_the_square_root():
     def temporary(length, segments):
-        inner = Inner(smooth(4096), lstm(hidden_size=2), length, stagger=False)
+        inner = Inner(smooth(4096), learned_adam(), length, stagger=False)
         theta, state, stage, estimator = prepared(
             inner, Objective(), problems=1, order="exact", segments=segments
         )

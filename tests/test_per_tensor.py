@@ -46,7 +46,7 @@ def run(transform, steps, **told):
 
 
 # What is left is SOAP at one rate.
-PLAIN = dict(weight_decay=0.0, bound=0.0, size_power=0.0)
+PLAIN = dict(weight_decay=0.0, bound=0.0, size_power=0.0, horizon_power=0.0)
 
 
 def bound(**settings):
@@ -81,7 +81,7 @@ def test_long_sides_have_lower_rates_and_rows_of_embeddings_do_not_count():
 def test_decay_acts_where_the_step_goes_towards_zero_too():
     plain, decayed = (run(bound(weight_decay=x, bound=0.0), 1)[0] for x in (0.0, 0.5))
     for name, p in PARAMS.items():
-        rate = 0.02 * (64 / max(p.size // p.shape[-1], p.shape[-1])) ** 0.5
+        rate = 0.04 * (64 / max(p.size // p.shape[-1], p.shape[-1])) ** 0.5
         towards = jnp.clip(-plain[name] / rate * jnp.sign(p) / RAMP, 0, 1) * (p.ndim > 1)
         assert bool(jnp.any(towards == 0)) and (p.ndim == 1 or bool(jnp.any(towards == 1)))
         wanted = -rate * 0.5 * towards * p
@@ -95,6 +95,14 @@ def test_the_horizon_lowers_the_rate_as_the_cosine_does():
     assert factors[0] == pytest.approx(1.0, rel=1e-5)
     # The gradients follow the parameters, so only the first steps can be compared number by number.
     assert factors[1] == pytest.approx(0.5 * (1 + np.cos(np.pi / 4)), rel=0.05)
+
+
+def test_longer_runs_have_lower_rates():
+    """(500/T)^h, with T 100 at least; nothing of it where no horizon is known."""
+    transform = bound(**PLAIN | {"horizon_power": 0.4})
+    first = {t: run(transform, 1, num_steps=t)[0]["w"] for t in (0, 9, 100, 500, 2000)}
+    for horizon, factor in {0: 1.0, 9: 5**0.4, 100: 5**0.4, 2000: 0.25**0.4}.items():
+        np.testing.assert_allclose(first[horizon], factor * first[500], rtol=1e-4)
 
 
 def test_no_update_is_longer_than_its_bound():
@@ -183,9 +191,10 @@ def test_knobs(exported):
         l2l.load(exported, num_steps=9, weight_decay=0.1, mask={"w": True, "k": False, "b": False}),
         1,
     )[0]
-    # At the first step the schedule's rate is the nominal one, 0.02.
+    # The nominal rate, in a run as short as that of the shortest horizon that counts, 100 steps.
+    rate = 0.04 * (500 / 100) ** 0.4
     np.testing.assert_allclose(
-        decayed["w"] - plain["w"], -0.1 * 0.02 * PARAMS["w"], rtol=1e-3, atol=1e-7
+        decayed["w"] - plain["w"], -0.1 * rate * PARAMS["w"], rtol=1e-3, atol=1e-7
     )
     np.testing.assert_array_equal(decayed["k"], plain["k"])
 

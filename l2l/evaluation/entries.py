@@ -24,7 +24,7 @@ from l2l.optimizers import binding
 from l2l.storage import exports, files
 
 # Of the nominal rate of an untrained optimizer: what its best single rate is looked for among.
-MULTIPLIERS = (0.1, 0.3, 1.0, 3.0, 10.0)
+MULTIPLIERS = (0.3, 1.0, 3.0)
 # What an optimizer may be told of the length of a run, as the part of it.
 TOLD = {"right": 1.0, "third": 1 / 3, "nothing": 0.0}
 

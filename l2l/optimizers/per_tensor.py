@@ -30,6 +30,8 @@ RAMP = 0.1
 LEARN = ("network", "numbers", "all")
 # What is left of the rate at the horizon, before the power.
 ANNEALED = 1e-3
+# The horizon, in steps, at which a rate is the nominal one, and the least that makes it larger.
+USUAL, SHORTEST = 500, 100
 FEATURES = (
     *("signal", "alignment, fast", "alignment, slow", "trend of |g|", "growth of |θ|"),
     *("all tensors: signal", "all tensors: alignment, fast"),
@@ -67,7 +69,7 @@ class PerTensorState(NamedTuple):
 def per_tensor(
     *,
     hidden_size: int = 16,
-    learning_rate: float = 0.02,
+    learning_rate: float = 0.04,
     vector_rate: float = 1.0,
     size_power: float = 0.5,
     decays: Sequence[float] = (0.9,),
@@ -76,6 +78,7 @@ def per_tensor(
     weight_decay: float = 0.5,
     warm_up: float = 0.0,
     anneal: float = 1.0,
+    horizon_power: float = 0.4,
     reach: float = 1.4,
     bound: float = 0.2,
     smallest: float = 0.03,
@@ -88,13 +91,15 @@ def per_tensor(
 
     The coefficient of a tensor's nominal direction d₀, Nesterov's momentum over √ν in the basis, is
 
-        c₀ = −exp(λ) · (64/n)^q · (1 − exp(−(t + 1)/w)) · ((1 + cos πt/T)/2)^p · exp(r · tanh(a/r)),
+        c₀ = −exp(λ) · (64/n)^q · (500/T)^h · (1 − exp(−(t + 1)/w)) · ((1 + cos πt/T)/2)^p
+              · exp(r · tanh(a/r)),
 
-    with n the longer side of a matrix, r the `reach`, and a from the network, zero at first:
-    untrained it is SOAP at one rate. With `mixture` the further directions (one a further decay,
-    and the gradient's) have c₀ · tanh(bⱼ). Decay takes c₀ · exp(δ + r · tanh(e/r)) · θ off, only
-    where the nominal step goes towards zero as well: it is cautious (Chen et al. 2025, arXiv
-    2510.12402), and does not hold back weights that the loss wants to grow.
+    with T the horizon (where none is known, its factors are 1), n the longer side of a matrix, r
+    the `reach`, and a from the network, zero at first: untrained it is SOAP at one rate. With
+    `mixture` the further directions (one a further decay, and the gradient's) have c₀ · tanh(bⱼ).
+    Decay takes c₀ · exp(δ + r · tanh(e/r)) · θ off, only where the nominal step goes towards zero
+    as well: it is cautious (Chen et al. 2025, arXiv 2510.12402), and does not hold back weights
+    that the loss wants to grow.
 
     Args:
       hidden_size: of the LSTM; 0 for none: then λ, w, p and the decay are all of theta.
@@ -106,6 +111,7 @@ def per_tensor(
       weight_decay: exp(δ) at the start, times the schedule's rate; none of vectors. 0 for none.
       warm_up: w, steps; 0 for none.
       anneal: p.
+      horizon_power: h: longer runs are better at lower rates. T counts as 100 at least.
       reach: r: |log| of the largest factor that the network may put on a rate or a decay.
       bound: the root mean square of a step, decay aside, is kept below this part of that of its
         tensor, or of `smallest` where that is larger; 0 for no bound.
@@ -116,7 +122,8 @@ def per_tensor(
       UserError: a setting is out of range.
     """
     nominal = Numbers(
-        learning_rate, vector_rate, size_power, anneal, warm_up, bound, weight_decay
+        *(learning_rate, vector_rate, size_power, anneal, horizon_power),
+        *(warm_up, bound, weight_decay),
     ).checked()
     if learn not in LEARN:
         raise UserError(f"There is no learn={learn!r}: choose {', '.join(LEARN[:-1])} or all.")
@@ -215,6 +222,7 @@ class Numbers(NamedTuple):
     vector_rate: float
     size_power: float
     anneal: float
+    horizon_power: float
     warm_up: float
     bound: float
     weight_decay: float
@@ -236,6 +244,8 @@ class Numbers(NamedTuple):
             "size_power": self.size_power,
             "anneal": self.anneal,
         }
+        if self.horizon_power:
+            numbers["horizon_power"] = self.horizon_power
         for name in ("warm_up", "bound", "weight_decay"):
             if getattr(self, name):
                 numbers[f"log_{name}"] = math.log(getattr(self, name))
@@ -271,6 +281,9 @@ def _schedule(theta, step, num_steps) -> jax.Array:
     done = jnp.where(num_steps > 0, jnp.minimum(t / jnp.maximum(horizon, 1), 1), 0)
     left = 0.5 * (1 + jnp.cos(jnp.pi * done)) + ANNEALED
     factor = jnp.exp(theta["anneal"] * jnp.log(left / (1 + ANNEALED)))
+    if "horizon_power" in theta:
+        shorter = math.log(USUAL) - jnp.log(jnp.maximum(horizon, SHORTEST))
+        factor = factor * jnp.exp(theta["horizon_power"] * jnp.where(num_steps > 0, shorter, 0))
     if "log_warm_up" in theta:
         factor = factor * -jnp.expm1(-(t + 1) * jnp.exp(-theta["log_warm_up"]))
     return factor

@@ -84,6 +84,7 @@ EARLIER: dict[str, dict[str, Any]] = {
         "average_every": 5,
         "basis_every": 20,
         "size_power": 0.0,
+        "horizon_power": 0.0,
         "learn": "all",
     },
     "rnnprop": {
