@@ -273,7 +273,7 @@ def test_inject_hyperparams():
         ({"share": -1}, "share=-1 is not a threshold"),
         ({"patience": 0}, "patience=0 is not a count"),
         ({"window": 2.5}, "window=2.5 is not a count"),
-        ({"max_falls": 40}, "more than an int32 counts: lower either"),
+        ({"max_falls": 40}, "more than an int32 can hold: lower one of them"),
     ],
 )
 def test_options_out_of_range(options, words):

@@ -58,9 +58,9 @@ def _unknown(text: str, name: str) -> str:
     near = [m for kind in (released, optax) for m in difflib.get_close_matches(name, kind, 1)]
     hint = f"Did you mean {' or '.join(near)}?" if near else modules.nearest_path(text).strip()
     return (
-        f"There is no optimizer {text!r}. {hint} Released are {', '.join(released)}; of optax "
-        f"{', '.join(optax)}; and any path to an export or to a run directory will do, or "
-        "package.module:function."
+        f"There is no optimizer {text!r}. {hint} The released ones are {', '.join(released)}; "
+        f"those of optax {', '.join(optax)}; and any path to an export or to a run directory will "
+        "do, or package.module:function."
     )
 
 
