@@ -144,6 +144,6 @@ def join(arguments: Mapping | None) -> None:
     counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise UserError(
-            f"The processes have {counts} devices: all must have as many. On CPUs set "
+            f"The processes have {counts} devices: all must have equally many. On CPUs, set "
             "XLA_FLAGS=--xla_force_host_platform_device_count=N everywhere."
         )

@@ -268,7 +268,7 @@ def _value(node: ast.expr, text: str):
         return ast.literal_eval(node)
     except ValueError:
         raise UserError(
-            f"{text!r} has the argument {ast.unparse(node)!r}, which is no plain value: "
+            f"{text!r} has the argument {ast.unparse(node)!r}, which is not a plain value: "
             "use numbers, strings, True, False or None."
         ) from None
 

@@ -34,7 +34,7 @@ def read(path: str | os.PathLike) -> tuple[list[Row], list[Cell], dict]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} is not a results.json that this version of l2l wrote ({error!r}): measure it "
-            "anew with `python -m l2l.evaluate`."
+            "again with `python -m l2l.evaluate`."
         ) from None
     return rows, cells, content
 
@@ -44,7 +44,9 @@ def page(directory: str | os.PathLike) -> tuple[str, dict[str, list[Row]]]:
     UserError where there are none."""
     paths = sorted(Path(directory).glob("*.json"))
     if not paths:
-        raise UserError(f"{directory} holds no .json: copy a results.json into it, by any name.")
+        raise UserError(
+            f"{directory} holds no .json file: copy a results.json into it, under any name."
+        )
     text = (
         "# Measured\n\nMade of the JSON files beside this page alone, by `python -m l2l.evaluate "
         f"--from=` and their directory.\n\n{report.LEGEND}"

@@ -68,7 +68,8 @@ class Grid(NamedTuple):
         low, high, count = self.rates or (found.low, found.high, RATES)
         if not (0 < low < high and count > 1):
             raise UserError(
-                f"rates=({low:g}, {high:g}, {count}) is no grid: give 0 < low < high and 2 or more."
+                f"rates=({low:g}, {high:g}, {count}) is not a grid: give 0 < low < high "
+                "and 2 rates or more."
             )
         return low, high, count
 

@@ -118,7 +118,7 @@ def with_knobs(
             raise UserError(f"{name}={value} is out of range: use 0 or a positive number.")
         schedule = name == "learning_rate" and callable(value)
         if not (number or schedule or isinstance(value, jax.Array)):
-            raise UserError(f"{name}={value!r} is no number{_OR_SCHEDULE[name]}.")
+            raise UserError(f"{name}={value!r} is not a number{_OR_SCHEDULE[name]}.")
     links: list[optax.GradientTransformation] = [transform]
     if not isinstance(weight_decay, int | float) or weight_decay:
         decay = _decay(rate, weight_decay)

@@ -199,16 +199,16 @@ class _Guard(NamedTuple):
             number = getattr(self, name)
             if not (isinstance(number, float | int) and 0 < number < float("inf")):
                 raise UserError(
-                    f"{name}={number!r} is no threshold: give a positive finite number."
+                    f"{name}={number!r} is not a threshold: give a positive finite number."
                 )
         for name in ("window", "patience", "period", "max_falls"):
             number = getattr(self, name)
             if not (isinstance(number, int) and number > 0):
-                raise UserError(f"{name}={number!r} counts nothing: give a positive int.")
+                raise UserError(f"{name}={number!r} is not a count: give a positive int.")
         if self.period << (self.max_falls - 1) >= 1 << 31:
             raise UserError(
                 f"period={self.period} doubled after each of max_falls={self.max_falls} falls is "
-                "more than an int32 counts: lower either."
+                "more than an int32 can hold: lower one of them."
             )
 
     def start(self, params) -> GuardState:
@@ -398,7 +398,7 @@ def _transformation(name: str, given, example: str) -> optax.GradientTransformat
     if not all(isinstance(getattr(given, part, None), Callable) for part in ("init", "update")):
         bound = " It is not bound to a theta: call its bind." if hasattr(given, "bind") else ""
         raise UserError(
-            f"{name}={str(given)[:60]} is a {type(given).__name__}, no optax transformation: "
+            f"{name}={str(given)[:60]} is a {type(given).__name__}, not an optax transformation: "
             f"give one, like {example}.{bound}"
         )
     return optax.with_extra_args_support(given)

@@ -115,7 +115,7 @@ def horizon(num_steps: Any) -> jax.Array:
         array = isinstance(num_steps, jax.Array)
         shown = f"an array {num_steps.dtype}{list(num_steps.shape)}" if array else repr(num_steps)
         raise UserError(
-            f"num_steps={shown} is no number of steps: give a whole number of 0 or more, the "
+            f"num_steps={shown} is not a number of steps: give a whole number of 0 or more, the "
             "length of the run, or leave it out where that is not known."
         )
     # By name, so that a transfer guard lets it pass.

@@ -481,13 +481,13 @@ def soap(
     """
     for name, decay in (("b1", b1), ("b2", b2)):
         if not 0.0 <= decay < 1.0:
-            raise UserError(f"{name}={decay} is no decay: use a number from 0 to below 1.")
+            raise UserError(f"{name}={decay} is not a decay: use a number from 0 to below 1.")
     for name, size in (
         ("block_size", block_size),
         ("precondition_frequency", precondition_frequency),
     ):
         if not (isinstance(size, int) and size > 0):
-            raise UserError(f"{name}={size!r} is no positive whole number.")
+            raise UserError(f"{name}={size!r} is not a positive whole number.")
     settings = PUBLISHED._replace(
         decays=(b1,),
         second_decay=b2,

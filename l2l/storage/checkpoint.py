@@ -238,8 +238,8 @@ def _writing(directory):
             raise errors.about(directory, OSError(number, "")) from error
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"No checkpoint could be written under {directory} ({reason}). Those before it are "
-            f"kept: mend the cause, then {errors.AGAIN}."
+            f"No checkpoint could be written under {directory} ({reason}). Earlier ones are "
+            f"kept: remove the cause, then {errors.AGAIN}."
         ) from error
 
 

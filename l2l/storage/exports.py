@@ -56,7 +56,7 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
         name, have, want = odd
         raise UserError(
             f"This theta has {name}: {have}, where {specification['name']!r} with these settings "
-            f"has {want}: export it with those that made it."
+            f"has {want}: export it with the settings it was made with."
         )
     settings = versions.complete(specification)
     rules = versions.rules_of(settings)
@@ -73,7 +73,7 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     content = save(tensors, {"l2l": json.dumps(header)})
     read_bytes = 8 + int.from_bytes(content[:8], "little")
     if read_bytes > export_header.LARGEST_HEADER:
-        raise UserError(f"The metadata of {path} take {read_bytes} bytes: leave some out.")
+        raise UserError(f"The metadata of {path} take {read_bytes} bytes: leave some of it out.")
     files.write(path, content)
     return Path(path)
 
@@ -103,11 +103,11 @@ def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any
             optimizer, theta = _read(local, metadata)
             return optimizer, theta, metadata
         except versions.OtherRule as error:
-            raise UserError(f"{path} is not for this l2l: {error}.") from None
+            raise UserError(f"{path} is not for this version of l2l: {error}.") from None
         except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
             reason = errors.printable(reason)[:300].rstrip(". ")
-            raise UserError(f"{path} is no whole export of l2l: {reason}.") from error
+            raise UserError(f"{path} is not a complete export of l2l: {reason}.") from error
 
 
 def _metadata(file) -> dict:
@@ -262,8 +262,8 @@ def fitted(tree, like, what: str) -> base.PyTree:
     if odd := _odd(arrays, wanted):
         name, have, want = odd
         raise UserError(
-            f"{what} has {name}: {have}, where {want} is wanted: use the model that it was trained "
-            "for."
+            f"{what} has {name}: {have}, where {want} is expected: use the model that it was "
+            "trained for."
         )
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
@@ -308,8 +308,8 @@ def locate(name_or_path):
     if isinstance(name_or_path, os.PathLike) or os.sep in name_or_path:
         near = "" if files.scheme(path) else modules.nearest_path(str(name_or_path))
         raise UserError(
-            f"There is no optimizer at {name_or_path}: no such file or directory.{near} Released "
-            f"are {', '.join(names)}."
+            f"There is no optimizer at {name_or_path}: no such file or directory.{near} The "
+            f"released ones are {', '.join(names)}."
         )
     raise UserError(
         schema.unknown("optimizer", name_or_path, names)
