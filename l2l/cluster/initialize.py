@@ -1,4 +1,4 @@
-"""Which run of several processes this one belongs to, and joining it.
+"""Finding the run of several processes that this process belongs to, and joining it.
 
     arguments = find({"num_processes": 2, "process_id": 0, "coordinator_address": "host:1234"})
     join(arguments)  # Before any other use of JAX; None joins nothing.

@@ -1,4 +1,4 @@
-"""Command lines: flags, a configuration from a user's file, and what is typed over it."""
+"""Command lines: flags, a configuration from a user's file, and the settings typed over it."""
 
 import ast
 import difflib

@@ -1,4 +1,4 @@
-"""Hand-designed optimizers to compare with: spaces of them, and any by expression.
+"""Hand-designed optimizers to compare with: spaces to tune over, and single ones by expression.
 
 The optimizers of a kind are a `LearnedOptimizer` whose theta is a `Setting`: its numbers are
 traced, so that one compiled program serves a whole space (`tuning.py` searches it).

@@ -1,4 +1,4 @@
-"""What fits into a time: `--budget=2h`."""
+"""Which cells fit into a given time: `--budget=2h`."""
 
 import re
 from collections.abc import Sequence

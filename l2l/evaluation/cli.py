@@ -1,4 +1,4 @@
-"""The command `python -m l2l.evaluate`: what is typed to what is scored.
+"""The command `python -m l2l.evaluate`: from what is typed to what is scored.
 
     python -m l2l.evaluate --optimizer=runs/mlp,"adam(1e-2)" --task=mlp --set hidden=32
         --vary activations=relu,tanh,sigmoid --horizons=500,1000 --seeds=10 --output=scores

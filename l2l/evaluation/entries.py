@@ -1,4 +1,4 @@
-"""What is typed as --optimizer to what is measured, and what every learned optimizer is set beside.
+"""From --optimizer to what is measured, and what each learned optimizer is compared with.
 
 A released name, an export or a run; an optax expression; or a function of anybody's.
 """
@@ -34,7 +34,7 @@ def read(text: str) -> Entry:
     an export or run: what is meant by a name is not moved by what lies in the working directory.
 
     Raises:
-      UserError: it is none of these; the sentence names the nearest, released ones first.
+      UserError: it is none of these; the message names the nearest, released ones first.
     """
     if (
         found := re.fullmatch(r"([\w.~/-]+):([A-Za-z_]\w*)\s*(\(.*\))?", text, re.DOTALL)
@@ -119,12 +119,12 @@ def _transforms(x) -> bool:
 def variants(
     entry: Entry, told: Sequence[float] = (), multipliers: Sequence[float] = MULTIPLIERS
 ) -> list[Entry]:
-    """What an entry is measured beside: itself, told other things; and its untrained twin, the
-    theta that its training began with, at multiples of its nominal rate. Of one that is not
-    learned nothing.
+    """What an entry is compared with: itself, told other horizons; and its untrained twin, that is
+    the theta that its training began with, at multiples of its nominal rate. Nothing for one
+    that is not learned.
 
     Args:
-      told: parts of the length of a run; the entry itself is told all of it.
+      told: fractions of the length of a run; the entry itself is told the whole length.
       multipliers: of the untrained twin's rate; with several it counts at the best one for all
         cells (`untrained.with_best_rates`).
     """

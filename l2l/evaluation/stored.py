@@ -1,4 +1,4 @@
-"""Results that were stored as JSON, and the page of tables and figures that is made of them alone:
+"""Results stored as JSON, and the page of tables and figures made from them alone:
 
     python -m l2l.evaluate --from=docs/results
 
@@ -24,8 +24,8 @@ PAGE = "tables.md"
 
 
 def read(path: str | os.PathLike) -> tuple[list[Row], list[Cell], dict]:
-    """(rows, cells, whatever else it says) of a `results.json`; of the rows' curves the loss of
-    each batch is not there, (). UserError if it is none, or one of another version."""
+    """(rows, cells, everything else) of a `results.json`; the rows' curves lack the loss of each
+    batch, which is (). UserError if it is not such a file, or one of another version."""
     path = Path(path)
     try:
         content = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""A rule with its theta as an optax transformation: the contract all learned optimizers keep."""
+"""A rule and its theta as an optax transformation: the contract of all learned optimizers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +33,7 @@ def transformation(
 
     Raises:
       UserError: from `init`, for parameters that are no real floating-point numbers; from `update`,
-        where params is None, gradients or state do not fit it, or `num_steps` is no number of
+        where params is None, gradients or state do not fit it, or `num_steps` is not a number of
         steps.
     """
     # Only for the sentence about a state that does not fit.

@@ -1,4 +1,4 @@
-"""Orthonormal bases from matrix products alone: no LAPACK, so nothing that can stand still.
+"""Orthonormal bases from matrix products alone: no LAPACK, so nothing that can hang.
 
 On a CPU the batched LAPACK kernels of jaxlib 0.10 wait for the threads they run on: two of them at
 once, of matrices some 200 long, stop a program for ever. What is here is as fast there

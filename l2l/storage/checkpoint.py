@@ -1,4 +1,4 @@
-"""The checkpoints of a run (Orbax), to go on from.
+"""The checkpoints (Orbax) that a run resumes from.
 
 A checkpoint holds the whole `MetaState`, free of the number of devices and processes, and what else
 the loop needs; a checksum of all of it is read before it is trusted. What a run gives away in the

@@ -1,4 +1,4 @@
-"""A configuration to everything that a run needs: `Experiment`.
+"""From a configuration to everything that a run needs: `Experiment`.
 
 A section of a configuration is a dict with a `name` and settings: the keyword arguments of what the
 name stands for in the kind's registry (`tasks.registry`, `optimizers.registry`,
@@ -65,7 +65,7 @@ class Running(NamedTuple):
     clip:         the largest norm of one problem's meta-gradient.
     max_bad:      training stops after so many meta-steps in a row in which a family has no finite
                   meta-gradient.
-    blend:        how far from its first theta to the trained one the result lies, 1 for all the
+    blend:        how far the result lies from the first theta to the trained one, 1 for all the
                   way: between them are optimizers that keep what the first does well on other
                   tasks (as in WiSE-FT; Wortsman et al. 2022).
     optimizer:    of the meta-optimizer: one section, or several that are chained.
@@ -106,7 +106,7 @@ class Theta(NamedTuple):
 
     start: the parameters that every run begins with (as in MAML; Finn et al. 2017). Meta-training
            begins with those that the task draws.
-    loss:  settings of the loss that inner training goes down: a section of its own, or {}. The
+    loss:  settings of the loss that inner training minimises: a section of its own, or {}. The
            meta-loss is that of the task, on validation batches.
     """
 
@@ -115,7 +115,7 @@ class Theta(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """Section `checkpoint`: every how many meta-steps, and how many of the last are kept."""
+    """Section `checkpoint`: the meta-steps between saves, and how many of the latest are kept."""
 
     every: int = 200
     keep: int = 3
@@ -190,7 +190,7 @@ def build_experiment(config: Mapping) -> Experiment:
     """Builds everything that a configuration (a ConfigDict or dict) describes.
 
     Raises:
-      UserError: a key or name that is not known (with the nearest that is), or a value of the
+      UserError: a key or name that is unknown (the nearest known one is named), or a value of the
         wrong type or out of range.
     """
     config = dict(schema.plain(config))

@@ -1,4 +1,4 @@
-"""What the runs of a sweep came to: one table and one JSON file, with the spread over seeds."""
+"""The results of a sweep's runs: one table and one JSON file, with the spread over seeds."""
 
 import json
 from collections.abc import Mapping, Sequence
