@@ -175,7 +175,7 @@ def test_expressions_mean_what_optax_means(text, same):
         ("adma(1e-2)", r"did you mean adam\?"),
         ("__import__('os').system('true')", "not among"),
         ("adam(__import__('os').getpid())", "not among"),
-        ("adam([x for x in (1,)])", "no plain value"),
+        ("adam([x for x in (1,)])", "not a plain value"),
         ("adam(**{'learning_rate': 1})", "unpacks"),
         ("adam(1e-2, speed=3)", "optax refuses"),
         ("adam(1e-2", "not an expression"),

@@ -362,7 +362,7 @@ def test_damaged_tables(folder, name, file, change, message):
 
 @pytest.mark.parametrize("name", ["adult", "housing", "winequality"])
 def test_absent_tables(folder, name):
-    with pytest.raises(UserError, match=r"reserved/.* is not there and is not fetched"):
+    with pytest.raises(UserError, match=r"reserved/.* is missing, and l2l does not download"):
         datasets.load(name)
 
 

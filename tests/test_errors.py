@@ -225,11 +225,11 @@ def test_an_output_that_cannot_be_is_told_before_anything_is_scored(tmp_path, mo
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ("lstmm", "'lstmm'. Did you mean lstm[?] Released are .*lstm.*; of optax adabelief"),
+        ("lstmm", "'lstmm'. Did you mean lstm[?] The released .* lstm.*; those of optax adabelief"),
         ("mlpp", "Did you mean mlp[?]"),
-        ("sgdd", "Did you mean sgd[?] Released are"),
-        ("runs/mpl", "at runs/mpl: no such file or directory. Did you mean runs/mlp[?] Released"),
-        ("rnus/mlp", "Did you mean runs[?] Released are"),
+        ("sgdd", "Did you mean sgd[?] The released ones are"),
+        ("runs/mpl", "at runs/mpl: no such file or directory. Did you mean runs/mlp[?] The"),
+        ("rnus/mlp", "Did you mean runs[?] The released ones are"),
         ("myrn", "Did you mean myrun[?]"),
         ("sdg(0.1)", "names 'sdg'"),
     ],

@@ -249,7 +249,7 @@ def test_a_half_written_export_of_a_run_is_written_anew(tiny, tmp_path, monkeypa
     with pytest.raises(UserError) as error:
         train(build_experiment(tiny), tmp_path)
     assert "The disk may be failing" in sentence_of(error)
-    with pytest.raises(ValueError, match="no whole export"):
+    with pytest.raises(ValueError, match="not a complete export"):
         exports.load(tmp_path)
     monkeypatch.setattr(finish, "conclude", conclude)
     goes_on(tiny, tmp_path, expected)

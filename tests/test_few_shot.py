@@ -56,7 +56,7 @@ def test_points_of_a_sinusoid_lie_on_it_and_stay():
     [
         ({"ways": 11}, "ways=11 of the 10 classes"),
         ({"shots": 0}, "shots=0"),
-        ({"dataset": "diabetes"}, "not one of grey images"),
+        ({"dataset": "diabetes"}, "not a set of grey images"),
     ],
 )
 def test_a_mistake_is_one_sentence(settings, sentence):

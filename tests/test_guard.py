@@ -268,12 +268,12 @@ def test_inject_hyperparams():
         ({"optimizer": "mlp"}, r"optimizer=mlp is a str, no optax .* l2l.load"),
         ({"optimizer": lstm()}, "not bound to a theta: call its bind"),
         ({"adam": 1e-3}, r"adam=0.001 is a float, .* optax.adam\(1e-3\)"),
-        ({"longest_step": 0.0}, "longest_step=0.0 is no threshold"),
-        ({"deviations": float("inf")}, "deviations=inf is no threshold"),
-        ({"share": -1}, "share=-1 is no threshold"),
-        ({"patience": 0}, "patience=0 counts nothing"),
-        ({"window": 2.5}, "window=2.5 counts nothing"),
-        ({"max_falls": 40}, "more than an int32 counts: lower either"),
+        ({"longest_step": 0.0}, "longest_step=0.0 is not a threshold"),
+        ({"deviations": float("inf")}, "deviations=inf is not a threshold"),
+        ({"share": -1}, "share=-1 is not a threshold"),
+        ({"patience": 0}, "patience=0 is not a count"),
+        ({"window": 2.5}, "window=2.5 is not a count"),
+        ({"max_falls": 40}, "more than an int32 can hold: lower one of them"),
     ],
 )
 def test_options_out_of_range(options, words):

@@ -107,7 +107,8 @@ def fuzz_exports(folder, trials, seed=0):
         assert type(result) is UserError, (where, result)
         said = str(result)
         clear = tuple(
-            f"{path} is {what}: " for what in ("no whole export of l2l", "not for this l2l")
+            f"{path} is {what}: "
+            for what in ("not a complete export of l2l", "not for this version of l2l")
         )
         assert said.startswith(clear), (where, said)
         assert said.isprintable() and len(said) < 500, (where, said)

@@ -107,7 +107,9 @@ def test_what_holds_no_start_says_so():
 
 def test_a_start_must_fit_what_it_is_wanted_like(whole):
     start = l2l.start(whole)
-    with pytest.raises(l2l.UserError, match=r"linear_1/w: float32 \(4, 1\), where none is wanted"):
+    with pytest.raises(
+        l2l.UserError, match=r"linear_1/w: float32 \(4, 1\), where none is expected"
+    ):
         l2l.start(whole, like={"linear_0": start["linear_0"], "linear_1": {"b": jnp.zeros(1)}})
 
 
@@ -173,9 +175,9 @@ MISTAKES = [
     ({"theta": {"loss": {"name": "l2"}}, "estimator": {"name": "truncated"}}, "holds constant"),
     ({"theta": {"loss": {"name": "l3"}}}, "Unknown loss 'l3'"),
     ({"optimizer": {"name": "sgd", "learning_rate": 0.0}}, "leads nowhere"),
-    ({"optimizer": {"name": "sgd", "tensors": ("a", "a")}}, "name one twice"),
+    ({"optimizer": {"name": "sgd", "tensors": ("a", "a")}}, "name a tensor twice"),
     ({"task": {"name": "sinusoid", "shots": 0}}, "shots=0"),
-    ({"task": {"name": "sinusoid", "phase": (1.0, 0.0)}}, "phase=.* is no range"),
+    ({"task": {"name": "sinusoid", "phase": (1.0, 0.0)}}, "phase=.* is not a range"),
 ]
 
 
@@ -189,7 +191,7 @@ def test_tensors_with_rates_must_be_the_optimizees():
     optimizer = l2l.optimizers.registry.optimizer({"name": "sgd", "tensors": ("a", "b")})
     bound = optimizer.bind(optimizer.init(jax.random.key(0)))
     params = {"a": jnp.ones(2), "c": jnp.ones(1)}
-    with pytest.raises(l2l.UserError, match=r"with a rate are a, b, and those of .* a, c"):
+    with pytest.raises(l2l.UserError, match=r"with a rate are a, b, but those of .* a, c"):
         bound.update(params, bound.init(params), params)
     params = {"a": jnp.ones(2), "b": jnp.ones(1)}
     theta = {"a": jnp.log(0.1), "b": jnp.log(2.0)}
@@ -227,5 +229,5 @@ def test_a_start_whose_paths_cannot_be_is_no_whole_export(tmp_path, holds):
     assert header["holds"] == {"start": [["a"], ["b"]]}
     header["holds"] = holds
     safetensors.numpy.save_file(tensors, path, {"l2l": json.dumps(header)})
-    with pytest.raises(l2l.UserError, match="no whole export"):
+    with pytest.raises(l2l.UserError, match="not a complete export"):
         l2l.start(path)

@@ -84,7 +84,7 @@ def test_nanogpt_takes_what_text_there_is_and_says_which(tmp_path, monkeypatch):
     monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path))
     assert tasks.nanogpt().name == "nanogpt-pydoc-4x128"
     absent = tasks.nanogpt(dataset="tinyshakespeare")
-    with pytest.raises(ValueError, match="is not there and is not fetched"):
+    with pytest.raises(ValueError, match="is missing, and l2l does not download"):
         absent.data()
 
 

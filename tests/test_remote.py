@@ -32,7 +32,7 @@ def test_a_remote_export_is_loaded_through_etils(tmp_path, monkeypatch):
     store.pipe("/bucket/half", local.read_bytes()[:99])
     for path in ("s3://bucket/run", f"s3://bucket/run/{exports.EXPORT}"):
         jax.tree.map(np.testing.assert_array_equal, exports.read(exports.locate(path))[1], theta)
-    with pytest.raises(ValueError, match="s3://bucket/half is no whole export"):
+    with pytest.raises(ValueError, match="s3://bucket/half is not a complete export"):
         exports.load("s3://bucket/half")
     with pytest.raises(ValueError, match="There is no optimizer at s3://bucket/nothing"):
         exports.load("s3://bucket/nothing")
@@ -63,5 +63,5 @@ def test_what_a_remote_path_lacks_is_said(monkeypatch):
     fails(RuntimeError("no credentials"))
     with pytest.raises(UserError, match=r"gs://bucket/run could not be read \(no credentials\)"):
         exports.load("gs://bucket/run")
-    with pytest.raises(ValueError, match="of remote paths there is gs://, s3://"):
+    with pytest.raises(ValueError, match="remote paths begin with gs://, s3://"):
         exports.load("ftp://host/run")

@@ -230,10 +230,13 @@ def test_an_installed_function_is_an_optimizer():
         ("nobody_has.this:one", "could not be imported .*nobody_has.* package.module:function"),
         ("optax:adamm", "no adamm there: did you mean adam?"),
         ("{}:neds", "no neds there: did you mean needs?"),
-        ("{}:needs", "does not take no arguments .*learning_rate.*needs\\(learning_rate=1e-3\\)"),
-        ("{}:plain(speed=3)", "does not take \\(speed=3\\)"),
-        ("{}:number", "is 3, which is no function"),
-        ("{}:wrong", "returned int, which is no optax transformation"),
+        (
+            "{}:needs",
+            "cannot be called with no arguments .*learning_rate.*needs\\(learning_rate=1e-3\\)",
+        ),
+        ("{}:plain(speed=3)", "cannot be called with \\(speed=3\\)"),
+        ("{}:number", "is 3, which is not a function"),
+        ("{}:wrong", "returned int, not an optax transformation"),
         ("nowhere.py:one", "nowhere.py could not be imported: no such file"),
     ],
 )

@@ -218,7 +218,7 @@ def test_a_budget_is_a_time(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "2", "h", "0s", "-1h", "2 hours", "1m2h"])
 def test_what_is_no_time_is_told(text):
-    with pytest.raises(UserError, match="is no time: write it like 2h"):
+    with pytest.raises(UserError, match="is not a duration: write it like 2h"):
         budget.read(text)
 
 
@@ -513,10 +513,10 @@ def test_columns_that_say_nothing_are_left_out(timed, tmp_path):
         (["--suite=scorcard"], "did you mean 'scorecard'"),
         (["--suite=quick", "--task=mlp", "--set", "hidden=3"], "leave out --task, --set."),
         (["--suite=quick", "--baseline=none"], "leave out --baseline."),
-        (["--suite=quick", "--horizons=0"], "are no steps"),
-        (["--suite=quick", "--horizons=2e2"], "are no steps"),
+        (["--suite=quick", "--horizons=0"], "are not numbers of steps"),
+        (["--suite=quick", "--horizons=2e2"], "are not numbers of steps"),
         (["--suite=quick", "--cells=mpl"], "did you mean 'mlp'"),
-        (["--suite=quick", "--budget=2"], "is no time"),
+        (["--suite=quick", "--budget=2"], "is not a duration"),
         (["--budget=2h", "--cells=mlp"], "--cells and --budget choose among the cells of a suite"),
         (["--from=docs", "--suite=quick"], "leave out"),
     ],

@@ -181,7 +181,7 @@ def test_the_end_lies_between_the_first_theta_and_the_trained_one(tiny, whole, t
     assert np.linalg.norm(trained - first) > 0.01 * np.linalg.norm(first)
     np.testing.assert_allclose(blended, 0.75 * first + 0.25 * trained, rtol=1e-5, atol=1e-6)
     tiny["meta"]["blend"] = 0.0
-    with pytest.raises(ValueError, match=r"meta\.blend=0\.0 is no part of the way"):
+    with pytest.raises(ValueError, match=r"meta\.blend=0\.0 is not a share of the way"):
         build_experiment(tiny)
 
 

@@ -1,1 +1,1 @@
-"""Several processes, one run: what JAX reads at its start, joining, agreeing, leaving."""
+"""One run in several processes: what JAX reads when it starts; joining, agreeing and leaving."""

@@ -1,4 +1,4 @@
-"""Several processes, one run: agreeing within it, leaving it. `initialize.py` is how it is joined.
+"""One run in several processes: agreeing and leaving. `initialize.py` is about joining.
 
 Whatever the host decides from what only one process has seen (a signal, a file, a clock) is first
 made the same on all of them: processes that call different programs wait for each other for ever.

@@ -1,4 +1,4 @@
-"""What JAX reads at its first use: to be set before it."""
+"""Environment variables that JAX reads when it is first used, and that must be set before that."""
 
 import logging
 import os

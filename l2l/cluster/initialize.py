@@ -1,4 +1,4 @@
-"""Which run of several processes this one belongs to, and joining it.
+"""Finding the run of several processes that this process belongs to, and joining it.
 
     arguments = find({"num_processes": 2, "process_id": 0, "coordinator_address": "host:1234"})
     join(arguments)  # Before any other use of JAX; None joins nothing.
@@ -144,6 +144,6 @@ def join(arguments: Mapping | None) -> None:
     counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise UserError(
-            f"The processes have {counts} devices: all must have as many. On CPUs set "
+            f"The processes have {counts} devices: all must have equally many. On CPUs, set "
             "XLA_FLAGS=--xla_force_host_platform_device_count=N everywhere."
         )

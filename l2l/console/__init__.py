@@ -1,1 +1,1 @@
-"""What stands between a person and the programs: configurations, checked; errors, in a sentence."""
+"""Between a person and the programs: configurations are checked, and errors become sentences."""

@@ -1,4 +1,4 @@
-"""Command lines: flags, a configuration from a user's file, and what is typed over it."""
+"""Command lines: flags, a configuration from a user's file, and the settings typed over it."""
 
 import ast
 import difflib
@@ -79,13 +79,13 @@ def read(place: str) -> ConfigDict:
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise UserError(
-            f"--config={path} has no function get_config: a configuration is a file with one, "
-            "which returns a ConfigDict of ml_collections."
+            f"--config={path} has no function get_config: a configuration file must have one "
+            "that returns a ConfigDict of ml_collections."
         )
     config = get_config(text) if colon else get_config()
     if not isinstance(config, ConfigDict | Mapping):
         raise UserError(
-            f"get_config() of --config={path} returned {config!r}: let it return a ConfigDict of "
+            f"get_config() of --config={path} returned {config!r}: it must return a ConfigDict of "
             "ml_collections, or a dict."
         )
     config = config if isinstance(config, ConfigDict) else ConfigDict(dict(config))
@@ -117,7 +117,7 @@ def _config_of(argv: list[str]) -> tuple[str | None, list[str]]:
             continue
         place = next(texts, "") if found[1] is None else found[1]
         if not place:
-            raise UserError("--config is given nothing: name a file, like --config=configs/mlp.py.")
+            raise UserError("--config has no value: name a file, like --config=configs/mlp.py.")
     return place, rest
 
 
@@ -191,7 +191,7 @@ def _default(known: Mapping[str, Any] | None, path: list[str]):
         hint = f"Did you mean --config.{'.'.join([*sections, near[0]])}? " if near else ""
         raise UserError(
             f"--config.{'.'.join(path)}: there is no such key in this configuration. {hint}"
-            f"There is {', '.join(sorted(known))}."
+            f"The keys there are {', '.join(sorted(known))}."
         )
     return known[key]
 

@@ -1,4 +1,4 @@
-"""What a user can mend is a `UserError`. Everything else is a bug, theirs or ours, and is shown as
+"""What a user can fix is a `UserError`. Everything else is a bug, theirs or ours, and is shown as
 Python shows it."""
 
 import contextlib

@@ -43,7 +43,7 @@ def load(place: str, what: str) -> ModuleType:
         return known
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UserError(f"{what}={place} is no Python file: its name must end in .py.")
+        raise UserError(f"{what}={place} is not a Python file: its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     folder = path.parent

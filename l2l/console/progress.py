@@ -1,4 +1,4 @@
-"""How far something is: a bar on a terminal, dated lines elsewhere."""
+"""How far along something is: a bar on a terminal, dated lines elsewhere."""
 
 import math
 import sys

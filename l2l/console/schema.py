@@ -38,7 +38,7 @@ def check(where: str, factory: Callable, settings: Mapping, hidden=()) -> dict:
         out[key] = fits(where, key, value, hints.get(key, Any))
         least = _least(factory, parameters[key], hints.get(key))
         if least is not None and min(_tuple(out[key]), default=least) < least:
-            raise UserError(f"{key}={value!r} in {where} cannot be: {least} or more is needed.")
+            raise UserError(f"{key}={value!r} in {where} is too small: {least} or more is needed.")
     return out
 
 

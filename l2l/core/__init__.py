@@ -1,1 +1,1 @@
-"""The nouns (tasks, optimizers, meta-gradients) and inner training: what all the rest stands on."""
+"""The nouns (tasks, optimizers, meta-gradients) and inner training: the basis of all the rest."""

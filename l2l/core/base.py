@@ -112,7 +112,7 @@ class Rule(NamedTuple):
                   the flattened parameters (in the order of `jax.tree.leaves`).
     context:      (step, num_steps) -> [C]. `num_steps` 0 means that the horizon is unknown.
     observe:      (gradient [n], accumulators, params [n], step) -> (features [F, n], accumulators).
-    hidden:       (theta, n) -> Hidden, the recurrent state at the start, leaves [..., n].
+    hidden:       (theta, n) -> Hidden, the initial recurrent state, leaves [..., n].
     propose:      (theta, features [F, n], context [C], hidden) -> (updates [n], hidden).
     features:     the F names, in order, for diagnostics.
     matrices:     the preconditioner, or None. With it `propose` is given [F + E, n], the features
@@ -173,7 +173,7 @@ class LearnedOptimizer(NamedTuple):
            by tensor; None for others (see `lift`), whose meta-gradients are taken by plain
            automatic differentiation.
     start: (theta) -> Params that every run begins with; None where the family's `init` draws them.
-    loss:  (theta, the family's loss) -> the loss that the steps of a run go down, with the same
+    loss:  (theta, the family's loss) -> the loss that the steps of a run minimise, with the same
            arguments; None where that is the family's. The meta-loss is always the family's.
     """
 
@@ -272,7 +272,7 @@ def lift(
     init: Callable[[jax.Array], PyTree],
     make: Callable[[PyTree], optax.GradientTransformation],
 ) -> LearnedOptimizer:
-    """Makes a hand-written optimizer with meta-learned settings the same kind of thing as an LSTM.
+    """Turns a hand-written optimizer with settings to meta-learn into a `LearnedOptimizer`.
 
     >>> adam = lift(lambda key: jnp.log(1e-3), lambda log_lr: optax.adam(jnp.exp(log_lr)))
     """
@@ -280,7 +280,7 @@ def lift(
 
 
 def fixed(transform: optax.GradientTransformation) -> LearnedOptimizer:
-    """An optimizer with nothing to learn, for the code that wants a `LearnedOptimizer`."""
+    """An optimizer with nothing to learn, for code that expects a `LearnedOptimizer`."""
     return lift(lambda key: (), lambda theta: transform)
 
 

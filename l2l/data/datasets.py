@@ -335,7 +335,7 @@ def _text(name: str, root: Path) -> Dataset:
         path = root / "tinyshakespeare" / "input.txt"
         if not path.is_file():
             raise UserError(
-                f"{path} is not there and is not fetched by itself: put Karpathy's char-rnn file "
+                f"{path} is missing, and l2l does not download it: put Karpathy's char-rnn file "
                 "tinyshakespeare/input.txt there, or use 'pydoc', which comes with Python."
             )
         content = image_files.read(path)

@@ -85,7 +85,7 @@ ADULT, HOUSING, WINE = width(_ADULT_COLUMNS), width(_HOUSING_COLUMNS) - 1, 11 + 
 def _rows(path: Path, delimiter: str) -> list[list[str]]:
     if not path.exists():
         raise UserError(
-            f"{path} is not there and is not fetched by itself: put the published file there."
+            f"{path} is missing, and l2l does not download it: put the published file there."
         )
     try:
         with errors.naming(path), path.open(newline="", encoding="utf-8") as file:

@@ -53,7 +53,7 @@ def truncated(
     segments: bool = True,
     teacher: Teacher | None = None,
 ) -> base.MetaGradient:
-    """The gradient of a window's meta-loss in theta, inner states persisting between windows.
+    """The gradient of a window's meta-loss by theta; inner states persist between windows.
 
     With gₜ = ∇ℓₜ(θₜ), sₜ the optimizer's state and θₜ₊₁ = θₜ + u(φ; gₜ, θₜ, sₜ), the estimate is
     dL/dφ of L = Σₖ wₖ ρ(ℓₖ(θₖ)) (`Objective`) for fixed θ₀, s₀. Where theta holds the start of a

@@ -99,7 +99,7 @@ def first_order(
     """Truncated first-order meta-gradients of an optimizer that has a `rule`.
 
     Args:
-      block: coordinates in a block, if not what suits the machine.
+      block: coordinates in a block; by default what suits the machine.
 
     Raises:
       UserError: the optimizer has no rule.

@@ -31,7 +31,7 @@ class Objective(NamedTuple):
     emphasis: e; a loss after step t of T counts (1 + e)(t/T)ᵉ. A window in the middle of a run is
           best served by a small rate, which the run pays for later (short-horizon bias; Wu et al.
           2018): with a positive e such windows weigh little, and the end of a run most.
-    cap:  losses above it count as `cap` and pull no gradient; the share of capped losses is
+    cap:  losses above it count as `cap` and give no gradient; the share of capped losses is
           reported as the metric `capped`.
     """
 

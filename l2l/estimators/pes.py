@@ -61,7 +61,7 @@ def pes(
         ended the last. That is truncated antithetic ES, biased as truncated gradients are.
       noise: (key, theta) -> ε, with mean 0 and covariance I.
 
-    A run is renewed together with its twin, also when only one of them has left the finite numbers.
+    A run is restarted together with its twin, even when only one of the two is no longer finite.
     The imitation weight of the stage is ignored. The optimizer's state at the start of a run is
     made by theta without noise, unless theta holds the start itself: each of the pair then begins
     with its own.

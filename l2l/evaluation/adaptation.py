@@ -1,4 +1,4 @@
-"""How far a few steps get from a start: query losses of new problems, after 0, 1, … inner steps.
+"""How far a few steps from a start get: query losses of new problems after 0, 1, … inner steps.
 
 The start that theta holds is measured beside two others: parameters drawn anew for each problem,
 and those of one network pretrained on many problems at once. Inner steps see the training split of
@@ -22,7 +22,7 @@ FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class Adapted(NamedTuple):
-    """What adaptation came to from one start, as NumPy arrays: n problems, c numbers of steps.
+    """The results of adaptation from one start, as NumPy arrays: n problems, c numbers of steps.
 
     factor:   on the optimizer's updates.
     steps:    [c], 0 the first of them.
@@ -93,7 +93,7 @@ def pretrain(
     num_problems: int,
     learning_rate: float = 1e-3,
 ):
-    """The Params of one network trained on all problems at once, to be started from.
+    """The Params of one network trained on all problems at once, as a start to compare with.
 
     Each of `steps` steps of Adam with cosine decay goes down the mean loss of `num_problems` new
     problems, on a training and a validation batch of each: as many as meta-training sees.

@@ -52,7 +52,7 @@ class Score(NamedTuple):
 
 
 def score(rows: Sequence["Row"]) -> list[Score]:
-    """The scores of all rows of which there is a tuned baseline."""
+    """The scores of all rows for which there is a tuned baseline."""
     places: dict[tuple[str, int], dict[str, Row]] = {}
     for row in rows:
         places.setdefault((row.cell, row.steps), {})[row.optimizer] = row
@@ -112,10 +112,10 @@ def interquartile(values: Mapping[str, Sequence[float]]) -> tuple[float, float, 
     """(interquartile mean of ratios over cells, its 95 % interval), in logarithms.
 
     A quarter of the cells is left out at either end. The interval is the percentile bootstrap over
-    cells. NaN counts for nothing; of fewer than two cells there is no interval.
+    cells. NaN is ignored; for fewer than two cells there is no interval.
 
     Args:
-      values: {cell: its ratios}, of which their geometric mean counts.
+      values: {cell: its ratios}; their geometric mean counts.
     """
     from scipy import stats  # A second, which nobody else needs.
 

@@ -1,4 +1,4 @@
-"""Hand-designed optimizers to compare with: spaces of them, and any by expression.
+"""Hand-designed optimizers to compare with: spaces to tune over, and single ones by expression.
 
 The optimizers of a kind are a `LearnedOptimizer` whose theta is a `Setting`: its numbers are
 traced, so that one compiled program serves a whole space (`tuning.py` searches it).
@@ -268,7 +268,7 @@ def _value(node: ast.expr, text: str):
         return ast.literal_eval(node)
     except ValueError:
         raise UserError(
-            f"{text!r} has the argument {ast.unparse(node)!r}, which is no plain value: "
+            f"{text!r} has the argument {ast.unparse(node)!r}, which is not a plain value: "
             "use numbers, strings, True, False or None."
         ) from None
 

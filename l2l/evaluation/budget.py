@@ -1,4 +1,4 @@
-"""What fits into a time: `--budget=2h`."""
+"""Which cells fit into a given time: `--budget=2h`."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def read(text: str) -> float:
     sizes = (3600, 60, 1)
     seconds = sum(float(n or 0) * size for n, size in zip(numbers, sizes, strict=False))
     if not seconds:
-        raise UserError(f"--budget={text} is no time: write it like 2h, 20m, 90s or 1h30m.")
+        raise UserError(f"--budget={text} is not a duration: write it like 2h, 20m, 90s or 1h30m.")
     return seconds
 
 

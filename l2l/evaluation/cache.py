@@ -1,4 +1,4 @@
-"""What was measured, kept in a directory: found again by its program, its data and its inputs.
+"""Measurements kept in a directory, and found again by their program, data and inputs.
 
 A changed optimizer, family or version of JAX is another program, so that nothing stale is found.
 """

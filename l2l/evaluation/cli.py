@@ -1,4 +1,4 @@
-"""The command `python -m l2l.evaluate`: what is typed to what is scored.
+"""The command `python -m l2l.evaluate`: from what is typed to what is scored.
 
     python -m l2l.evaluate --optimizer=runs/mlp,"adam(1e-2)" --task=mlp --set hidden=32
         --vary activations=relu,tanh,sigmoid --horizons=500,1000 --seeds=10 --output=scores
@@ -236,7 +236,7 @@ def _plan(chosen: Suite, count: int, budget: float | None, output):
         if not parts:
             raise UserError(
                 f"A budget of {suites.duration(budget)} leaves nothing to measure: the cheapest "
-                f"cell takes some {suites.duration(dear)}. Give more, or fewer --horizons or "
+                f"cell takes about {suites.duration(dear)}. Allow more, or fewer --horizons or "
                 "--seeds."
             )
         steps = sorted({h for part in rest for h in part.horizons})
@@ -298,7 +298,9 @@ def _horizons(values, default) -> tuple[int, ...]:
     if values.horizons is None:
         return default
     if not values.horizons or not all(x.strip().isdecimal() and int(x) for x in values.horizons):
-        raise UserError(f"--horizons={','.join(values.horizons)} are no steps: try 500,1000.")
+        raise UserError(
+            f"--horizons={','.join(values.horizons)} are not numbers of steps: try 500,1000."
+        )
     return tuple(int(x) for x in values.horizons)
 
 

@@ -34,11 +34,11 @@ class Entry(NamedTuple):
 
     optimizer:  an optax transformation; a `LearnedOptimizer`, with its theta; or a function
                 (num_steps) -> an optax transformation.
-    told:       the part of a run's length that the optimizer is told to be the whole; 0 tells it
-                nothing.
-    variant_of: of a row that is there to be compared with a learned optimizer's own, the name of
-                that; see `entries.variants`.
-    multiplier: of an untrained optimizer, that of its rate; None for others.
+    told:       the fraction of a run's length that the optimizer is told is its horizon; 0 tells
+                it nothing.
+    variant_of: the name of the learned optimizer that this one is there to be compared with; see
+                `entries.variants`.
+    multiplier: the factor on the rate of an untrained optimizer; None for others.
     """
 
     name: str
@@ -74,18 +74,18 @@ def telling(optimizer: base.LearnedOptimizer, share: float) -> base.LearnedOptim
 
 
 class Cell(NamedTuple):
-    """What is measured on: a task. Its problems differ as the task has it.
+    """What optimizers are measured on: a task, whose problems vary as the task defines.
 
     task:    a family, or the section `task` of a configuration that makes one.
     kind:    in what it differs from the training of the released optimizers, of `suites.KINDS`.
     cost:    CPU microseconds a training step of one problem in a sweep of Adam's rates, measured
              on one core of an EPYC: for the estimate, and for what comes first.
     whole:   likewise, CPU milliseconds a run for its measurements over whole splits.
-    rows:    so many of each split are used; None for all.
+    rows:    how many of each split are used; None for all.
     instead: the cell that is measured where this one's data are absent; None for none.
-    scored:  so many rows of a whole split are measured, evenly spaced, where batches come from all
-             of them; None for all.
-    horizons: its own training steps, in place of those that are asked for; () for none.
+    scored:  how many rows of a whole split are measured, evenly spaced, while batches come from
+             all of them; None for all.
+    horizons: its own numbers of training steps, instead of those asked for; () for none.
     """
 
     name: str
@@ -200,15 +200,15 @@ def measure(
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Iterator[Row]:
     """Measures optimizers and the best of each grid, in the order of `plan`. The rows of a cell at
-    a horizon come as soon as they are there, the entries' before the baselines'.
+    a horizon come as soon as they are ready, the entries' before the baselines'.
 
     Args:
-      horizons: training steps; every run is told its own.
+      horizons: in training steps; the optimizer of every run is told its own.
       problems: of each cell; all optimizers meet the same ones.
       grids: baselines, tuned for each cell and horizon. Ratios are taken to the first.
       timed: whether to measure the seconds of a training step too.
-      cache_dir: where everything is kept as it comes, the timings too: the same call goes on where
-        another was interrupted.
+      cache_dir: where everything is kept as it is measured, timings too: the same call continues
+        where another was interrupted.
       parts: what of `plan` is measured, and in which order; by default all of it.
       progress: called with (the part of the work that is done, what is being done).
     """

@@ -1,4 +1,4 @@
-"""Any optax transformation to loss curves: learned and hand-made optimizers pass through this code.
+"""From any optax transformation, learned or hand-designed, to its loss curves.
 
 Paired by design: problem i draws its initial parameters and every batch from `fold_in(key, i)`,
 whatever the optimizer and the devices.
@@ -36,7 +36,7 @@ class Problems(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What `num_problems` training runs came to, as numpy arrays: n runs, T steps, c checkpoints.
+    """The results of `num_problems` training runs as NumPy arrays: n runs, T steps, c checkpoints.
 
     losses:        [n, T], the loss of the training batch before each step.
     steps:         [c], the steps after which what follows was measured; the last one is T.
@@ -50,8 +50,8 @@ class Curves(NamedTuple):
     validation_loss:  [n, v], over the validation split, or over `EXAMPLES` evenly spaced ones of it
                    where there are more.
 
-    Of an optimizer that averages its iterates (`optax.contrib.schedule_free`) the averages are what
-    is measured. Families without data measure their one loss, so that train_loss equals test_loss.
+    If an optimizer averages its iterates (`optax.contrib.schedule_free`), the averages are what is
+    measured. Families without data measure their one loss, so that train_loss equals test_loss.
     """
 
     losses: Any

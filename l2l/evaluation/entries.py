@@ -1,4 +1,4 @@
-"""What is typed as --optimizer to what is measured, and what every learned optimizer is set beside.
+"""From --optimizer to what is measured, and what each learned optimizer is compared with.
 
 A released name, an export or a run; an optax expression; or a function of anybody's.
 """
@@ -34,7 +34,7 @@ def read(text: str) -> Entry:
     an export or run: what is meant by a name is not moved by what lies in the working directory.
 
     Raises:
-      UserError: it is none of these; the sentence names the nearest, released ones first.
+      UserError: it is none of these; the message names the nearest, released ones first.
     """
     if (
         found := re.fullmatch(r"([\w.~/-]+):([A-Za-z_]\w*)\s*(\(.*\))?", text, re.DOTALL)
@@ -58,9 +58,9 @@ def _unknown(text: str, name: str) -> str:
     near = [m for kind in (released, optax) for m in difflib.get_close_matches(name, kind, 1)]
     hint = f"Did you mean {' or '.join(near)}?" if near else modules.nearest_path(text).strip()
     return (
-        f"There is no optimizer {text!r}. {hint} Released are {', '.join(released)}; of optax "
-        f"{', '.join(optax)}; and any path to an export or to a run directory will do, or "
-        "package.module:function."
+        f"There is no optimizer {text!r}. {hint} The released ones are {', '.join(released)}; "
+        f"those of optax {', '.join(optax)}; and any path to an export or to a run directory will "
+        "do, or package.module:function."
     )
 
 
@@ -81,7 +81,7 @@ def imported(place: str, name: str, typed: str | None = None) -> Callable:
         return lambda num_steps: found
     if not callable(found):
         raise UserError(
-            f"{full} is {found!r}, which is no function: name one that makes an optimizer."
+            f"{full} is {found!r}, which is not a function: name one that makes an optimizer."
         )
     args, kwargs = baselines.arguments(f"{name}{typed or '()'}")
     try:
@@ -94,8 +94,8 @@ def imported(place: str, name: str, typed: str | None = None) -> Callable:
             signature.bind(*args, **({"num_steps": 1} if tells else {}), **kwargs)
         except TypeError as error:
             raise UserError(
-                f"{full} does not take {typed or 'no arguments'} ({error}): write them behind it, "
-                f"like {full}(learning_rate=1e-3)."
+                f"{full} cannot be called with {typed or 'no arguments'} ({error}): write "
+                f"them after it, like {full}(learning_rate=1e-3)."
             ) from None
 
     @functools.lru_cache(maxsize=64)
@@ -103,7 +103,7 @@ def imported(place: str, name: str, typed: str | None = None) -> Callable:
         made: Any = found(*args, **({"num_steps": num_steps} if tells else {}), **kwargs)
         if not _transforms(made):
             raise UserError(
-                f"{full} returned {type(made).__name__}, which is no optax transformation: return "
+                f"{full} returned {type(made).__name__}, not an optax transformation: return "
                 "one, a pair of functions init and update."
             )
         return optax.with_extra_args_support(made)
@@ -119,12 +119,12 @@ def _transforms(x) -> bool:
 def variants(
     entry: Entry, told: Sequence[float] = (), multipliers: Sequence[float] = MULTIPLIERS
 ) -> list[Entry]:
-    """What an entry is measured beside: itself, told other things; and its untrained twin, the
-    theta that its training began with, at multiples of its nominal rate. Of one that is not
-    learned nothing.
+    """What an entry is compared with: itself, told other horizons; and its untrained twin, that is
+    the theta that its training began with, at multiples of its nominal rate. Nothing for one
+    that is not learned.
 
     Args:
-      told: parts of the length of a run; the entry itself is told all of it.
+      told: fractions of the length of a run; the entry itself is told the whole length.
       multipliers: of the untrained twin's rate; with several it counts at the best one for all
         cells (`untrained.with_best_rates`).
     """

@@ -58,7 +58,7 @@ def compile_runs(optimizer: base.LearnedOptimizer, family, num_steps: int):
 
 
 def draws(key: jax.Array, knots: int, count: int):
-    """Thetas of `learned_adamw` with so many knots, leaves [count, ...]."""
+    """Thetas of `learned_adamw` with that many knots, leaves [count, ...]."""
     rate, decay, kind = jax.random.split(key, 3)
 
     def log_uniform(key, limits):

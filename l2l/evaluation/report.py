@@ -115,13 +115,13 @@ def write(
     draw: bool = True,
 ) -> str:
     """Writes table.md and results.json; and if `draw`, curves-….png, one for each horizon, and for
-    several cells scorecard.png. Returns what a terminal is shown: of several cells the summary, of
-    one its rows, and the paths.
+    several cells scorecard.png. Returns what is shown on a terminal: the summary for several cells,
+    the rows for one, and the paths.
 
     Args:
-      rows: what was measured; of `cells` × `horizons`, what is not among it is said to be missing.
+      rows: what was measured; whatever of `cells` × `horizons` is not there is listed as missing.
       notes: further sentences for the reader.
-      about: what else results.json should say, as plain data.
+      about: anything else that results.json should contain, as plain data.
     """
     directory = files.folder(directory, "--output")
     page = lay_out(rows, cells, horizons, notes)

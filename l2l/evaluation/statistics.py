@@ -47,7 +47,7 @@ def speed_up(
 
         speed_up(a, b) = 1 / speed_up(b, a),  speed_up(a, a) = 1,  1/T <= speed_up <= T.
 
-    A run whose loss ends not finite needed T steps for what any other does in one.
+    A run whose final loss is not finite counts as needing T steps for what any other does in one.
     """
     own, other = smooth(losses), smooth(reference)
     steps = own.shape[1]
@@ -106,8 +106,8 @@ def interval(values, confidence: float = 0.95) -> tuple[float, float, float]:
 
 
 def summarise(rows: Sequence) -> list[dict]:
-    """A dict an optimizer and horizon over all cells, and where there are several horizons one over
-    all of them; `report.LEGEND` defines the columns.
+    """One dict for each optimizer and horizon, over all cells, and if there are several
+    horizons, one over all of them; `report.LEGEND` defines the columns.
 
     Args:
       rows: `comparison.Row`s.

@@ -1,4 +1,4 @@
-"""Results that were stored as JSON, and the page of tables and figures that is made of them alone:
+"""Results stored as JSON, and the page of tables and figures made from them alone:
 
     python -m l2l.evaluate --from=docs/results
 
@@ -24,8 +24,8 @@ PAGE = "tables.md"
 
 
 def read(path: str | os.PathLike) -> tuple[list[Row], list[Cell], dict]:
-    """(rows, cells, whatever else it says) of a `results.json`; of the rows' curves the loss of
-    each batch is not there, (). UserError if it is none, or one of another version."""
+    """(rows, cells, everything else) of a `results.json`; the rows' curves lack the loss of each
+    batch, which is (). UserError if it is not such a file, or one of another version."""
     path = Path(path)
     try:
         content = json.loads(path.read_text())
@@ -34,7 +34,7 @@ def read(path: str | os.PathLike) -> tuple[list[Row], list[Cell], dict]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} is not a results.json that this version of l2l wrote ({error!r}): measure it "
-            "anew with `python -m l2l.evaluate`."
+            "again with `python -m l2l.evaluate`."
         ) from None
     return rows, cells, content
 
@@ -44,7 +44,9 @@ def page(directory: str | os.PathLike) -> tuple[str, dict[str, list[Row]]]:
     UserError where there are none."""
     paths = sorted(Path(directory).glob("*.json"))
     if not paths:
-        raise UserError(f"{directory} holds no .json: copy a results.json into it, by any name.")
+        raise UserError(
+            f"{directory} holds no .json file: copy a results.json into it, under any name."
+        )
     text = (
         "# Measured\n\nMade of the JSON files beside this page alone, by `python -m l2l.evaluate "
         f"--from=` and their directory.\n\n{report.LEGEND}"

@@ -1,4 +1,4 @@
-"""Seconds of a training step, measured in turns."""
+"""Seconds per training step, with the optimizers measured in turns."""
 
 import statistics
 import time

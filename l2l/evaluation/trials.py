@@ -19,7 +19,7 @@ LOSSES = ("train", "validation")
 
 
 def best_of(losses: Sequence[float] | np.ndarray, count: int) -> float:
-    """The expectation of the least of `count` of n losses, drawn without replacement.
+    """The expected minimum of `count` of n losses, drawn without replacement.
 
     Of the losses in ascending order ℓ₁ ≤ … ≤ ℓₙ, ℓᵢ is the least of a subset of k if that has i and
     k − 1 of the n − i after it: E = Σᵢ ℓᵢ C(n − i, k − 1) / C(n, k).
@@ -53,10 +53,10 @@ class Match(NamedTuple):
 
 
 def matches(rows: Sequence["Row"]) -> list[Match]:
-    """Every optimizer that is no baseline beside every baseline, by training and validation loss;
-    what is there to be compared with a learned optimizer is left out.
+    """Compares every optimizer that is not a baseline with every baseline, by training and
+    validation loss; rows that are there for comparison with a learned optimizer are left out.
 
-    A trial counts with at most the loss at the start, as if it had kept its initial parameters.
+    A trial's loss counts as at most the initial one, as if it had kept its initial parameters.
     """
     places: dict[tuple[str, int], list] = {}
     for row in rows:

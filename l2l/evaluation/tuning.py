@@ -1,4 +1,4 @@
-"""The best of a space of hand-designed optimizers, at every horizon: the baseline to beat."""
+"""The best of a space of hand-designed optimizers at each horizon: the baseline to beat."""
 
 import functools
 import itertools
@@ -38,15 +38,15 @@ class Drawn(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The space in which a kind of optimizer is tuned, and which of its points are tried.
+    """The space over which a kind of optimizer is tuned, and which of its points are tried.
 
-    kind:       one of `baselines.KINDS`, which decides what is not given here.
+    kind:       one of `baselines.KINDS`, which supplies whatever is not given here.
     rates:      (low, high, count), log-spaced; by default the kind's limits and 15.
     schedules:  of `baselines.SCHEDULE_KINDS`.
     eps_roots, weight_decays: values of either.
-    each:       of all schedules × eps_roots × weight_decays, so many are tried with each rate,
-                another choice from rate to rate, so that all values come equally often; None for
-                all of them.
+    each:       how many of all schedules × eps_roots × weight_decays are tried with each rate,
+                a different choice for each, so that all values occur equally often; None for all
+                of them.
     extensions: how often, at most, the rates grow by 3 at either end when the best of some measure
                 sits there. 0 keeps the number of trials.
     settings:   of `baselines.grid`.
@@ -68,7 +68,8 @@ class Grid(NamedTuple):
         low, high, count = self.rates or (found.low, found.high, RATES)
         if not (0 < low < high and count > 1):
             raise UserError(
-                f"rates=({low:g}, {high:g}, {count}) is no grid: give 0 < low < high and 2 or more."
+                f"rates=({low:g}, {high:g}, {count}) is not a grid: give 0 < low < high "
+                "and 2 rates or more."
             )
         return low, high, count
 
@@ -136,7 +137,7 @@ class Tuned(NamedTuple):
     """What a search found: the best `Point` by each measure, as {horizon: Point}.
 
     by_train_loss, by_validation_loss, by_test_loss: least arithmetic mean over problems.
-    by_test_accuracy: greatest mean, and of equals the least training loss; empty for families
+    by_test_accuracy: greatest mean, ties broken by the least training loss; empty for families
       without accuracy.
     points: all that was tried, by horizon, in the order of `Grid.trials`.
     notes:  sentences for the reader: where the space was extended, or its edge could not be passed.
@@ -166,8 +167,8 @@ def tune(
     The baseline is chosen on the very problems it is then compared on, which favours it.
 
     Args:
-      cache_dir: where results are kept as they come, so that the same search is not made twice; a
-        result is found again by its program, its data and its inputs.
+      cache_dir: where results are kept as they come, so that no search is run twice; a result is
+        found again by its program, its data and its inputs.
       progress: called with (the part of the training steps that is done, what was done last).
     """
     devices = list(jax.local_devices() if devices is None else devices)

@@ -1,4 +1,4 @@
-"""A rule with its theta as an optax transformation: the contract all learned optimizers keep."""
+"""A rule and its theta as an optax transformation: the contract of all learned optimizers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +33,7 @@ def transformation(
 
     Raises:
       UserError: from `init`, for parameters that are no real floating-point numbers; from `update`,
-        where params is None, gradients or state do not fit it, or `num_steps` is no number of
+        where params is None, gradients or state do not fit it, or `num_steps` is not a number of
         steps.
     """
     # Only for the sentence about a state that does not fit.
@@ -118,7 +118,7 @@ def with_knobs(
             raise UserError(f"{name}={value} is out of range: use 0 or a positive number.")
         schedule = name == "learning_rate" and callable(value)
         if not (number or schedule or isinstance(value, jax.Array)):
-            raise UserError(f"{name}={value!r} is no number{_OR_SCHEDULE[name]}.")
+            raise UserError(f"{name}={value!r} is not a number{_OR_SCHEDULE[name]}.")
     links: list[optax.GradientTransformation] = [transform]
     if not isinstance(weight_decay, int | float) or weight_decay:
         decay = _decay(rate, weight_decay)

@@ -79,10 +79,10 @@ def guard(
     period: int = 100,
     max_falls: int = 5,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, with Adam beside it that takes over where it does worse.
+    """The optimizer, with Adam beside it, which takes over where the optimizer does worse.
 
-    While the learned optimizer passes, its updates are returned as they are. Two tests speak
-    against it; each call on which one fails is a strike, each other call takes one back:
+    While the learned optimizer passes two tests, its updates are returned as they are. Each call
+    on which it fails one of them is a strike; every other call takes one strike back:
 
     1. Its step. One that is not finite, leaves the parameters not finite, or is longer than
        `longest_step` times the longest step of Adam so far (Euclidean norms over all parameters)
@@ -96,8 +96,8 @@ def guard(
 
        where the limit is the lowest of those found whenever m reached a new low.
 
-    At `patience` strikes it falls: that is, when the losses have for some time been above the
-    limit more often than below, not at single bad batches. A fall goes back to the parameters
+    At `patience` strikes it falls: that is, when the losses have for some time been above the limit
+    more often than below it; single bad batches do not count. A fall goes back to the parameters
     remembered at m*, and starts both optimizers and the record of losses anew (the gradients of a
     divergence would keep Adam's second moments large for thousands of steps). Then Adam steps,
     `period` times after the first fall, twice as often after each further one; the learned
@@ -120,12 +120,12 @@ def guard(
 
     It takes Adam's state and a copy of the parameters beside the learned state: 12 bytes a
     parameter in float32. Once the run is Adam's for good the learned optimizer costs no time.
-    Compiling it takes some 0.2 CPU seconds for each tensor, which is felt with hundreds of them.
-    Reverse-mode derivatives do not pass through it.
+    Compiling it takes about 0.2 CPU seconds for each tensor, which adds up with hundreds of them.
+    Reverse-mode differentiation does not work through it.
 
-    What it returns has to be what is added to the parameters, or it cannot go back: put clipping
-    and the like before it in a chain, not after. Where a run is split over devices, `value` must be
-    the mean over them, as the gradients are.
+    What it returns has to be exactly what is added to the parameters, or it cannot go back: in a
+    chain, put clipping and the like before it, not after. Where a run is split over devices,
+    `value` must be the mean over them, as the gradients are.
 
     Args:
       optimizer: any optax transformation. It receives all extra arguments.
@@ -141,8 +141,8 @@ def guard(
       max_falls: after which it is Adam for good.
 
     Raises:
-      UserError: an option is out of range, or is not an optax transformation; from `update`, where
-        `params` is None or `value` no scalar.
+      UserError: an option is out of range, or is not an optax transformation; from `update`, if
+        `params` is None or `value` is not a scalar.
     """
     own = _Guard(
         _transformation("optimizer", optimizer, "l2l.load(…)"),
@@ -199,16 +199,16 @@ class _Guard(NamedTuple):
             number = getattr(self, name)
             if not (isinstance(number, float | int) and 0 < number < float("inf")):
                 raise UserError(
-                    f"{name}={number!r} is no threshold: give a positive finite number."
+                    f"{name}={number!r} is not a threshold: give a positive finite number."
                 )
         for name in ("window", "patience", "period", "max_falls"):
             number = getattr(self, name)
             if not (isinstance(number, int) and number > 0):
-                raise UserError(f"{name}={number!r} counts nothing: give a positive int.")
+                raise UserError(f"{name}={number!r} is not a count: give a positive int.")
         if self.period << (self.max_falls - 1) >= 1 << 31:
             raise UserError(
                 f"period={self.period} doubled after each of max_falls={self.max_falls} falls is "
-                "more than an int32 counts: lower either."
+                "more than an int32 can hold: lower one of them."
             )
 
     def start(self, params) -> GuardState:
@@ -398,7 +398,7 @@ def _transformation(name: str, given, example: str) -> optax.GradientTransformat
     if not all(isinstance(getattr(given, part, None), Callable) for part in ("init", "update")):
         bound = " It is not bound to a theta: call its bind." if hasattr(given, "bind") else ""
         raise UserError(
-            f"{name}={str(given)[:60]} is a {type(given).__name__}, no optax transformation: "
+            f"{name}={str(given)[:60]} is a {type(given).__name__}, not an optax transformation: "
             f"give one, like {example}.{bound}"
         )
     return optax.with_extra_args_support(given)

@@ -1,4 +1,4 @@
-"""The trees that a loop hands to an optimizer: what fits, and a sentence for what does not.
+"""The trees that a training loop gives an optimizer: which fit, and an error for those that do not.
 
 Trees come as optax, flax and equinox pass them: with None where there is nothing to train, Python
 numbers, shapes in place of arrays. All of it is decided by structure, shapes and types, while a
@@ -101,7 +101,7 @@ def horizon(num_steps: Any) -> jax.Array:
     """`num_steps` as an int32 scalar; None becomes 0, which says that the horizon is unknown.
 
     Raises:
-      UserError: it is no whole number from 0 to 2³¹ − 1. The value of an array is not looked at.
+      UserError: it is not a whole number from 0 to 2³¹ − 1. The value of an array is not checked.
     """
     steps = -1
     if isinstance(num_steps, jax.Array):
@@ -115,7 +115,7 @@ def horizon(num_steps: Any) -> jax.Array:
         array = isinstance(num_steps, jax.Array)
         shown = f"an array {num_steps.dtype}{list(num_steps.shape)}" if array else repr(num_steps)
         raise UserError(
-            f"num_steps={shown} is no number of steps: give a whole number of 0 or more, the "
+            f"num_steps={shown} is not a number of steps: give a whole number of 0 or more, the "
             "length of the run, or leave it out where that is not known."
         )
     # By name, so that a transfer guard lets it pass.

@@ -102,7 +102,7 @@ def per_tensor(
     that the loss wants to grow.
 
     Args:
-      hidden_size: of the LSTM; 0 for none: then λ, w, p and the decay are all of theta.
+      hidden_size: of the LSTM; 0 for none: theta then is λ, w, p and the decay alone.
       learning_rate: exp(λ) at the start, of matrices; times `vector_rate`, of vectors.
       size_power: q. The longer side, not the fan-in: libraries differ in which axis that is.
       decays: of the first moments; the first is the nominal one.

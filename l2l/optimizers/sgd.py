@@ -39,7 +39,7 @@ def sgd(
     if not learning_rate > 0:
         raise UserError(f"learning_rate={learning_rate} leads nowhere: use a positive number.")
     if len({*tensors}) < len(tensors):
-        raise UserError(f"tensors={tensors} name one twice: give each its one rate.")
+        raise UserError(f"tensors={tensors} name a tensor twice: list each once.")
 
     def init(key):
         del key
@@ -63,7 +63,8 @@ def _by_tensor(log_rates, gradient):
     own = [(jax.tree_util.keystr(path, simple=True, separator="/"), g) for path, g in paths]
     if {name for name, _ in own} != set(log_rates):
         raise UserError(
-            f"The tensors with a rate are {', '.join(sorted(log_rates))}, and those of the "
-            f"parameters {', '.join(name for name, _ in own)}: name them all in optimizer.tensors."
+            f"The tensors with a rate are {', '.join(sorted(log_rates))}, but those of the "
+            f"parameters are {', '.join(name for name, _ in own)}: name them all in "
+            "optimizer.tensors."
         )
     return treedef.unflatten([-jnp.exp(log_rates[name]) * g for name, g in own])

@@ -1,4 +1,4 @@
-"""SOAP's direction as something each coordinate observes, for `lstm`; `soap.py` is the optimizer.
+"""SOAP's direction as a feature of each coordinate, for `lstm`; the optimizer itself is `soap.py`.
 
 The eigenvectors of E[GGᵀ] and E[GᵀG] show what coordinates hide, how the gradients of a layer hang
 together: dividing by the root of the second moment in that basis, in place of coordinate by

@@ -1,4 +1,4 @@
-"""What an export must say so that a later l2l does with it what this one does, or says why not.
+"""What an export must record so that a later l2l treats it as this one does, or says why not.
 
 A theta means something only together with its rule. So an export holds every setting, those left
 at their defaults too, and the version of each rule it uses; a constant in a rule's module counts as

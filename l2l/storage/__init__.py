@@ -1,1 +1,1 @@
-"""Files that outlive a process: exports to give away, checkpoints to go on from."""
+"""Files that outlive a process: exports to give away, checkpoints to resume from."""

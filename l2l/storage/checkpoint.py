@@ -1,4 +1,4 @@
-"""The checkpoints of a run (Orbax), to go on from.
+"""The checkpoints (Orbax) that a run resumes from.
 
 A checkpoint holds the whole `MetaState`, free of the number of devices and processes, and what else
 the loop needs; a checksum of all of it is read before it is trusted. What a run gives away in the
@@ -238,8 +238,8 @@ def _writing(directory):
             raise errors.about(directory, OSError(number, "")) from error
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"No checkpoint could be written under {directory} ({reason}). Those before it are "
-            f"kept: mend the cause, then {errors.AGAIN}."
+            f"No checkpoint could be written under {directory} ({reason}). Earlier ones are "
+            f"kept: remove the cause, then {errors.AGAIN}."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a stranger's export says is checked before anything is built from it or memory is taken."""
+"""A stranger's export is checked before anything is built from it or memory is allocated for it."""
 
 import json
 

@@ -44,8 +44,8 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
       The path.
 
     Raises:
-      UserError: the specification names no optimizer, or settings that it has not; theta is not
-        of that optimizer; or the metadata are too long.
+      UserError: the specification names no optimizer, or settings that it does not have; theta
+        does not belong to that optimizer; or the metadata are too long.
     """
     from safetensors.numpy import save
 
@@ -56,7 +56,7 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
         name, have, want = odd
         raise UserError(
             f"This theta has {name}: {have}, where {specification['name']!r} with these settings "
-            f"has {want}: export it with those that made it."
+            f"has {want}: export it with the settings it was made with."
         )
     settings = versions.complete(specification)
     rules = versions.rules_of(settings)
@@ -73,17 +73,17 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     content = save(tensors, {"l2l": json.dumps(header)})
     read_bytes = 8 + int.from_bytes(content[:8], "little")
     if read_bytes > export_header.LARGEST_HEADER:
-        raise UserError(f"The metadata of {path} take {read_bytes} bytes: leave some out.")
+        raise UserError(f"The metadata of {path} take {read_bytes} bytes: leave some of it out.")
     files.write(path, content)
     return Path(path)
 
 
 def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any, dict]:
-    """An export, local or remote, as (optimizer, theta, metadata). Executes nothing that it brings.
+    """An export, local or remote, as (optimizer, theta, metadata). Executes nothing in the file.
 
     Where it holds a start or a loss, theta is `Parts`, made of dicts and lists, and the optimizer
-    binds that. Of the loss there are the numbers alone; what they are settings of, the metadata's
-    configuration says.
+    binds that. Only the numbers of the loss are stored; the configuration in the metadata says
+    what they are settings of.
 
     Args:
       other_rules: read it even if it was made for another version of its rule, so that its theta
@@ -91,8 +91,8 @@ def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any
         of today's.
 
     Raises:
-      UserError: the file is no export, or not a whole one, or cannot be opened; or it was made for
-        a rule that acted otherwise.
+      UserError: the file is not an export, is incomplete, or cannot be opened; or it was made for
+        a rule that acted differently.
     """
     path = files.readable(path)
     with files.reached(path), files.copied(path) as local, open(local, "rb") as file:
@@ -103,11 +103,11 @@ def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any
             optimizer, theta = _read(local, metadata)
             return optimizer, theta, metadata
         except versions.OtherRule as error:
-            raise UserError(f"{path} is not for this l2l: {error}.") from None
+            raise UserError(f"{path} is not for this version of l2l: {error}.") from None
         except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
             reason = errors.printable(reason)[:300].rstrip(". ")
-            raise UserError(f"{path} is no whole export of l2l: {reason}.") from error
+            raise UserError(f"{path} is not a complete export of l2l: {reason}.") from error
 
 
 def _metadata(file) -> dict:
@@ -189,20 +189,20 @@ def load(
         run that has ended; also at gs:// or s3://, where etils can read those. The name of a
         released one means that, whatever the working directory holds: a file or folder of the
         same name is written with a slash (./lstm) or given as a `Path`.
-      num_steps: the horizon to tell the optimizer where `update` is not given one.
+      num_steps: the horizon that the optimizer is told when `update` is given none.
       learning_rate: a factor on every update, or an optax schedule of factors.
       weight_decay: decoupled, as in `optax.adamw`, times the optimizer's own nominal rate.
       mask: where weight decay applies, as in `optax.adamw`.
-      state_dtype: in which the recurrent state is kept between steps (`coordinates.bind`):
+      state_dtype: the dtype of the recurrent state between steps (`coordinates.bind`):
         jnp.bfloat16 takes 48 bytes a parameter of the default optimizer, not 80.
 
     Its updates are in the dtypes of the parameters. It computes in float32, and in float64 where
     any of the parameters is; with `jax_enable_x64` on or off theta is what the file holds.
 
     Raises:
-      UserError: there is no such optimizer, or the file is damaged; `num_steps` is no number of
-        steps; a knob is out of range; or `state_dtype` is no floating-point type, or given where
-        there is no such state.
+      UserError: there is no such optimizer, or the file is damaged; `num_steps` is not a number
+        of steps; a setting is out of range; or `state_dtype` is not a floating-point type, or is
+        given where there is no such state.
     """
     if num_steps is not None:
         leaves.horizon(num_steps)
@@ -239,7 +239,7 @@ def start(path, *, like: Any = None) -> Any:
 
     Args:
       path: also at gs:// or s3://, where etils can read those.
-      like: a pytree of the structure that is wanted, of arrays or shapes. By default it is one of
+      like: a pytree of arrays or shapes with the structure that you want. The default is one of
         dicts and lists: that of the task's parameters, if they are made of those.
 
     Raises:
@@ -262,8 +262,8 @@ def fitted(tree, like, what: str) -> base.PyTree:
     if odd := _odd(arrays, wanted):
         name, have, want = odd
         raise UserError(
-            f"{what} has {name}: {have}, where {want} is wanted: use the model that it was trained "
-            "for."
+            f"{what} has {name}: {have}, where {want} is expected: use the model that it was "
+            "trained for."
         )
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
@@ -308,8 +308,8 @@ def locate(name_or_path):
     if isinstance(name_or_path, os.PathLike) or os.sep in name_or_path:
         near = "" if files.scheme(path) else modules.nearest_path(str(name_or_path))
         raise UserError(
-            f"There is no optimizer at {name_or_path}: no such file or directory.{near} Released "
-            f"are {', '.join(names)}."
+            f"There is no optimizer at {name_or_path}: no such file or directory.{near} The "
+            f"released ones are {', '.join(names)}."
         )
     raise UserError(
         schema.unknown("optimizer", name_or_path, names)

@@ -59,7 +59,7 @@ def local(path, what: str = "--workdir") -> Path:
     """A directory to write to as a Path; UserError for a remote one."""
     if scheme(path):
         raise UserError(
-            f"{what}={path} is remote, and what is written there needs locks, appending and "
+            f"{what}={path} is remote, but what is written there needs locks, appending and "
             "renaming: mount the bucket (gcsfuse, mount-s3) and name the mounted path, or write to "
             "a local one and copy it afterwards. l2l.load reads remote paths as they are."
         )
@@ -77,7 +77,7 @@ def readable(path):
         return Path(path)
     if kind not in PACKAGES:
         raise UserError(
-            f"{path} cannot be read: of remote paths there is "
+            f"{path} cannot be read: remote paths begin with "
             f"{', '.join(f'{k}://' for k in PACKAGES)}. Download it and name the file."
         )
     from etils import epath  # Of Orbax's own needs; local paths do without.

@@ -1,4 +1,4 @@
-"""Other networks on images and tables, to see how far an optimizer carries.
+"""Other networks on images and tables, to see how far an optimizer generalises.
 
 The training of the released optimizers has none of them. `residual`, `mixer` and `row_lstm` are
 small; `resnet` and `vit` are models of real size unless they are told otherwise.

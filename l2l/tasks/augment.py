@@ -51,7 +51,7 @@ def rescale(
     datasets.check_name("scale per", per, ("coordinate", "tensor"))
     _check_size("magnitude", magnitude)
     if not 0 <= probability <= 1:
-        raise UserError(f"probability={probability} is no probability: use 0 to 1.")
+        raise UserError(f"probability={probability} is not a probability: use 0 to 1.")
 
     def sample(key):
         inner_key, some_key, c_key = jax.random.split(key, 3)
@@ -196,4 +196,4 @@ def _keys(key, tree):
 
 def _check_size(name, value):
     if not 0 <= value < float("inf"):
-        raise UserError(f"{name}={value} is no size: use a finite number, zero or more.")
+        raise UserError(f"{name}={value} is not a size: use a finite number, zero or more.")

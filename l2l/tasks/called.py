@@ -65,7 +65,7 @@ def own(function: Callable) -> Callable:
 def _check(out: Any, key: str, task: str) -> None:
     if key == "init" and not jax.tree.leaves(out):
         raise UserError(
-            f"Function init of {task} returned {out!r}, and there is nothing to train: let it "
+            f"Function init of {task} returned {out!r}, which leaves nothing to train: let it "
             "return the parameters, a pytree of arrays."
         )
     if key not in ("loss", "accuracy"):

@@ -61,9 +61,13 @@ def few_shot(
     """
     shape, classes = datasets.spec(dataset, "vector")
     if not classes or len(shape) != 3 or shape[-1] != 1:
-        raise UserError(f"dataset={dataset!r} is not one of grey images in classes: use 'digits'.")
+        raise UserError(
+            f"dataset={dataset!r} is not a set of grey images in classes: use 'digits'."
+        )
     if not 2 <= ways <= classes:
-        raise UserError(f"ways={ways} of the {classes} classes of {dataset}: use 2 to {classes}.")
+        raise UserError(
+            f"ways={ways} does not fit the {classes} classes of {dataset}: use 2 to {classes}."
+        )
     supervised.check_counts(shots=shots, queries=queries)
     initialise = dense_init((math.prod(shape), *hidden, ways), init)
     forward = dense((activation,))

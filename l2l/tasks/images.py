@@ -104,11 +104,11 @@ def conv(
     most = (shape[0] - 1).bit_length()
     if not 1 <= len(channels) <= most:
         raise UserError(
-            f"channels={channels} cannot be: each layer halves the {shape[0]}×{shape[1]} images of "
-            f"{dataset}, so give 1 to {most} of them."
+            f"channels={channels} does not fit: each layer halves the {shape[0]}×{shape[1]} images "
+            f"of {dataset}, so give 1 to {most} of them."
         )
     if kernel < 1:
-        raise UserError(f"kernel={kernel} is no width of a filter: use 1 or more pixels.")
+        raise UserError(f"kernel={kernel} is not a filter width: use 1 or more pixels.")
     side = math.ceil(shape[0] / 2 ** len(channels))
     shapes = {
         f"conv_{i}": (kernel, kernel, *ends)

@@ -100,7 +100,9 @@ def layers_init(shapes: dict[str, tuple[int, ...]], init: str | float = "lecun")
     """Makes (key, scale) -> {name: {"w": shape, "b": shape[-1:]}}; the last axis is the output."""
     for name, shape in shapes.items():
         if any(size < 1 for size in shape):
-            raise UserError(f"{name} of shape {shape} cannot be: every width must be 1 or more.")
+            raise UserError(
+                f"{name} of shape {shape} is impossible: every width must be 1 or more."
+            )
     if isinstance(init, str):
         datasets.check_name("init", init, _INITS)
     elif init < 0:

@@ -55,7 +55,7 @@ def sinusoid(
     supervised.check_counts(shots=shots, queries=queries)
     for name, limits in (("amplitude", amplitude), ("phase", phase)):
         if not limits[0] <= limits[1]:
-            raise UserError(f"{name}={limits} is no range: give (low, high) with low <= high.")
+            raise UserError(f"{name}={limits} is not a range: give (low, high) with low <= high.")
     initialise, forward = dense_init((1, *hidden, 1), init), dense((activation,))
     counts = {"train": shots, "validation": queries, "test": 0}
 

@@ -250,6 +250,6 @@ def check_range(name: str, limits: tuple[float, float], highest: float = math.in
     if len(limits) != 2 or not 0 < limits[0] <= limits[1] <= highest:
         bound = "" if highest == math.inf else f" <= {highest:g}"
         raise UserError(
-            f"{name}={limits!r} is no range to draw from on a logarithmic scale: "
+            f"{name}={limits!r} is not a range to draw from on a logarithmic scale: "
             f"give (low, high) with 0 < low <= high{bound}."
         )

@@ -1,4 +1,4 @@
-"""What a run whose theta holds a start comes to: how fast new problems are learned from it."""
+"""The result of a run whose theta holds a start: how fast new problems are learned from it."""
 
 import functools
 from collections.abc import Callable

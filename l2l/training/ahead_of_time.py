@@ -1,4 +1,4 @@
-"""What is known before the first meta-step: the program, compiled, and the memory it will take."""
+"""What is known before the first meta-step: the compiled program, and the memory it will take."""
 
 import time
 from collections.abc import Callable

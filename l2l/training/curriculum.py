@@ -115,7 +115,7 @@ def stages(
     """
     horizons = tuple(horizons)
     if not horizons or list(horizons) != sorted(set(horizons)) or horizons[0] < 1:
-        raise UserError(f"horizons={horizons} do not grow: list each once, the shortest first.")
+        raise UserError(f"horizons={horizons} do not increase: list each once, the shortest first.")
     if min(every, patience, num_problems) < 1:
         raise UserError("every, patience and num_problems of the stages must all be 1 or more.")
     last = len(horizons) - 1

@@ -1,4 +1,4 @@
-"""A configuration to everything that a run needs: `Experiment`.
+"""From a configuration to everything that a run needs: `Experiment`.
 
 A section of a configuration is a dict with a `name` and settings: the keyword arguments of what the
 name stands for in the kind's registry (`tasks.registry`, `optimizers.registry`,
@@ -65,7 +65,7 @@ class Running(NamedTuple):
     clip:         the largest norm of one problem's meta-gradient.
     max_bad:      training stops after so many meta-steps in a row in which a family has no finite
                   meta-gradient.
-    blend:        how far from its first theta to the trained one the result lies, 1 for all the
+    blend:        how far the result lies from the first theta to the trained one, 1 for all the
                   way: between them are optimizers that keep what the first does well on other
                   tasks (as in WiSE-FT; Wortsman et al. 2022).
     optimizer:    of the meta-optimizer: one section, or several that are chained.
@@ -106,7 +106,7 @@ class Theta(NamedTuple):
 
     start: the parameters that every run begins with (as in MAML; Finn et al. 2017). Meta-training
            begins with those that the task draws.
-    loss:  settings of the loss that inner training goes down: a section of its own, or {}. The
+    loss:  settings of the loss that inner training minimises: a section of its own, or {}. The
            meta-loss is that of the task, on validation batches.
     """
 
@@ -115,7 +115,7 @@ class Theta(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """Section `checkpoint`: every how many meta-steps, and how many of the last are kept."""
+    """Section `checkpoint`: the meta-steps between saves, and how many of the latest are kept."""
 
     every: int = 200
     keep: int = 3
@@ -190,7 +190,7 @@ def build_experiment(config: Mapping) -> Experiment:
     """Builds everything that a configuration (a ConfigDict or dict) describes.
 
     Raises:
-      UserError: a key or name that is not known (with the nearest that is), or a value of the
+      UserError: a key or name that is unknown (the nearest known one is named), or a value of the
         wrong type or out of range.
     """
     config = dict(schema.plain(config))
@@ -203,8 +203,8 @@ def build_experiment(config: Mapping) -> Experiment:
     running = running._replace(group=math.gcd(running.steps, running.group))
     if not 0.0 < running.blend <= 1.0:
         raise UserError(
-            f"meta.blend={running.blend} is no part of the way from the first theta to the trained "
-            "one: use a number above 0 and at most 1."
+            f"meta.blend={running.blend} is not a share of the way from the first theta to the "
+            "trained one: use a number above 0 and at most 1."
         )
     specification = whole["optimizer"]
     imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"])
@@ -256,7 +256,7 @@ def _check_against(against: str, specification: Mapping) -> None:
     if against == "random_search" and specification["name"] != "learned_adamw":
         raise UserError(
             "evaluation.against='random_search' draws settings of the optimizer 'learned_adamw', "
-            f"and this one is {specification['name']!r}: choose the former, or against='adam'."
+            f"but this one is {specification['name']!r}: choose the former, or against='adam'."
         )
 
 
@@ -270,8 +270,8 @@ def _learner(learned, section, families) -> base.LearnedOptimizer:
     odd = next((i for i, other in enumerate(shapes) if not _alike(other, shapes[0])), None)
     if odd is not None:
         raise UserError(
-            f"Tasks {families[0].name} and {families[odd].name} have different parameters, and "
-            "theta.start and theta.loss hold one setting for each: train on tasks of one network."
+            f"Tasks {families[0].name} and {families[odd].name} have different parameters, but "
+            "theta.start and theta.loss fit one network only: train on tasks that share it."
         )
 
     def start(key):
@@ -367,12 +367,12 @@ def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGra
     factory, _ = schema.factory_of("estimator", ESTIMATORS, section)
     if learned.rule is None and factory is first_order.first_order:
         raise UserError(
-            "Estimator 'first_order' works coordinate by coordinate, which this optimizer does "
-            "not, nor any whose theta holds a start or a loss: choose 'truncated' or 'pes'."
+            "Estimator 'first_order' works coordinate by coordinate, which this optimizer cannot, "
+            "nor can any whose theta holds a start or a loss: choose 'truncated' or 'pes'."
         )
     if learned.loss is not None and losses.on != "validation":
         raise UserError(
-            f"objective.on={losses.on!r} judges theta.loss by the loss that it sets itself: set "
+            f"objective.on={losses.on!r} judges theta.loss by the very loss that it sets: set "
             'objective.on to "validation".'
         )
     exact = section["name"] == "pes" or section.get("order") == "exact"

@@ -1,4 +1,4 @@
-"""What a run comes to: the comparison with tuned Adam on the way and at the end, and its files."""
+"""The results of a run: comparisons with tuned Adam, during and after training, and its files."""
 
 import functools
 import json

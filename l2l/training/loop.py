@@ -53,7 +53,7 @@ class Layout(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What one call of the compiled steps came to.
+    """The result of one call of the compiled meta-steps.
 
     metrics: {name: NumPy array [meta-steps of the group, num_problems]}.
     before:  the `MetaState` that it began with, as the devices hold it.
@@ -67,7 +67,7 @@ class Group(NamedTuple):
 
 
 class Loop:
-    """A meta-training under way.
+    """Meta-training in progress.
 
     step:    meta-steps taken.
     state:   the `MetaState`, as the devices hold it; `gather` gives it as checkpoints do.
@@ -88,7 +88,7 @@ class Loop:
 
     @property
     def key(self) -> jax.Array:
-        """That all random numbers of the run come from."""
+        """The key that all random numbers of the run come from."""
         return jax.random.key(self.experiment.seed)
 
     @property
@@ -101,7 +101,7 @@ class Loop:
         self.state = self.state._replace(theta=collectives.place(theta, self.layout.same))
 
     def compile(self) -> str:
-        """Compiles the meta-steps ahead of the first: a sentence on what they take."""
+        """Compiles the meta-steps before the first one; returns a sentence on what they take."""
         self._steps, sentence = ahead_of_time.prepare(self._steps, self.state, self.data)
         steps = self.experiment.running.steps
         return sentence + ahead_of_time.remaining(self.seconds, self.step, steps)
@@ -148,7 +148,7 @@ def start(
 
     Args:
       devices: all by default, of all processes.
-      snapshot: to go on from; by default training begins anew.
+      snapshot: to resume from; by default training begins afresh.
 
     Raises:
       UserError: the devices do not divide the problems, or the processes read different data.

@@ -1,4 +1,4 @@
-"""A run: meta-trains an experiment in a directory, from wherever it stands there."""
+"""A run: meta-trains an experiment in a directory, starting from whatever is already there."""
 
 import contextlib
 import signal
@@ -25,11 +25,11 @@ def train(
     devices: Sequence | None = None,
     extra: Sequence[Callback] = (),
 ) -> int:
-    """Trains to the end, or until a signal; goes on where an earlier run in `directory` left off.
+    """Trains to the end, or until a signal; resumes where an earlier run in `directory` left off.
 
     Args:
-      devices: all by default, of all processes. Another run may go on with others: it makes no
-        difference.
+      devices: by default all those of all processes. A run may be resumed with other devices: it
+        makes no difference.
       extra: callbacks of your own, called after every group of meta-steps before the run's own.
 
     Returns:

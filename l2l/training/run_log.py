@@ -1,4 +1,4 @@
-"""What a run says while it runs: a bar on a terminal, dated lines elsewhere, and two logs."""
+"""What a run reports as it goes: a bar on a terminal, dated lines elsewhere, and two logs."""
 
 import json
 import os

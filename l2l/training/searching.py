@@ -1,4 +1,4 @@
-"""What learned settings of AdamW come to: beside the best of as many runs of random search."""
+"""How learned settings of AdamW compare with the best of as many runs of random search."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the runs of a sweep came to: one table and one JSON file, with the spread over seeds."""
+"""The results of a sweep's runs: one table and one JSON file, with the spread over seeds."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ def _results(directory: Path) -> list[dict]:
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({errors.printable(str(error))[:100]}): remove summary.txt beside "
-            "it and start it again, which writes it anew from the last checkpoint."
+            "it and start that run again, which rewrites it from the last checkpoint."
         ) from error
 
 
