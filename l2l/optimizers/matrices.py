@@ -16,6 +16,8 @@ import numpy as np
 
 # Batches for one pytree: beyond it, the nearest shapes share one.
 LARGEST_NUMBER_OF_BATCHES = 6
+# Columns of blocks that are put together by adding them up; of more, each is moved.
+MOST_COLUMNS = 8
 
 
 class Member(NamedTuple):
@@ -82,7 +84,21 @@ class Batch(NamedTuple):
 
     def _join(self, blocks, member):
         (m, n), (rows, columns), (r, c) = member.matrix, member.grid, self.block
-        if member.blocks > 1:
+        if 1 < columns <= MOST_COLUMNS and jax.device_count() == 1:
+            # The same as below, in a loop over rows that a CPU does three times as fast; but
+            # columns that lie on several devices would be gathered.
+            parts = blocks.reshape(rows, columns, r, c)
+            zero = jnp.zeros((), blocks.dtype)
+            padded = [
+                jax.lax.pad(
+                    parts[:, j].reshape(rows * r, c),
+                    zero,
+                    ((0, m - rows * r, 0), (j * c, n - (j + 1) * c, 0)),
+                )
+                for j in range(columns)
+            ]
+            return functools.reduce(jnp.add, padded).reshape(member.shape)
+        if columns > 1:
             blocks = blocks.reshape(rows, columns, r, c).swapaxes(1, 2)
         return blocks.reshape(rows * r, columns * c)[:m, :n].reshape(member.shape)
 

@@ -29,6 +29,8 @@ from l2l.optimizers.orthogonal import orthonormal
 # Added to mean squares before their roots and where they divide, so that those of zeros have
 # derivatives.
 TINY = 1e-12
+# Numbers whose sums are taken together.
+SMALL = 8192
 
 
 class Settings(NamedTuple):
@@ -230,29 +232,47 @@ def _directions(settings, g, mu, nu, count, in_basis=False):
     """(directions [J, …], mu [D, …], nu, sums) of a gradient and moments before it. sums, over a
     block or, of a vector, over all of it: g·m, m², g², ν̂, the squares of the J numerators, and
     those of the J directions."""
-    b2 = settings.second_decay
+    b1, b2 = settings.decays[0], settings.second_decay
     over = (-2, -1) if in_basis else tuple(range(-g.ndim, 0))
     decays = jnp.asarray(settings.decays, g.dtype).reshape(-1, *[1] * g.ndim)
     before = mu[0]
     mu = decays * mu + (1 - decays) * g[None]
     nu = b2 * nu + (1 - b2) * jnp.square(g)
     # Divided by once, and not for every number.
+    first = 1 / (1 - b1 ** count.astype(g.dtype))
     whole = 1 / (1 - b2 ** count.astype(g.dtype))
-    hat = mu * (1 / (1 - decays ** count.astype(g.dtype)))
-    total = jnp.sum(nu, over)
+    rows = [first * mu[0]]
+    # The parts of m and of g in this numerator, for its length.
+    part, other = b1 * first, (1 - b1) * first
+    if settings.nesterov:
+        rows = [b1 * rows[0] + (1 - b1) * g]
+        part, other = b1 * part, b1 * other + (1 - b1)
+    if len(settings.decays) > 1:
+        rows += list(mu[1:] * (1 / (1 - decays[1:] ** count.astype(g.dtype))))
+    rows += [g] if settings.gradient else []
+    along, ahead, square, total, *further = _sums(
+        (g * before, before * before, g * g, nu, *(row * row for row in rows[1:])), over
+    )
+    # Of the nominal numerator, without a pass over it.
+    length = part * part * ahead + 2 * part * other * along + other * other * square
     floor = settings.eps_root
     if in_basis:
         mean = total * whole / math.prod(g.shape[-2:])
         floor = floor + settings.nothing * mean[..., None, None]
     root = jnp.sqrt(nu * whole + floor) + settings.eps
-    ahead = hat[0]
-    if settings.nesterov:
-        ahead = settings.decays[0] * ahead + (1 - settings.decays[0]) * g
-    rows = jnp.stack([ahead, *hat[1:], *([g] if settings.gradient else [])])
-    directions = rows / root[None]
-    products = (g * before, before * before, g * g, *jnp.square(rows), *jnp.square(directions))
-    one, two, three, *squares = (jnp.sum(x, over) for x in products)
-    return directions, mu, nu, jnp.stack([one, two, three, total * whole, *squares])
+    directions = jnp.stack(rows) / root[None]
+    squares = _sums([x * x for x in directions], over)
+    lengths = [jnp.maximum(length, 0), *further]
+    sums = jnp.stack([along, ahead, square, total * whole, *lengths, *squares])
+    return directions, mu, nu, sums
+
+
+def _sums(products, over) -> list[jax.Array]:
+    """Sums over these axes: one after another, which needs no memory; in one go if they are small,
+    where every operation costs as much as a thousand numbers."""
+    if products[0].size > SMALL:
+        return [jnp.sum(x, over) for x in products]
+    return list(jnp.sum(jnp.stack(products), over))
 
 
 def _grafted(settings, sums, size=None):
@@ -390,7 +410,13 @@ def back(settings: Settings, seen: Seen, coefficients, like) -> Any:
         plan.batches, seen.blocks, seen.scales, seen.bases, strict=True
     ):
         own = (coefficients[:, jnp.asarray(batch.owners)] * scale[:chosen])[..., None, None]
-        mixed = out_of(jnp.sum(own * rows[:chosen], 0), jax.lax.stop_gradient(pair))
+        pair = jax.lax.stop_gradient(pair)
+        # A single factor goes along with what is done to the updates next.
+        mixed = (
+            own[0] * out_of(rows[0], pair)
+            if chosen == 1
+            else out_of(jnp.sum(own * rows[:chosen], 0), pair)
+        )
         for leaf, value in batch.scatter(mixed).items():
             out[leaf] = value
     return treedef.unflatten([u.astype(x.dtype) for u, x in zip(out, leaves, strict=True)])
