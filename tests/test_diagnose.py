@@ -144,11 +144,15 @@ def test_roots_without_a_derivative():
     """eps_root = 0: every number of the run is finite, the exact meta-gradient is not."""
     sentence = located(small(eps_root=0.0), numbers(), order="exact")
     assert sentence.startswith(
-        "at inner step 5 the derivative by the gradient of feature m̂(0.9)/√v̂ of layer/w[2] (nan"
+        "at inner step 5 the derivative, with respect to the gradient, "
+        "of feature m̂(0.9)/√v̂ of layer/w[2] (nan"
     )
     assert "set the optimizer's eps_root above zero" in sentence
     sentence = located(learned_adam(eps_root=0.0), numbers(), order="exact")
-    assert "at inner step 5 the derivative by the gradient of the update of layer/w[2]" in sentence
+    assert (
+        "at inner step 5 the derivative, with respect to the gradient, of the update of layer/w[2]"
+        in sentence
+    )
     assert located(small(eps_root=0.0), numbers(), order="first") is None
 
 

@@ -141,7 +141,7 @@ def test_adam_without_eps_root_stops_with_tensor_and_remedy(config, tmp_path, ca
     broken = build_experiment({**config, "task": task, "optimizer": without, "meta": dead})
     assert train(broken, tmp_path / "run", jax.devices()[:1]) == NOT_FINITE
     said = capsys.readouterr().err
-    assert "the derivative by the gradient of" in said and "linear_" in said
+    assert "the derivative, with respect to the gradient, of" in said and "linear_" in said
     assert "set the optimizer's eps_root above zero, such as 1e-8" in said
 
 

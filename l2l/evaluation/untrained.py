@@ -1,5 +1,5 @@
 """The untrained twin of a learned optimizer, at the best single rate for all cells: how much of a
-result comes of the direction and one well-chosen number, and how much was learned.
+result comes from the direction and one well-chosen number, and how much was learned.
 """
 
 import math

@@ -474,7 +474,7 @@ def soap(
       weight_decay: decoupled, times the rate.
       mask: where weight decay applies, as in `optax.adamw`.
       block_size: sides longer than this are cut into equal blocks, each with its own basis.
-      longest: sides longer than this (an embedding's rows) have no basis.
+      longest: sides longer than this (such as an embedding's rows) get no basis.
 
     Raises:
       UserError: a setting is out of range.

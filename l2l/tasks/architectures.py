@@ -102,7 +102,7 @@ def row_lstm(
     subset: tuple[float, float] = (0.25, 1.0),
     batch_size: int = 64,
 ) -> TaskFamily:
-    """An LSTM that reads an image row by row and tells its class from the last state.
+    """An LSTM that reads an image row by row and predicts its class from the last state.
 
     Args:
       dataset: a data set of images.
@@ -142,14 +142,15 @@ def resnet(
     """A residual network (He et al., 2016, section 4.2) with group normalisation (Wu and He, 2018)
     in the place of batch normalisation: 78,000 parameters and eight layers by default.
 
-    A 3×3 convolution, stages of blocks of two of them, a mean over the image, a linear layer. Each
+    A 3×3 convolution, stages of blocks of two such convolutions each, a mean over the image, and a
+    linear layer. Each
     stage but the first halves the image, and a 1×1 convolution makes its input fit where the sizes
     differ. The last normalisation of a block starts at one, not at zero.
 
     Args:
       dataset: a data set of images.
       channels: of the stages.
-      depth: blocks a stage; 3 is the ResNet-20 of the paper.
+      depth: blocks per stage; 3 is the ResNet-20 of the paper.
       groups: of a normalisation, which divide all `channels`.
       activations, initial_scale, subset, batch_size: as in `mlp`; the scale is on weights alone.
 
@@ -218,7 +219,7 @@ def vit(
     subset: tuple[float, float] = (1.0, 1.0),
     batch_size: int = 128,
 ) -> TaskFamily:
-    """A vision transformer (Dosovitskiy et al., 2021) that tells the class from the mean of its
+    """A vision transformer (Dosovitskiy et al., 2021) that predicts the class from the mean of its
     patches (Beyer et al., 2022): 205,000 parameters by default.
 
     Args:

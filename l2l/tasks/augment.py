@@ -36,7 +36,7 @@ def rescale(
     scaling (Lv et al., 2017, section 4.1, magnitude 3).
 
     `init` gives θ/c, so that a run starts at the same function; its gradient is c times the
-    original, which an optimizer that leans on the sizes it was trained on does not survive.
+    original, so an optimizer that relies on the scales it was trained on will fail.
 
     Args:
       family: any.

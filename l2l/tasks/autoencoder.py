@@ -26,11 +26,11 @@ def autoencoder(
     batch_size: int = 128,
     init: str | float = "lecun",
 ) -> TaskFamily:
-    """An MLP that gives its image back through a narrow middle.
+    """An MLP that reproduces its image through a narrow middle layer.
 
     Args:
       dataset: a data set of images, in [0, 1] when they reach the network.
-      hidden: the widths between image and image.
+      hidden: the widths of the layers between input and output.
       objective: "mse", squared errors of a linear output; or "bce", the cross-entropy (nats) of a
         sigmoid output with the pixels as probabilities. Both are means over pixels and rows.
       activations, initial_scale, subset, batch_size, init: as in `mlp`.
@@ -84,7 +84,7 @@ def vae(
 
     q(z|x) = N(μ(x), diag σ²(x)), p(z) = N(0, I), p(x|z) Bernoulli with the pixels as probabilities;
     the loss is −ELBO = E_q[−log p(x|z)] + KL(q ‖ p), a sum over pixels and latent variables, in
-    nats an image, with one z = μ + σ·ε an image.
+    nats per image, with one z = μ + σ·ε per image.
 
     Args:
       dataset: a data set of images.

@@ -57,7 +57,7 @@ def few_shot(
       Data: (train, validation, test), each [classes, rows, height, width].
 
     Raises:
-      UserError: a data set of other things, more ways than classes, or nothing to learn from.
+      UserError: another kind of data set, more ways than classes, or nothing to learn from.
     """
     shape, classes = datasets.spec(dataset, "vector")
     if not classes or len(shape) != 3 or shape[-1] != 1:

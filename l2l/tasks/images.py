@@ -22,8 +22,8 @@ def mnist(
     stddev: float = 0.01,
 ) -> TaskFamily:
     """The MNIST problem of Andrychowicz et al. (2016, section 3.2): a 784-20-10 MLP of sigmoids,
-    weights and biases normal with `stddev`, 15,910 coordinates. Problems differ in
-    their initial values alone. It is `mlp` with other settings."""
+    weights and biases normal with `stddev`, 15,910 coordinates. Problems differ only in
+    their initial values. It is `mlp` with other settings."""
     return mlp(
         dataset="mnist",
         hidden=hidden,
@@ -77,7 +77,7 @@ def conv(
     init: str | float = "lecun",
     name: str | None = None,
 ) -> TaskFamily:
-    """Image classification by convolutions, each [normalised,] activated and max-pooled 2×2.
+    """Image classification by convolutions, each [normalised,] activated and max-pooled over 2×2.
 
     Args:
       dataset: a data set of images.
@@ -96,8 +96,8 @@ def conv(
       [n, height, width, channels].
 
     Raises:
-      UserError: an unknown data set, activation or init, a range that is none, or more layers
-        than the image has halves.
+      UserError: an unknown data set, activation or init, an invalid range, or more layers than
+        the image can be halved times.
     """
     shape, classes = datasets.spec(dataset, "image")
     channels, dense = tuple(channels), tuple(dense)

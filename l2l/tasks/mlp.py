@@ -38,19 +38,20 @@ def mlp(
     Args:
       dataset: a name of `l2l.data.datasets` other than text; images are flattened.
       hidden: the widths of the hidden layers; () is a linear model.
-      activations: one of these a problem: relu, tanh, sigmoid, gelu (by tanh), gelu_exact, silu,
-        sin.
-      initial_scale: a factor on the initial weights, log-uniform in this range a problem.
-      subset: the share of the training split a problem sees, log-uniform in this range. Whole
-        splits (`key=None`) are whole whatever the subset.
-      batch_size: rows a batch.
-      distinct: the share of a training batch's rows that differ, log-uniform in this range a
-        problem; the others repeat them. It draws batch sizes, up to `batch_size`, for the noise
-        that they have.
+      activations: each problem has one of these: relu, tanh, sigmoid, gelu (by tanh), gelu_exact,
+        silu, sin.
+      initial_scale: a factor on the initial weights, drawn log-uniformly from this range for each
+      problem.
+      subset: the share of the training split that a problem sees, drawn log-uniformly from this
+        range. Whole splits (`key=None`) are whole whatever the subset.
+      batch_size: rows per batch.
+      distinct: the share of distinct rows in a training batch, drawn log-uniformly from this range
+        for each problem; the other rows repeat these. The gradient is then as noisy as that of a
+        smaller batch.
       init: "lecun", "he" or "glorot" for normal weights of that variance and biases of zero; or a
         number, the standard deviation of weights and biases alike.
       layer_norm: normalise each hidden layer over its units (Ba et al., 2016), then activate.
-      name: what tables call the family; by default made of the data set and the widths.
+      name: what tables call the family; by default made up of the data set and the widths.
 
     Returns:
       A family. Params: {"linear_0": {"w": [in, out], "b": [out]}, …}, and with layer_norm
@@ -59,7 +60,7 @@ def mlp(
       for regression.
 
     Raises:
-      UserError: an unknown data set, activation or init, or a range that is none.
+      UserError: an unknown data set, activation or init, or an invalid range.
     """
     shape, classes = datasets.spec(dataset, "vector")
     hidden = tuple(hidden)

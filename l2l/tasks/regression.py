@@ -46,7 +46,7 @@ def regression(
       teacher: the hidden widths of the teacher; its weights have twice LeCun's deviation, so that
         it is far from linear.
       hidden: the hidden widths of the student, the optimizee.
-      noise: log-uniform in this range a problem.
+      noise: drawn log-uniformly from this range for each problem.
       rows: how many a split has.
       activations, initial_scale, batch_size, init: as in `mlp`, for the student.
 

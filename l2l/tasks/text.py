@@ -34,15 +34,15 @@ def transformer(
       dataset: a text of `l2l.data.datasets`, in 128 characters.
       width: of the residual stream; the hidden layers have four times as many units.
       layers, heads: of attention.
-      context: how many characters a row has, and the most that a prediction sees.
-      activations: of the hidden layers, one a problem.
+      context: how many characters a row has, which is the most that a prediction sees.
+      activations: of the hidden layers, one for each problem.
       initial_scale, subset: as in `mlp`; the subset is a stretch of the text.
-      batch_size: rows a batch, from random places.
+      batch_size: rows per batch, from random places.
 
     Returns:
-      A family. The loss is the cross-entropy a character, in nats. Problem: `supervised.Problem`.
-      Batch: inputs and labels [n, context], the labels one character on. A whole split is cut into
-      rows end to end (the last incomplete one left out). `accuracy` is the share of characters
+      A family. The loss is the cross-entropy per character, in nats. Problem: `supervised.Problem`.
+      Batch: inputs and labels [n, context], the labels one character ahead. A whole split is cut
+      into rows end to end (the last incomplete one left out). `accuracy` is the share of characters
       predicted.
     """
     attention.check(width, layers, heads)
@@ -132,8 +132,8 @@ def nanogpt(
     subset: tuple[float, float] = (1.0, 1.0),
     batch_size: int = 12,
 ) -> TaskFamily:
-    """nanoGPT's model of characters in its size for a CPU (Karpathy, 2022, `train_shakespeare_char`
-    without dropout): 0.8 million parameters, an embedding that is the output layer too, no biases,
+    """nanoGPT's character model in its size for a CPU (Karpathy, 2022, `train_shakespeare_char`
+    without dropout): 0.8 million parameters, an embedding shared with the output layer, no biases,
     weights N(0, 0.02²), those that add to the residual stream divided by √(2 · layers).
 
     The recipe that goes with it: 2,000 steps of AdamW, rate 1e-3 (100 steps of warm-up, cosine to
@@ -146,13 +146,13 @@ def nanogpt(
         `transformer`.
 
     Returns:
-      A family; see `transformer`, but for the text: in the characters that occur in it, numbered
-      in order, of which the first 90 % are for training. The recipe validates on all of the last
-      10 %: here their first half is the validation split and their second the test split, so that
-      the mean of the two losses is what it would print.
+      A family; see `transformer`. Only the text differs: its characters are those that occur in it,
+      numbered in order, and its first 90 % are for training. The recipe validates on all of the
+      last 10 %: here their first half is the validation split and their second the test split, so
+      that the mean of the two losses is what it would print.
 
     Raises:
-      UserError: sizes that do not fit, no text of that name; a text that is absent, when it is
+      UserError: sizes that do not fit, or no text of that name; or the text is absent, when it is
         first read.
     """
     if dataset is None:

@@ -236,9 +236,9 @@ def _slopes_by_gradient(inner, theta, run, data):
     rows = slope(lambda g: OrderedDict(_features(inner, theta, run, g)), gradient)
     seen = OrderedDict()
     for name in rows:
-        seen[f"the derivative by the gradient of feature {name} of"] = rows[name]
+        seen[f"the derivative, with respect to the gradient, of feature {name} of"] = rows[name]
     updates = slope(lambda g: _update(inner, theta, run, g)[0], gradient)
-    seen["the derivative by the gradient of the update of"] = updates
+    seen["the derivative, with respect to the gradient, of the update of"] = updates
     seen["the second derivative of the loss by"] = slope(gradient_at, run.params)
     return None, seen
 
