@@ -3,10 +3,10 @@
     python -m l2l.launch --config=configs/release.py
 
 The direction and the numbers of the schedule are settings, found by whole runs on tasks that are
-not in the scorecard's unseen cells, the judges; what is trained is the network, which says how far to depart from them. Every window is a
-whole run of 400 steps, and the meta-gradient is exact. The journal (docs/journal.md) has what came
-out, and what was tried before. Compute is added to the same theta, on any machine, by
---config.start=lstm and another --config.seed.
+not among the scorecard's unseen cells, the judges; what is trained is the network, which says how
+far to depart from them. Every window is a whole run of 400 steps, and the meta-gradient is exact.
+The journal (docs/journal.md) has what came out, and what was tried before. Compute is added to the
+same theta, on any machine, by --config.start=lstm and another --config.seed.
 """
 
 from ml_collections import ConfigDict
