@@ -16,73 +16,75 @@ if TYPE_CHECKING:  # Tables need no JAX.
     from l2l.evaluation.curves import Curves
 
 LEGEND = """\
-Every optimizer was told the horizon and met the same problems; a cell's problems differ in their
-initial values and batches, and in what else its task draws. A tuned baseline is the best of the
-trials of its space by mean final training loss, for this cell and horizon, chosen on the very
-problems it is compared on. Each baseline has as many trials as any other: 15 log-spaced rates, and
-with each of them 2 of all combinations of the schedules (constant; cosine to 0; the same after a
-warm-up over the first twentieth; of Schedule-Free constant, with and without the warm-up) and of
-the weight decays (0, 0.001, 0.01 and 0.1; Adam has none), all of them equally often. Outside of
-suites the rates go on where the best sat at their edge. Of Schedule-Free the averaged parameters
-are what is measured, save in training curves.
+Every optimizer was told the horizon and met the same problems. The problems of a cell differ in
+their initial values and batches, and in whatever else its task draws at random. A tuned baseline is
+the best trial in its space by mean final training loss. It is chosen anew for each cell and
+horizon, on the very problems it is compared on. All baselines have the same number of trials: 15
+log-spaced rates, each with 2 of the combinations of schedule (constant; cosine to 0; cosine after a
+warm-up over the first twentieth of the run; for Schedule-Free constant, with and without the
+warm-up) and weight decay (0, 0.001, 0.01 and 0.1; Adam has none). Every combination is used equally
+often. Outside the suites, further rates are tried where the best one was at the edge. Schedule-Free
+is measured at its averaged parameters, except in training curves.
 
-*untrained* is a learned optimizer with the weights that its training began with, and *best rate*
-the same at the one multiple of its rate that is best in all cells by validation loss. *told
-nothing* and *told third* are the optimizer itself, told nothing of the length of the run or a
-third of it.
+*untrained* is a learned optimizer with the weights it had before meta-training. *best rate* is the
+same at one multiple of its rate: the one that gives the best validation losses over all cells.
+*told nothing* and *told third* are the optimizer itself, given no length of the run or a third of
+the true one.
 
-- *train*, *test*: loss over the whole training and test split after the last step, mean over
-  problems; infinite if one is not finite.
-- *ratio*: train over that of the first tuned baseline, geometric mean over problems, and its 95 %
-  interval (Student's, over the logarithms; losses below 1e-8 count as that; no interval where a
-  loss is infinite, and no ratio of losses that are negative or all infinite).
-- *test ratio*: test over that of the setting of the same grid that is best by mean test loss.
-- *accuracy*: on the test split, mean over problems. *points*: that less the accuracy of the setting
-  of the grid that is best by it, in percentage points.
-- *area*: under the training curve, as the mean batch loss over all steps and problems.
-- *diverged*: runs with a batch or final training loss that is not finite, or a final training loss
-  that is above the initial one by more than its size, of all runs.
-- *steps/…*: how many times fewer steps than the first tuned baseline, which stands behind the
-  stroke (results.json has the others too). Training losses are smoothed (mean
-  of the batch losses of the last twentieth of the horizon). Of the two, the one that ends higher
-  sets the target, and the factor is the horizon over the first step at which the other is there;
-  below 1 where it is the baseline that is there sooner. It is between 1/horizon and horizon, 1 for
-  a baseline against itself; geometric mean over problems.
-- *time/…*: the same in time: steps/… times the seconds of a training step of the baseline over
-  those of this optimizer (*µs*), both measured in turns in the same run, medians.
-- *validation*: loss over the validation split (over 1,024 evenly spaced examples where it has more)
-  after the last step, mean over problems; of a tuned baseline, that of its setting with the lowest
-  one, which need not be the setting of *train*. *validation ratio*: that over the one of the first
-  tuned baseline, whose end is the validation target.
-- *to target*: how many times fewer steps than the first tuned baseline to the validation target. It
-  is looked at after every twentieth of the horizon, in means over problems. Of one that never
-  reaches the target, the steps of both to the best that it does reach; a run whose loss is never
-  finite took all its steps for the baseline's first measurement. *target in time*: the same in
-  seconds.
+- *train*, *test*: loss over the whole training or test split after the last step, mean over
+  problems; infinite if any of them is not finite.
+- *ratio*: *train* divided by that of the first tuned baseline, geometric mean over problems, with
+  its 95 % interval (Student's t, on the logarithms). Losses below 1e-8 count as 1e-8. There is no
+  interval if a loss is infinite, and no ratio if losses are negative or all infinite.
+- *test ratio*: *test* divided by that of the trial of the first baseline with the best mean test
+  loss.
+- *accuracy*: on the test split, mean over problems. *points*: the difference, in percentage points,
+  from the accuracy of the trial of the first baseline that is best by accuracy.
+- *area*: under the training curve, given as the mean batch loss over all steps and problems.
+- *diverged*: how many of all runs had a batch loss or final training loss that is not finite, or
+  ended with a training loss that exceeds the initial one by more than its size.
+- *steps/…*: how many times fewer steps the optimizer needs than the first tuned baseline, whose
+  name follows the slash (results.json has the other baselines too). Training losses are smoothed:
+  each is the mean batch loss over the last twentieth of the horizon. The target is the final loss
+  of whichever of the two ends higher. The factor is the horizon divided by the first step at which
+  the other reaches the target, and is inverted if the other is the baseline. It lies between
+  1/horizon and horizon, and is 1 for a baseline against itself; geometric mean over problems.
+- *time/…*: the same in time, which is *steps/…* times the baseline's seconds for a training step
+  divided by this optimizer's (*µs*). Both are medians, measured in turns in one run.
+- *validation*: loss over the validation split (over 1,024 evenly spaced examples if it has more)
+  after the last step, mean over problems. For a tuned baseline it is that of the trial with the
+  lowest validation loss, which need not be the trial behind *train*. *validation ratio*: that
+  divided by the first tuned baseline's, whose final validation loss is the validation target.
+- *to target*: how many times fewer steps than the first tuned baseline are needed to reach the
+  validation target. Losses are checked after every twentieth of the horizon, as means over
+  problems. If an optimizer never reaches the target, the steps are compared at the best loss that
+  it does reach; if its loss is never finite, it counts as having needed all its steps for the
+  baseline's first measurement. *target in time*: the same in seconds.
 
-In *trials to match*, of every baseline the best of so many random trials (the expectation over all
-subsets of those made, for each cell and horizon; a trial counts with at most the loss at the start)
-over the loss of the optimizer's single run: geometric means over cells and horizons. *matched by 1*
-and *never matched* are the shares of these in which one trial is enough, and in which all are not;
-*trials to match* is the median of the least number that is. Once by training loss, and once chosen
-and judged by validation loss.
+*Trials to match* asks how many random trials a baseline needs to match a single run of the
+optimizer. *best of n* is the expected best of n trials (over all subsets of those made, for each
+cell and horizon; a trial counts with at most the loss at the start) divided by the loss of that
+run, geometric mean over cells and horizons. *matched by 1* and *never matched* are the shares of
+cells and horizons in which one trial is enough, and in which all of them are not. *trials to match*
+is the median of the smallest sufficient number. One row chooses and judges by training loss, the
+other by validation loss.
 
-In the summary: *steps/…* and *time/…*, medians over cells; *ratio*, geometric mean over cells;
-*train no worse*, the share of cells with a ratio of at most 1; *test within 2 %*, the share with a
-test ratio of at most 1.02; *points*, the mean over cells.
+In the summary, *steps/…* and *time/…* are medians over cells, *ratio* is a geometric mean over
+cells, *train no worse* is the share of cells with a ratio of at most 1, *test within 2 %* the share
+with a test ratio of at most 1.02, and *points* the mean over cells.
 
-Over cells, all is beside the first tuned baseline. *to target*, *target in time*, *validation
-ratio*, *ratio* (of training losses): interquartile means of the logarithms, which leave out a
-quarter of the cells at either end, and in brackets their 95 % intervals (percentile bootstrap over
-cells; several horizons of a cell are one number, their mean; ratios count within 1e-8 and 1e8).
-*judged*: of *ratio*, but of *validation ratio* where the training loss of either of the two ends
-below 1e-4, as good as zero. *reached*: the share of cells and horizons in which the target was
-reached. *trained on* are families that the released optimizers were trained on, *unseen* the
-others.
+The table over cells compares everything with the first tuned baseline. *to target*, *target in
+time*, *validation ratio* and *ratio* (of training losses) are interquartile means of the
+logarithms, which leave out a quarter of the cells at either end. Brackets hold their 95 % intervals
+(percentile bootstrap over cells; the horizons of a cell count as one number, their mean; ratios are
+limited to between 1e-8 and 1e8). *judged* is *ratio*, replaced by *validation ratio* where either
+training loss ends below 1e-4, which is as good as zero. *reached* is the share of cells and
+horizons in which the target was reached. *trained on* are the families that the released optimizers
+were trained on; *unseen* are the others.
 
-The performance profile (Dolan and Moré, 2002): the share of cells and horizons in which an
-optimizer reached the validation target with at most so many times the steps, or the seconds, of
-the optimizer in these tables that was there first.
+The performance profile (Dolan and Moré, 2002) is the share of cells and horizons in which an
+optimizer reached the validation target within a given multiple of the steps, or of the seconds, of
+the fastest optimizer in these tables.
 """
 
 
