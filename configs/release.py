@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     config.meta = dict(
         steps=120,
         num_problems=1,
-        group=7,
+        group=5,
         clip=0.3,
         max_bad=20,
         # All the way it lowers training losses further, and pays with validation losses.

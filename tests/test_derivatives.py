@@ -174,7 +174,7 @@ def test_the_loss_after_an_inner_run_by_its_first_parameters(case, monkeypatch):
         if hold_bases(held, states):
             # Made anew, since what was compiled follows the bases.
             run = jit(partial(trained, transformation(case)))
-        expected = along(lambda p: run(p)[0], params, towards, 1e-6)
+        expected = along(lambda p: run(p)[0], params, towards, 1e-7)
     assert abs(expected) > 1e-3
     np.testing.assert_allclose(forward, expected, rtol=1e-5)
     if case == GUARDED:

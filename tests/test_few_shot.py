@@ -54,7 +54,7 @@ def test_points_of_a_sinusoid_lie_on_it_and_stay():
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        ({"ways": 11}, "ways=11 of the 10 classes"),
+        ({"ways": 11}, "ways=11 does not fit the 10 classes"),
         ({"shots": 0}, "shots=0"),
         ({"dataset": "diabetes"}, "not a set of grey images"),
     ],

@@ -265,7 +265,7 @@ def test_inject_hyperparams():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"optimizer": "mlp"}, r"optimizer=mlp is a str, no optax .* l2l.load"),
+        ({"optimizer": "mlp"}, r"optimizer=mlp is a str, not an optax .* l2l.load"),
         ({"optimizer": lstm()}, "not bound to a theta: call its bind"),
         ({"adam": 1e-3}, r"adam=0.001 is a float, .* optax.adam\(1e-3\)"),
         ({"longest_step": 0.0}, "longest_step=0.0 is not a threshold"),

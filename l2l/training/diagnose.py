@@ -310,7 +310,7 @@ def _fault(quantity, tree, objective):
     """What is wrong with a quantity, or None."""
     tensor = _first_bad(tree)
     if tensor is not None:
-        remedy = _NO_SLOPE if "by the gradient" in quantity else ""
+        remedy = _NO_SLOPE if "respect to the gradient" in quantity else ""
         return f"{quantity} {tensor} is not finite{remedy}".replace("  ", " ")
     if objective is None or quantity not in (_LOSS, _HELD_OUT):
         return None
