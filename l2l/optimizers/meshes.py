@@ -35,7 +35,7 @@ def together(tree: base.PyTree, beside: base.PyTree = ()) -> base.PyTree:
     leaves, treedef = jax.tree.flatten(tree)
     around = [*leaves, *jax.tree.leaves(beside)]
     axes = set().union(*map(_varying, around))
-    mesh = next((m for m in map(_explicit, around) if m is not None), None)
+    mesh = _first_explicit(around)
     if not axes and mesh is None:
         return tree
 
@@ -67,7 +67,7 @@ def _alike(update, param):
 def within_mesh_of(tree: base.PyTree) -> contextlib.AbstractContextManager:
     """While a function is compiled outside of `jax.set_mesh`: the explicit mesh of the tree's
     arrays, if they have one. Since JAX 0.11 the types of zeros are otherwise those of no mesh."""
-    mesh = next((m for m in map(_explicit, jax.tree.leaves(tree)) if m is not None), None)
+    mesh = _first_explicit(jax.tree.leaves(tree))
     if mesh is None or not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh)
@@ -97,6 +97,11 @@ def _explicit(x):
         return None
     # Outside of a compiled function a type does not know the devices, and the array does.
     return mesh if isinstance(x, Tracer) else x.sharding.mesh
+
+
+def _first_explicit(leaves):
+    """The mesh of the first value whose type says how it is split, else None."""
+    return next((m for m in map(_explicit, leaves) if m is not None), None)
 
 
 def beside(state: base.PyTree, params: base.PyTree) -> base.PyTree:

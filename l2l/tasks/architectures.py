@@ -143,9 +143,8 @@ def resnet(
     in the place of batch normalisation: 78,000 parameters and eight layers by default.
 
     A 3×3 convolution, stages of blocks of two such convolutions each, a mean over the image, and a
-    linear layer. Each
-    stage but the first halves the image, and a 1×1 convolution makes its input fit where the sizes
-    differ. The last normalisation of a block starts at one, not at zero.
+    linear layer. Each stage but the first halves the image, and a 1×1 convolution makes its input
+    fit where the sizes differ. The last normalisation of a block starts at one, not at zero.
 
     Args:
       dataset: a data set of images.

@@ -41,7 +41,7 @@ def mlp(
       activations: each problem has one of these: relu, tanh, sigmoid, gelu (by tanh), gelu_exact,
         silu, sin.
       initial_scale: a factor on the initial weights, drawn log-uniformly from this range for each
-      problem.
+        problem.
       subset: the share of the training split that a problem sees, drawn log-uniformly from this
         range. Whole splits (`key=None`) are whole whatever the subset.
       batch_size: rows per batch.

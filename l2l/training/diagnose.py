@@ -31,6 +31,8 @@ _NOWHERE = (
     "every step of the window is finite by itself, so the meta-gradient overflowed on its way "
     "through them: try a shorter inner.length or a first-order estimator."
 )
+_BY_GRADIENT = "the derivative, with respect to the gradient, of"
+# Said of those.
 _NO_SLOPE = (
     ": a root has no derivative where its argument is zero, as at coordinates whose gradient has "
     "always been zero; set the optimizer's eps_root above zero, such as 1e-8"
@@ -236,9 +238,9 @@ def _slopes_by_gradient(inner, theta, run, data):
     rows = slope(lambda g: OrderedDict(_features(inner, theta, run, g)), gradient)
     seen = OrderedDict()
     for name in rows:
-        seen[f"the derivative, with respect to the gradient, of feature {name} of"] = rows[name]
+        seen[f"{_BY_GRADIENT} feature {name} of"] = rows[name]
     updates = slope(lambda g: _update(inner, theta, run, g)[0], gradient)
-    seen["the derivative, with respect to the gradient, of the update of"] = updates
+    seen[f"{_BY_GRADIENT} the update of"] = updates
     seen["the second derivative of the loss by"] = slope(gradient_at, run.params)
     return None, seen
 
@@ -310,7 +312,7 @@ def _fault(quantity, tree, objective):
     """What is wrong with a quantity, or None."""
     tensor = _first_bad(tree)
     if tensor is not None:
-        remedy = _NO_SLOPE if "respect to the gradient" in quantity else ""
+        remedy = _NO_SLOPE if quantity.startswith(_BY_GRADIENT) else ""
         return f"{quantity} {tensor} is not finite{remedy}".replace("  ", " ")
     if objective is None or quantity not in (_LOSS, _HELD_OUT):
         return None
