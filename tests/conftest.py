@@ -1,9 +1,14 @@
-"""Settings of all tests: eight small CPU devices, strict ranks, a cache of compiled programs."""
+"""Settings of all tests: eight small CPU devices, quick compilation, strict ranks, a cache of
+compiled programs."""
 
 import os
+from pathlib import Path
 
 # Before JAX starts. An accelerator is used only where the caller asks for it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is what most tests spend their time on, and the answers need no fast code. Those that
+# do ask for it by the fixture `optimised`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "")
@@ -28,23 +33,42 @@ install_import_hook(
 
 def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    # Tests start the same tiny runs again and again: each is compiled once.
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    # Tests start the same tiny runs again and again, in processes of their own too: each program
+    # is compiled once.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("xla"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forgotten():
-    """What a file compiled is let go at its end: XLA maps memory for every program, and beyond the
-    65,530 maps that Linux allows a process its compiler aborts."""
+    """What was compiled is let go at a file's end once it is much: XLA maps memory for every
+    program, and beyond the 65,530 maps that Linux allows a process its compiler aborts."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Programs are compiled as users' are."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
-def tiny() -> dict:
-    """A configuration of seconds: 12 meta-steps on two-dimensional quadratics."""
-    return {
+def tiny(make_tiny) -> dict:
+    return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def make_tiny():
+    """() -> a configuration of seconds: 12 meta-steps on two-dimensional quadratics."""
+    return lambda: {
         "seed": 3,
         "task": {"name": "quadratic", "dimension": 2, "batch_size": 3},
         "optimizer": {"name": "lstm", "hidden_size": 2, "learning_rate": 0.01},

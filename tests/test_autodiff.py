@@ -12,8 +12,6 @@ from l2l.estimators import autodiff
 from l2l.estimators.objective import Objective
 from l2l.optimizers.lstm import lstm
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 def smooth(size=6) -> base.TaskFamily:
     """A smooth loss with coupled coordinates and noisy batches, [size] parameters."""
@@ -85,7 +83,7 @@ def test_exact_gradient_equals_central_differences(name):
         inner = Inner(smooth(), OPTIMIZERS[name](), 7, stagger=False)
         objective = Objective("both", "log")
         theta, state, stage, estimator = prepared(inner, objective, jnp.float64, order="exact")
-        estimate = jax.jit(estimator.estimate, compiler_options=QUICK)
+        estimate = jax.jit(estimator.estimate)
         state = estimate(theta, state, (), stage)[1]
         gradients, after, _ = estimate(theta, state, (), stage)
         assert int(after.inner.step[0]) == 14
@@ -132,9 +130,7 @@ def test_dead_pixels_are_nan_without_eps_root_and_finite_with_it(optimizer):
     ):
         inner = Inner(pixels(), optimizer(eps_root=eps_root), 4, stagger=False)
         theta, state, stage, estimator = prepared(inner, Objective(), order=order)
-        gradients, after, _ = jax.jit(estimator.estimate, compiler_options=QUICK)(
-            theta, state, (), stage
-        )
+        gradients, after, _ = jax.jit(estimator.estimate)(theta, state, (), stage)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.inner.params))
         leaves = jax.tree.leaves(gradients)
         assert all(np.isfinite(x).all() for x in leaves) == finite
@@ -162,7 +158,7 @@ def test_memory_of_segments_grows_with_the_square_root():
         theta, state, stage, estimator = prepared(
             inner, Objective(), problems=1, order="exact", segments=segments
         )
-        step = jax.jit(estimator.estimate, compiler_options=QUICK)
+        step = jax.jit(estimator.estimate)
         compiled = step.lower(theta, state, (), stage).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

@@ -18,9 +18,6 @@ from l2l.optimizers.lstm import lstm
 from l2l.optimizers.published import dm
 from l2l.training import meta_step
 
-# Compiling is what these tests spend their time on, and most answers need no fast code.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = partial(jax.jit, compiler_options=QUICK)
 SIZE = 90
 TREE = {
     "a": jnp.ones(()),
@@ -97,15 +94,15 @@ def test_flatten_and_back():
 
 
 def test_result_does_not_depend_on_the_block():
-    whole = jit(lambda: run(THETA, PARAMS, 512)[0])()
+    whole = jax.jit(lambda: run(THETA, PARAMS, 512)[0])()
     for block in (16, 48):
-        blocked = jit(lambda block=block: run(THETA, PARAMS, block)[0])()
+        blocked = jax.jit(lambda block=block: run(THETA, PARAMS, block)[0])()
         np.testing.assert_allclose(blocked, whole, rtol=1e-6, atol=1e-7)
 
 
 def test_neighbours_touch_nobody():
-    short = jit(lambda: run(THETA, PARAMS[:33], 16)[0])()
-    whole = jit(lambda: run(THETA, PARAMS, 16)[0])()
+    short = jax.jit(lambda: run(THETA, PARAMS[:33], 16)[0])()
+    whole = jax.jit(lambda: run(THETA, PARAMS, 16)[0])()
     np.testing.assert_allclose(short, whole[:33], rtol=1e-6, atol=1e-7)
 
 
@@ -123,7 +120,7 @@ def gradients_through(loop, rule, theta, cotangent):
             total = total + jnp.vdot(u, cotangent)
         return total
 
-    @jit
+    @jax.jit
     def both(*arguments):
         ways = jax.tree.map(jnp.ones_like, arguments)
         return jax.grad(value, (0, 1))(*arguments), jax.jvp(value, arguments, ways)[1]
@@ -147,7 +144,7 @@ def test_derivatives_are_those_of_all_coordinates_at_once():
 
 def test_half_of_the_hidden_state_and_nearly_the_same_run():
     (full, wide), (half, narrow) = (
-        jit(lambda dtype=dtype: run(THETA, PARAMS, 48, state_dtype=dtype, steps=20))()
+        jax.jit(lambda dtype=dtype: run(THETA, PARAMS, 48, state_dtype=dtype, steps=20))()
         for dtype in (None, jnp.bfloat16)
     )
     dtypes = {x.dtype for x in jax.tree.leaves(narrow.hidden)}
@@ -190,7 +187,7 @@ def test_five_hundred_tensors_compile_in_seconds():
     transform = learned.bind(learned.init(jax.random.key(0)))
     begun = time.process_time()
     step = jax.jit(transform.update).lower(params, transform.init(params), params)
-    step.compile(QUICK)
+    step.compile()
     assert time.process_time() - begun < 20
 
 

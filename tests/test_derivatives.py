@@ -20,8 +20,6 @@ from l2l.optimizers.guard import guard
 from l2l.optimizers.per_tensor import PerTensorState
 from l2l.storage import exports
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = partial(jax.jit, compiler_options=QUICK)
 STEPS = 3
 # Settings beside the defaults of what `registry.OPTIMIZERS` names; one without any needs no entry.
 SECTIONS = {
@@ -114,9 +112,8 @@ def trained(transform, params):
     return loss(params), states
 
 
-def hold_bases(monkeypatch, states):
-    """From here on the bases after each step are those of `states`, leaves [steps, ...]: whether
-    there are any."""
+def with_bases(states, function):
+    """function(), in which the bases after each step are those of `states`, leaves [steps, ...]."""
     known = getattr(getattr(states, "matrices", None), "bases", ())
     soaps = states.accumulators.soap.bases if isinstance(states, PerTensorState) else ()
 
@@ -136,9 +133,10 @@ def hold_bases(monkeypatch, states):
             mu, *([side and side.vectors for side in x] for x in (pair, after))
         )
 
-    monkeypatch.setattr(soap_coordinates, "_follow", held)
-    monkeypatch.setattr(soap, "_follow", held_soap)
-    return bool(jax.tree.leaves((known, soaps)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(soap_coordinates, "_follow", held)
+        patch.setattr(soap, "_follow", held_soap)
+        return function()
 
 
 def direction(like):
@@ -162,49 +160,46 @@ def float64():
 
 
 @pytest.mark.parametrize("case", [*exports.released(), *MADE, GUARDED])
-def test_the_loss_after_an_inner_run_by_its_first_parameters(case, monkeypatch):
+def test_the_loss_after_an_inner_run_by_its_first_parameters(case):
     params = parameters()
     towards = direction(params)
-    transform = transformation(case)
-    run = jit(partial(trained, transform))
-    states = run(params)[1]
-    slope = jit(lambda p, d: jax.jvp(lambda p: trained(transform, p)[0], (p,), (d,))[1])
-    forward = slope(params, towards)
-    with monkeypatch.context() as held:
-        if hold_bases(held, states):
-            # Made anew, since what was compiled follows the bases.
-            run = jit(partial(trained, transformation(case)))
-        expected = along(lambda p: run(p)[0], params, towards, 1e-7)
+    transform, held = transformation(case), transformation(case)  # Each keeps what it traced.
+    run = partial(trained, transform)
+    slope = jax.jit(lambda p, d: jax.jvp(run, (p,), (d,), has_aux=True)[1:])
+    forward, states = slope(params, towards)
+    fixed = jax.jit(lambda states, p: with_bases(states, lambda: trained(held, p)[0]))
+    expected = along(partial(fixed, states), params, towards, 1e-7)
     assert abs(expected) > 1e-3
     np.testing.assert_allclose(forward, expected, rtol=1e-5)
     if case == GUARDED:
         return  # Its loops of one round have no reverse mode, as it says.
-    gradient = jit(jax.grad(lambda p: trained(transform, p)[0]))(params)
+    gradient = jax.jit(jax.grad(lambda p: trained(transform, p)[0]))(params)
     assert all(np.all(np.isfinite(x)) for x in gradient.values())
     np.testing.assert_allclose(optax.tree.vdot(gradient, towards), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", [*exports.released(), *MADE])
-def test_the_first_update_by_its_gradient(case, monkeypatch):
+def test_the_first_update_by_its_gradient(case):
     """Where some tensors have no gradient, and where none has."""
     params = parameters()
-    transform = transformation(case)
+    transform, held = transformation(case), transformation(case)  # Each keeps what it traced.
     state = transform.init(params)
 
     def update(transform, gradients):
         return transform.update(gradients, state, params, num_steps=9)
 
-    def both(gradients, towards):
-        """The update's derivative along a direction, and the pull of `params` through it."""
+    @jax.jit
+    def slopes(gradients, towards):
+        """The update's derivative along a direction, the pull of `params` through it, the state."""
+        own = partial(update, transform)
+        _, along_it, after = jax.jvp(own, (gradients,), (towards,), has_aux=True)
+        _, pull, _ = jax.vjp(own, gradients, has_aux=True)
+        return along_it, pull(params)[0], jax.tree.map(lambda x: x[None], after)
 
-        def updates(gradients):
-            return update(transform, gradients)[0]
+    @jax.jit
+    def fixed(states, gradients):
+        return with_bases(states, lambda: update(held, gradients)[0])
 
-        along_it = jax.jvp(updates, (gradients,), (towards,))[1]
-        return along_it, jax.vjp(updates, gradients)[1](params)[0]
-
-    own = jit(partial(update, transform))
-    slopes = jit(both)
     some = jax.grad(loss)(params)
     for gradients in (some, jax.tree.map(jnp.zeros_like, some)):
         # A very short way where a whole tensor has no gradient: there logarithms see 1e-10 of it.
@@ -212,14 +207,9 @@ def test_the_first_update_by_its_gradient(case, monkeypatch):
             key: d * (1.0 if np.any(gradients[key]) else 1e-6)
             for key, d in direction(params).items()
         }
-        after = own(gradients)[1]
-        found, back = slopes(gradients, towards)
+        found, back, states = slopes(gradients, towards)
         assert all(np.all(np.isfinite(x)) for x in back.values())
-        with monkeypatch.context() as held:
-            fixed = own
-            if hold_bases(held, jax.tree.map(lambda x: x[None], after)):
-                fixed = jit(partial(update, transformation(case)))
-            expected = along(lambda g: fixed(g)[0], gradients, towards, 1e-9)
+        expected = along(partial(fixed, states), gradients, towards, 1e-9)
         for key, x in expected.items():
             size = np.max(np.abs(x))
             np.testing.assert_allclose(found[key], x, atol=1e-4 * size + 1e-8, err_msg=key)

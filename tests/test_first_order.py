@@ -20,10 +20,7 @@ from l2l.training import meta_step
 
 NUM_PROBLEMS, NUM_WINDOWS, LENGTH = 3, 3, 4
 
-# Compiling is what these tests spend their time on, and the answers need no fast code. What the
-# others of a list hold too is checked by `pytest -m slow`.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
+# What the others of a list hold too is checked by `pytest -m slow`.
 OPTIMIZERS = {
     "lstm": lambda: lstm(hidden_size=3),
     "lstm with tensors": lambda: lstm(hidden_size=2, tensor_size=3),
@@ -115,7 +112,7 @@ def windows(make, optimizer, *, length=LENGTH, imitation=0.0):
 
         return jax.lax.scan(step, estimator.init(keys, theta, stage), None, NUM_WINDOWS)[1]
 
-    return jax.jit(run, compiler_options=QUICK)
+    return jax.jit(run)
 
 
 def check_equal(

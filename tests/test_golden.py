@@ -20,6 +20,7 @@ import pytest
 import l2l
 from l2l.storage import exports
 
+pytestmark = pytest.mark.usefixtures("optimised")
 FILE = Path(__file__).with_name("golden.json")
 SHAPES = {"kernel": (2, 2, 2, 2), "matrix": (4, 3), "vector": (5,)}
 # Past the horizon, and past step 10, where the bases begin to follow in every tenth step only.

@@ -11,9 +11,6 @@ import pytest
 from l2l.optimizers.guard import guard
 from l2l.optimizers.lstm import lstm
 
-# Compiling is what these tests spend their time on.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = partial(jax.jit, compiler_options=QUICK)
 START = {"x": jnp.asarray([3.0, -2.0, 1.0, 0.3])}
 CURVATURE = jnp.asarray([1.0, 3.0, 10.0, 0.3])
 RATE = 3e-2
@@ -59,7 +56,7 @@ def train(transform, num, loss=loss, start=START, told=True, noise=0.0):
         seen = state._replace(adam=(), learned=()) if hasattr(state, "falls") else ()
         return (optax.apply_updates(params, updates), state), (params, value, seen)
 
-    @jit
+    @jax.jit
     def run(params):
         keys = jax.random.split(jax.random.key(0), num)
         return jax.lax.scan(step, (params, transform.init(params)), keys)
@@ -89,8 +86,8 @@ NETWORK = {"a": jnp.linspace(-2.0, 2.0, 8)[None], "b": jnp.cos(jnp.arange(8.0))[
 def walk(transform, problem, start, told):
     """(parameters after every step [150, …], losses, state), each part a program of its own: in one
     program the compiler would round p + u differently where it can see how u was made."""
-    gradient = jit(jax.value_and_grad(problem))
-    update = jit(lambda g, s, p, v: transform.update(g, s, p, **({"value": v} if told else {})))
+    gradient = jax.jit(jax.value_and_grad(problem))
+    update = jax.jit(lambda g, s, p, v: transform.update(g, s, p, **({"value": v} if told else {})))
     params, state = start, transform.init(start)
     path, losses = [], []
     for _ in range(150):
@@ -195,7 +192,7 @@ def test_single_bad_gradients_and_losses_are_passed_over():
     transform = guard(optax.adam(RATE), adam=optax.adam(RATE))
     plain = optax.adam(RATE)
 
-    @jit
+    @jax.jit
     def step(params, state, broken):
         value, gradients = jax.value_and_grad(loss)(params)
         gradients = jax.tree.map(lambda g: jnp.where(broken, jnp.nan, g), gradients)
@@ -228,9 +225,9 @@ def test_many_at_once_each_fall_by_themselves():
         carry, _ = jax.lax.scan(step, (START, transform.init(START)), None, 300)
         return carry[0], carry[1].falls
 
-    together, falls = jit(jax.vmap(run))(kinds)
+    together, falls = jax.jit(jax.vmap(run))(kinds)
     for i, sign in enumerate(kinds):
-        alone, count = jit(run)(sign)
+        alone, count = jax.jit(run)(sign)
         assert int(count) == int(falls[i]) == (0 if i == 0 else 2)
         np.testing.assert_allclose(alone["x"], together["x"][i], rtol=1e-5, atol=1e-7)
 
@@ -240,7 +237,7 @@ def test_donated_state_and_a_chain():
         optax.clip_by_global_norm(1.0), guard(acting(MALICIOUS["drift"]), max_falls=1)
     )
 
-    @partial(jit, donate_argnums=(0, 1))
+    @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state):
         value, gradients = jax.value_and_grad(loss)(params)
         updates, state = transform.update(gradients, state, params, value=value)

@@ -8,22 +8,22 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from together import config_of
 
 import l2l
+from l2l import launch
 from l2l.cluster import environment as host
 from l2l.storage import exports
 
 
 @pytest.fixture
-def command(request, tmp_path):
+def command(tmp_path):
     config_of(tmp_path)
     environment = os.environ | {
         "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(request.config.cache.mkdir("xla")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "MPLCONFIGDIR": str(tmp_path),
     }
 
@@ -81,17 +81,28 @@ def test_a_whole_run_prints_its_table_and_paths(command, tmp_path):
         (["--config=tiny.py", "more"], "more"),
     ],
 )
-def test_mistakes_are_one_sentence_and_code_2(command, arguments, sentence):
-    process = command(*arguments)
-    out, said = process.communicate(timeout=60)
-    assert process.returncode == 2 and not out
-    assert sentence in said and len(said.splitlines()) == 1 and said.startswith("l2l: ")
+def test_mistakes_are_one_sentence_and_code_2(monkeypatch, tmp_path, capsys, arguments, sentence):
+    """Before the process is set up, so that they can be made in this one."""
+    config_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(host, "prepare", lambda *_: pytest.fail("this is the process of the tests"))
+    assert launch.main(["launch", *arguments]) == 2
+    out, said = capsys.readouterr()
+    assert not out and sentence in said and len(said.splitlines()) == 1 and said.startswith("l2l: ")
+
+
+def test_the_code_of_a_mistake_is_that_of_the_process(command):
+    process = command("--config=nothing.py")
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and said.startswith("l2l: ")
 
 
 def test_one_device_a_core_unless_told_otherwise(monkeypatch, tmp_path):
-    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        monkeypatch.setenv(name, "")  # Restored afterwards, whatever `prepare` does.
-        monkeypatch.delenv(name)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    kept = {name: getattr(jax.config, name) for name in names}
+    for name in names:
+        monkeypatch.setenv(name.upper(), "")  # Restored afterwards, whatever `prepare` does.
+        monkeypatch.delenv(name.upper())
     monkeypatch.setattr(host, "prepared", False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(6)))
@@ -105,3 +116,5 @@ def test_one_device_a_core_unless_told_otherwise(monkeypatch, tmp_path):
     host.prepare(16)
     assert "device_count=3" in os.environ["XLA_FLAGS"]
     assert os.environ["XLA_FLAGS"].count("device_count") == 1
+    for name, value in kept.items():
+        jax.config.update(name, value)

@@ -1,7 +1,5 @@
 """Every learned optimizer against every promise of an optax transformation: one table."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,10 +19,6 @@ from l2l.optimizers.guard import GuardState, guard
 from l2l.optimizers.lstm import lstm
 from l2l.optimizers.per_tensor import PerTensorState, per_tensor
 from l2l.optimizers.published import dm, rnnprop
-
-# Compiling is what these tests spend their time on, and the answers need no fast code.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def guarded(learned):
@@ -87,8 +81,8 @@ def shapes(tree):
 
 def steps(transform, params=PARAMS, num=2, gradients=GRADIENTS, **extra):
     """(the last updates, state), of one compiled step with constant gradients and parameters."""
-    step = jit(lambda g, s, p, e: transform.update(g, s, p, **e))
-    state = jit(transform.init)(params)
+    step = jax.jit(lambda g, s, p, e: transform.update(g, s, p, **e))
+    state = jax.jit(transform.init)(params)
     for _ in range(num):
         updates, state = step(gradients, state, params, extra)
     return updates, state
@@ -117,7 +111,7 @@ def test_shape_and_dtype_are_those_of_the_gradients(plain):
 def test_state_keeps_its_structure_so_that_a_step_compiles_once(transform):
     calls = 0
 
-    @jit
+    @jax.jit
     def step(gradients, state, params):
         nonlocal calls
         calls += 1
@@ -142,7 +136,7 @@ def test_scan_and_vmap(transform, plain):
         return jax.tree.map(lambda x: x[-1], jax.lax.scan(body, transform.init(PARAMS), None, 2)[1])
 
     pair = jax.tree.map(lambda g: jnp.stack([g, -2 * g]), GRADIENTS)
-    updates = jit(jax.vmap(run))(pair)
+    updates = jax.jit(jax.vmap(run))(pair)
     close(jax.tree.map(lambda x: x[0], updates), plain[0])
     other = steps(transform, gradients=jax.tree.map(lambda x: x[1], pair))[0]
     close(jax.tree.map(lambda x: x[1], updates), other)
@@ -151,7 +145,7 @@ def test_scan_and_vmap(transform, plain):
 def test_horizon_may_be_missing_or_traced_and_other_arguments_are_left_alone(transform, plain):
     close(steps(transform, num_steps=0, value=jnp.asarray(3.0), anything=jnp.zeros(2))[0], plain[0])
     traced = steps(transform, num_steps=jnp.asarray(7))[0]
-    fixed = jit(lambda g, s, p: transform.update(g, s, p, num_steps=7, value=1.0))
+    fixed = jax.jit(lambda g, s, p: transform.update(g, s, p, num_steps=7, value=1.0))
     state = fixed(GRADIENTS, transform.init(PARAMS), PARAMS)[1]
     close(traced, fixed(GRADIENTS, state, PARAMS)[0])
 
@@ -194,7 +188,7 @@ def test_multi_steps(transform, plain):
 
 def test_apply_if_finite(transform, plain):
     guarded = optax.apply_if_finite(transform, 3)
-    update = jit(guarded.update)
+    update = jax.jit(guarded.update)
     state = update(GRADIENTS, guarded.init(PARAMS), PARAMS)[1]
     broken = {**GRADIENTS, "scalar": jnp.asarray(jnp.nan)}
     updates, state = update(broken, state, PARAMS)
@@ -299,7 +293,7 @@ def test_untrained_lstm_is_adam(weight_decay, settings):
 
     start = (params, ours.init(params), theirs.init(params))
     keys = jax.random.split(jax.random.key(1), 100)
-    mine, other = jit(lambda: jax.lax.scan(step, start, keys)[1])()
+    mine, other = jax.jit(lambda: jax.lax.scan(step, start, keys)[1])()
     np.testing.assert_allclose(mine, other, rtol=5e-6, atol=3e-9)
 
 

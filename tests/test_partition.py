@@ -1,7 +1,5 @@
 """Several optimizers by parameter, each as if it were alone; and Adam among them."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +16,6 @@ from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.lstm import lstm
 from l2l.optimizers.published import rnnprop
 from l2l.tasks import simple_multi
-
-# Compiling is what these tests spend their time on, and the answers need no fast code.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = partial(jax.jit, compiler_options=QUICK)
 
 PARAMS = {
     "layers": [{"w": jnp.ones((4, 5)), "b": jnp.zeros(5)}, {"w": jnp.ones((5, 1))}],
@@ -50,8 +44,8 @@ def run(transform, params, steps=3):
 def test_each_part_acts_as_if_alone():
     both = by_parameter(PARTS, LABELS)
     theta = shaken(both)
-    after = jit(lambda: run(both.bind(theta), PARAMS))()
-    alone = {n: jit(lambda n=n: run(PARTS[n].bind(theta[n]), PARAMS))() for n in PARTS}
+    after = jax.jit(lambda: run(both.bind(theta), PARAMS))()
+    alone = {n: jax.jit(lambda n=n: run(PARTS[n].bind(theta[n]), PARAMS))() for n in PARTS}
     for i in (0, 1):
         np.testing.assert_allclose(
             after["layers"][i]["w"], alone["matrices"]["layers"][i]["w"], rtol=1e-6
@@ -86,7 +80,7 @@ def test_the_engine_takes_both_parts_at_once():
     for make in (first_order, autodiff.truncated):
         estimator = make(inner, Objective("train", "log"))
         state = estimator.init(jax.random.split(jax.random.key(1), 2), theta, stage)
-        out.append(jit(estimator.estimate)(theta, state, (), stage)[0])
+        out.append(jax.jit(estimator.estimate)(theta, state, (), stage)[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *out)
     assert np.all(np.asarray(out[0]["adam"]) != 0)
     assert np.any(np.asarray(out[0]["lstm"]["network"]["out"]["w"]) != 0)

@@ -198,7 +198,7 @@ sys.exit(sweep.main(sys.argv))
 
 
 @pytest.mark.parametrize("name", ["launch", "evaluate", "sweep"])
-def test_a_terminal_that_is_not_utf_8_is_shown_question_marks(request, tmp_path, name):
+def test_a_terminal_that_is_not_utf_8_is_shown_question_marks(tmp_path, name):
     config_of(tmp_path)
     arguments = {
         "launch": "--config=tiny.py --config.meta.steps=3 --workdir=run×",
@@ -215,7 +215,6 @@ def test_a_terminal_that_is_not_utf_8_is_shown_question_marks(request, tmp_path,
             "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
             "PYTHONIOENCODING": "ascii",
             "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": str(request.config.cache.mkdir("xla")),
         },
         capture_output=True,
     )

@@ -5,8 +5,6 @@ The contracts are those of optax's `contrib/_common_test.py`; `tests/test_optax_
 every kind of rule to the rest.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +14,6 @@ import pytest
 import l2l
 from l2l.optimizers.per_tensor import PerTensorState
 
-# Compiling is what these tests spend their time on, and the answers need no fast code.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = partial(jax.jit, compiler_options=QUICK)
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(3, 2), "b": jnp.asarray([0.5, -0.2])}
 TARGET = {"w": jnp.full((3, 2), 0.3), "b": jnp.asarray([0.1, 0.4])}
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
@@ -60,7 +55,7 @@ def test_any_precision_keeps_every_dtype_and_compiles_once(optimizer, dtype):
         params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
         calls = []
 
-        @jit
+        @jax.jit
         def step(params, state):
             calls.append(1)
             value, gradients = jax.value_and_grad(loss)(params)
@@ -85,7 +80,7 @@ def test_updates_are_in_the_dtypes_of_the_parameters(optimizer, given):
     """As those of optax's Adam are once they are applied, whatever the gradients come in."""
     params = {**PARAMS, "b": PARAMS["b"].astype(jnp.bfloat16)}
     gradients = jax.tree.map(lambda x: jnp.sin(x).astype(given), params)
-    updates, state = jit(optimizer.update)(gradients, optimizer.init(params), params)
+    updates, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
     assert {k: x.dtype for k, x in updates.items()} == {k: x.dtype for k, x in params.items()}
     assert kinds(state) == kinds(optimizer.init(params))
 
@@ -109,7 +104,7 @@ def test_inject_hyperparams(optimizer):
         return optax.chain(optimizer, optax.scale(rate))
 
     injected, plain = optax.inject_hyperparams(scaled)(rate=0.5), scaled(0.5)
-    outs = [jit(t.update)(PARAMS, jit(t.init)(PARAMS), PARAMS) for t in (injected, plain)]
+    outs = [jax.jit(t.update)(PARAMS, jax.jit(t.init)(PARAMS), PARAMS) for t in (injected, plain)]
     close(outs[0][0], outs[1][0])
     close(outs[0][1].inner_state, outs[1][1])
 
@@ -118,11 +113,11 @@ def test_gradient_accumulation(optimizer):
     """Whose branches have to agree on a dtype."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     every = optax.MultiSteps(optimizer, every_k_schedule=2)
-    update, state = jit(every.update), jit(every.init)(params)
+    update, state = jax.jit(every.update), jax.jit(every.init)(params)
     first, state = update(params, state, params)
     assert all(np.all(np.asarray(x, float) == 0) for x in jax.tree.leaves(first))
     second, state = update(params, state, params)
-    alone = jit(optimizer.update)(params, optimizer.init(params), params)[0]
+    alone = jax.jit(optimizer.update)(params, optimizer.init(params), params)[0]
     close(second, alone, rtol=1e-2)
 
 
@@ -132,9 +127,9 @@ def test_a_part_of_the_parameters(optimizer):
     part = optax.partition({"ours": optimizer, "sgd": optax.sgd(1.0)}, labels)
     masked = optax.masked(optimizer, {"w": True, "b": False})
     only = {"w": PARAMS["w"]}
-    alone = jit(optimizer.update)(only, jit(optimizer.init)(only), only)[0]["w"]
+    alone = jax.jit(optimizer.update)(only, jax.jit(optimizer.init)(only), only)[0]["w"]
     for transform, rest in ((part, -PARAMS["b"]), (masked, PARAMS["b"])):
-        updates, state = jit(transform.update)(PARAMS, jit(transform.init)(PARAMS), PARAMS)
+        updates, state = jax.jit(transform.update)(PARAMS, jax.jit(transform.init)(PARAMS), PARAMS)
         close(updates["w"], alone)
         np.testing.assert_array_equal(updates["b"], rest)
         optax.tree.map_params(transform, lambda x: x, state)
@@ -168,7 +163,7 @@ def test_reaches_the_minimum_of_a_parabola(optimizer):
     def run(params):
         return jax.lax.scan(step, (params, optimizer.init(params)), None, 400)[0][0]
 
-    assert float(loss(jit(run)(PARAMS))) < 0.02 * float(loss(PARAMS))
+    assert float(loss(jax.jit(run)(PARAMS))) < 0.02 * float(loss(PARAMS))
 
 
 MODES = {
@@ -181,39 +176,42 @@ MODES = {
 }
 
 
+def two_updates(optimizer):
+    state, out = optimizer.init(PARAMS), []
+    for gradients in (jax.tree.map(jnp.zeros_like, PARAMS), PARAMS):
+        updates, state = optimizer.update(gradients, state, PARAMS)
+        out.append(updates)
+    return out
+
+
+@pytest.fixture(scope="module")
+def usual(optimizer):
+    """The updates without any mode."""
+    return two_updates(optimizer)
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES)
-def test_numeric_modes(case, mode):
+def test_numeric_modes(request, optimizer, usual, mode):
     """Two steps outside of `jit`, the first with gradients of zero, are those without the mode."""
-
-    def run(optimizer):
-        state, out = optimizer.init(params), []
-        for gradients in (zeros, params):
-            updates, state = optimizer.update(gradients, state, params)
-            out.append(updates)
-        return out
-
-    params, zeros = PARAMS, jax.tree.map(jnp.zeros_like, PARAMS)
-    optimizer = loaded(case)
-    expected = run(optimizer)
+    case = request.node.callspec.params["optimizer"]
     before = {name: getattr(jax.config, name) for name in MODES[mode]}
     try:
         for name, value in MODES[mode].items():
             jax.config.update(name, value)
-        got = run(optimizer if mode == "x64 after" else loaded(case))
+        got = two_updates(optimizer if mode == "x64 after" else loaded(case))
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-    assert kinds(got) == kinds(expected)
+    assert kinds(got) == kinds(usual)
     # Bias corrections round otherwise where Python's numbers are float64.
-    close(got, expected, rtol=5e-3)
+    close(got, usual, rtol=5e-3)
 
 
 def test_float64_parameters_are_computed_in_float64(optimizer):
     """Not in float32 and then cast: central differences with a step of 1e-6 see a smooth update."""
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
-        update = jit(lambda g: optimizer.update(g, optimizer.init(params), params)[0]["b"][0])
+        update = jax.jit(lambda g: optimizer.update(g, optimizer.init(params), params)[0]["b"][0])
 
         def slope(step):
             moved = [{**params, "b": params["b"].at[0].add(s * step)} for s in (1, -1)]

@@ -1,10 +1,10 @@
 """Suites: definitions against closed forms, cells that build, runs that go on after a stop."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from l2l.evaluation.comparison import Cell, Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.tasks import registry
+from l2l.training import experiment
 
 
 def descent(rate, steps):
@@ -279,14 +280,14 @@ GRIDS = (Grid("adam", **RATES), Grid("sgd", **RATES))
 HORIZONS = (3, 6)
 
 
+def seconds(key, field, *a, **k):
+    """Steps take 20 µs, those of the optimizer called "slow" 40."""
+    return dict.fromkeys(field, 2e-5) | {"slow": 4e-5}
+
+
 @pytest.fixture
 def timed(monkeypatch):
-    """Steps take 20 µs, those of the optimizer called "slow" 40."""
-    monkeypatch.setattr(
-        timing,
-        "step_seconds",
-        lambda key, field, *a, **k: dict.fromkeys(field, 2e-5) | {"slow": 4e-5},
-    )
+    monkeypatch.setattr(timing, "step_seconds", seconds)
 
 
 def measure(directory=None, cells=CELLS, **more):
@@ -301,15 +302,30 @@ def live() -> int:
     return len(jax.local_devices()[0].client.live_executables())
 
 
-def test_a_baseline_beside_itself_is_even(timed, monkeypatch):
-    monkeypatch.setattr(environment, "prepared", True)  # As in a command of l2l's.
-    curves.forget()
-    before, rows, compiled = live(), [], []
-    for row in measure():
-        rows.append(row)
-        compiled.append(live() - before)
-    # Programs go with their cell: a process has room for some hundreds.
-    assert compiled[0] >= 2 and compiled[-1] <= 1.5 * compiled[0] and live() == before
+@pytest.fixture(scope="module")
+def measured():
+    """Of one measurement of everything, as in a command of l2l's: its rows, what was told of its
+    progress, and how many programs there were more than before, after every row and at the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "step_seconds", seconds)
+        patch.setattr(environment, "prepared", True)
+        curves.forget()
+        before, rows, told, programs = live(), [], [], []
+        for row in measure(progress=lambda *a: told.append(a)):
+            rows.append(row)
+            programs.append(live() - before)
+        programs.append(live() - before)
+    return SimpleNamespace(rows=rows, told=told, programs=programs)
+
+
+def test_programs_go_with_their_cell(measured):
+    """A process has room for some hundreds."""
+    first, *_, last, after = measured.programs
+    assert first >= 2 and last <= 1.5 * first and after == 0
+
+
+def test_a_baseline_beside_itself_is_even(measured):
+    rows = measured.rows
     places = [("one", 3), ("one", 6), ("two", 3), ("two", 6)]
     names = ["slow", "adam, tuned", "sgd, tuned"]
     assert [(row.cell, row.steps, row.optimizer) for row in rows] == [
@@ -383,9 +399,8 @@ def test_losses_that_have_no_ratio_get_a_sentence(timed, monkeypatch):
     assert "negative" in statistics.without_ratio([negative])[0]
 
 
-def test_progress_reaches_the_whole(timed):
-    told = []
-    list(measure(progress=lambda *a: told.append(a)))
+def test_progress_reaches_the_whole(measured):
+    told = measured.told
     done = [share for share, _ in told]
     assert done == sorted(done) and told[-1] == (1.0, "done")
     assert "two, 3, 6 steps: adam, 6 steps, trial 6" in " ".join(text for _, text in told)
@@ -435,9 +450,8 @@ def test_another_theta_is_another_result(tmp_path):
     assert cache.digest(jnp.zeros(2)) != cache.digest(jnp.zeros((2, 1)))
 
 
-def test_tables_say_what_is_missing(timed, tmp_path):
-    measured = measure()
-    rows = [next(measured) for _ in range(3)]
+def test_tables_say_what_is_missing(measured, tmp_path):
+    rows = measured.rows[:3]
     arguments = dict(notes=["two: a note."], about={"seed": 1})
     text = report.write(tmp_path, rows, CELLS, HORIZONS, **arguments)
     assert "Not yet measured at 3 steps: two." in text
@@ -460,9 +474,9 @@ def test_tables_say_what_is_missing(timed, tmp_path):
     assert "Not yet measured at 3 steps: one, two." in nothing
 
 
-def test_what_was_stored_makes_the_same_tables(timed, tmp_path):
+def test_what_was_stored_makes_the_same_tables(measured, tmp_path):
     """The page of a directory has, of the JSON alone, the tables that the measurement wrote."""
-    rows = list(measure())
+    rows = measured.rows
     cells = (*CELLS, Cell("three", TASK, horizons=(7,)))
     text = report.write(tmp_path / "a", rows, cells, HORIZONS, notes=["two: a note."], about=ABOUT)
     (tmp_path / "b").mkdir()
@@ -521,9 +535,15 @@ def test_columns_that_say_nothing_are_left_out(timed, tmp_path):
         (["--from=docs", "--suite=quick"], "leave out"),
     ],
 )
-def test_bad_input_gets_one_clear_sentence(tmp_path, arguments, message):
-    command = [sys.executable, "-m", "l2l.evaluate", *arguments, f"--output={tmp_path}"]
-    env = dict(os.environ, JAX_PLATFORMS="cpu")
-    out = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert out.returncode == 2 and message in out.stderr
-    assert len(out.stderr.strip().splitlines()) == 1 and not out.stdout
+def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(environment, "prepare", lambda: None)  # This process is the tests' own.
+    argv = ["evaluate", *arguments, f"--output={tmp_path}"]
+    assert cli.main(argv, experiment.settings_of) == 2
+    out, said = capsys.readouterr()
+    assert message in said and len(said.strip().splitlines()) == 1 and not out
+
+
+def test_the_code_of_bad_input_is_that_of_the_process():
+    command = [sys.executable, "-m", "l2l.evaluate", "--suite=scorcard"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("l2l: ") and not done.stdout

@@ -23,8 +23,8 @@ from l2l.training.run import train
 from l2l.training.run_directory import lock
 
 
-@pytest.fixture(autouse=True)
-def no_comparison(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def no_comparison():
     """The final comparison with tuned Adam costs more than all else here, and has its own tests."""
 
     def conclude(experiment, theta, directory, key, snapshot):
@@ -33,7 +33,9 @@ def no_comparison(monkeypatch):
         files.write(directory / finish.SUMMARY, b"concluded")
         return str(path)
 
-    monkeypatch.setattr(finish, "conclude", conclude)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "conclude", conclude)
+        yield
 
 
 def theta_of(directory):
@@ -65,10 +67,11 @@ def crash_after(step):
     return crash
 
 
-@pytest.fixture
-def whole(tiny, tmp_path):
-    directory = tmp_path / "whole"
-    assert train(build_experiment(tiny), directory) == DONE
+@pytest.fixture(scope="module")
+def whole(make_tiny, no_comparison, tmp_path_factory):
+    """An uninterrupted run of `tiny` on eight devices, which no test adds to."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(build_experiment(make_tiny()), directory) == DONE
     return directory
 
 
@@ -76,12 +79,11 @@ STAGES = {"name": "stages", "horizons": (4, 8, 16), "every": 3, "patience": 1, "
 
 
 @pytest.mark.parametrize("horizon", [None, STAGES], ids=["log_uniform", "stages"])
-def test_a_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch, horizon):
+def test_a_resumed_run_is_an_uninterrupted_one(tiny, whole, tmp_path, horizon):
+    experiment, parts = build_experiment(tiny), tmp_path / "parts"
     if horizon:
-        tiny["horizon"] = horizon
-    experiment = build_experiment(tiny)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(experiment, whole) == DONE
+        experiment, whole = build_experiment(tiny | {"horizon": horizon}), tmp_path / "whole"
+        assert train(experiment, whole) == DONE
     assert train(experiment, parts, extra=[stop_after(6)]) == TERMINATED
     with pytest.raises(RuntimeError):  # Between saves: meta-step 9 is on the disk, 12 is not.
         train(experiment, parts, extra=[crash_after(12)])
@@ -110,7 +112,7 @@ def test_a_callback_ends_a_run(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("saved, resumed", [(8, 1), (1, 8), (4, 2)])
-def test_a_run_goes_on_with_other_devices(tiny, whole, tmp_path, monkeypatch, saved, resumed):
+def test_a_run_goes_on_with_other_devices(tiny, whole, tmp_path, saved, resumed):
     """And ends as one that had eight throughout. The pairs with two processes, which are equal to
     the bit, are in `test_cluster.py`."""
     experiment, devices = build_experiment(tiny), jax.devices()

@@ -30,14 +30,11 @@ SMALLER = {
 class Reader:
     """Someone who works through the pages in one folder, one after the other."""
 
-    def __init__(self, folder: Path, cache: Path):
+    def __init__(self, folder: Path):
         self.folder, self.done, self.said = folder, 0, {}
         (folder / "configs").symlink_to(ROOT / "configs")
         self.environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiling takes longer than running here.
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         }
 
@@ -82,8 +79,8 @@ def smaller(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory, request) -> Reader:
-    return Reader(tmp_path_factory.mktemp("tutorial"), request.config.cache.mkdir("xla"))
+def reader(tmp_path_factory) -> Reader:
+    return Reader(tmp_path_factory.mktemp("tutorial"))
 
 
 def test_there_are_five_parts():
