@@ -46,7 +46,7 @@ def run(transform, steps, **told):
 
 
 # What is left is SOAP at one rate.
-PLAIN = dict(weight_decay=0.0, bound=0.0, size_power=0.0, horizon_power=0.0)
+PLAIN = dict(weight_decay=0.0, bound=0.0, size_power=0.0, horizon_power=0.0, quiet=0.0, second_power=0.0)
 
 
 def bound(**settings):
