@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +85,41 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, config, tmp_path):
     experiment, there = build_experiment(config), tmp_path / "run"
     assert train(experiment, there, jax.devices()[:1], [stop]) == TERMINATED
     assert train(experiment, there, jax.devices()[:1]) == DONE
+    assert_same_parts(whole, there)
+
+
+KILLED_AT_9 = """
+import json, os, signal, sys, time
+from pathlib import Path
+import jax
+from l2l.training.experiment import build_experiment
+from l2l.training.run import train
+
+directory = Path(sys.argv[1])
+
+def kill(loop, group):
+    if loop.step == 9:
+        while not (directory / "checkpoints" / "6").exists():  # It is written meanwhile.
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(build_experiment(json.loads(sys.argv[2])), directory, jax.devices()[:1], [kill])
+"""
+
+
+def test_a_run_killed_between_checkpoints_goes_on_bit_for_bit(whole, config, tmp_path, capsys):
+    there, config = tmp_path / "run", {**config, "checkpoint": {"every": 6, "keep": 3}}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_9, str(there), json.dumps(config)],
+        env=os.environ | {"PYTHONPATH": str(Path(l2l.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in (there / "checkpoints").iterdir()] == ["6"]
+    assert train(build_experiment(config), there, jax.devices()[:1]) == DONE
+    assert "Going on from meta-step 6 " in capsys.readouterr().err
     assert_same_parts(whole, there)
 
 
