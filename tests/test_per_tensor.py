@@ -16,7 +16,7 @@ from l2l.estimators.autodiff import truncated
 from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import Objective
 from l2l.optimizers import soap
-from l2l.optimizers.per_tensor import FEATURES, RAMP, per_tensor
+from l2l.optimizers.per_tensor import FAST, FEATURES, RAMP, per_tensor
 from l2l.storage import exports
 from l2l.training import meta_step
 
@@ -46,7 +46,9 @@ def run(transform, steps, **told):
 
 
 # What is left is SOAP at one rate.
-PLAIN = dict(weight_decay=0.0, bound=0.0, size_power=0.0, horizon_power=0.0)
+PLAIN = dict(
+    weight_decay=0.0, bound=0.0, size_power=0.0, horizon_power=0.0, quiet=0.0, second_power=0.0
+)
 
 
 def bound(**settings):
@@ -79,12 +81,13 @@ def test_long_sides_have_lower_rates_and_rows_of_embeddings_do_not_count():
 
 
 def test_decay_acts_where_the_step_goes_towards_zero_too():
-    plain, decayed = (run(bound(weight_decay=x, bound=0.0), 1)[0] for x in (0.0, 0.5))
+    """Times ½^k where no horizon is known."""
+    plain, decayed = (run(bound(weight_decay=x, bound=0.0, quiet=0.0), 1)[0] for x in (0.0, 2.0))
     for name, p in PARAMS.items():
         rate = 0.04 * (64 / max(p.size // p.shape[-1], p.shape[-1])) ** 0.5
         towards = jnp.clip(-plain[name] / rate * jnp.sign(p) / RAMP, 0, 1) * (p.ndim > 1)
         assert bool(jnp.any(towards == 0)) and (p.ndim == 1 or bool(jnp.any(towards == 1)))
-        wanted = -rate * 0.5 * towards * p
+        wanted = -rate * 2.0 * 0.5**2 * towards * p
         np.testing.assert_allclose(decayed[name] - plain[name], wanted, rtol=1e-3, atol=1e-7)
 
 
@@ -95,6 +98,63 @@ def test_the_horizon_lowers_the_rate_as_the_cosine_does():
     assert factors[0] == pytest.approx(1.0, rel=1e-5)
     # The gradients follow the parameters, so only the first steps can be compared number by number.
     assert factors[1] == pytest.approx(0.5 * (1 + np.cos(np.pi / 4)), rel=0.05)
+
+
+def test_decay_goes_before_the_rate():
+    """At t of T the part of a step that decay takes is s^k of its first, with s half a cosine."""
+    settings = PLAIN | {"anneal": 0.0, "weight_decay": 0.1}
+    shares = []
+    for power in (0.0, 2.0):
+        transform = bound(decay_anneal=power, **settings)
+        start = transform.init(PARAMS)
+        still = start._replace(
+            accumulators=start.accumulators._replace(
+                soap=start.accumulators.soap._replace(count=jnp.asarray(3, jnp.int32))
+            )
+        )
+        gradients = noisy(PARAMS, 0)
+        plain = bound(decay_anneal=power, **settings | {"weight_decay": 0.0})
+        told = dict(num_steps=4)
+        with_decay = transform.update(gradients, still, PARAMS, **told)[0]["w"]
+        shares.append(with_decay - plain.update(gradients, still, PARAMS, **told)[0]["w"])
+    left = 0.5 * (1 + np.cos(0.75 * np.pi))
+    acts = np.abs(shares[0]) > 1e-4
+    assert acts.any()
+    np.testing.assert_allclose(shares[1][acts] / shares[0][acts], left**2, rtol=0.02)
+
+
+def test_steps_shrink_where_gradients_have_all_but_gone():
+    """(1 + κ/f²)^(−½), f the rms of recent gradients over that of all so far."""
+    steps = {}
+    for quiet in (0.0, 1e-2):
+        transform = bound(**PLAIN | {"quiet": quiet})
+        state = transform.init(PARAMS)
+        for i in range(8):
+            scale = 1.0 if i < 2 else 1e-2
+            gradients = jax.tree.map(lambda x: scale * x, noisy(PARAMS, 0))
+            updates, state = transform.update(gradients, state, PARAMS)
+            steps[quiet, i] = updates["w"]
+    # log |g| falls to log 1e-2 with decay FAST, the mean of squares is that of all steps.
+    recent = 1e-2 ** (2 * (1 - FAST**6))
+    mean = (2 + 6 * 1e-4) / 8
+    factor = (1 + 1e-2 * mean / recent) ** -0.5
+    assert factor < 0.95
+    np.testing.assert_allclose(steps[1e-2, 7], factor * steps[0.0, 7], rtol=1e-3)
+    np.testing.assert_allclose(steps[1e-2, 0], (1 + 1e-2) ** -0.5 * steps[0.0, 0], rtol=1e-3)
+
+
+def test_the_second_moment_remembers_a_shrinking_part_of_a_run():
+    """ν ← (1 − t^−c) ν + t^−c g²: of a vector, whose basis is its own coordinates."""
+    transform = soap.scale_by_soap(soap.Settings(second_power=0.6))
+    params = {"v": jnp.ones(3)}
+    state = transform.init(params)
+    nu = np.zeros(3)
+    for t in range(1, 6):
+        gradient = jnp.asarray([1.0, -2.0, 0.5]) / t
+        _, state = transform.update({"v": gradient}, state, params)
+        nu = (1 - t**-0.6) * nu + t**-0.6 * np.square(gradient)
+    np.testing.assert_allclose(jax.tree.leaves(state.nu)[0], nu, rtol=1e-5)
+    assert nu[0] < np.mean([1 / t**2 for t in range(1, 6)])
 
 
 def test_longer_runs_have_lower_rates():

@@ -33,19 +33,21 @@ ANNEALED = 1e-3
 # The horizon, in steps, at which a rate is the nominal one, and the least that makes it larger.
 USUAL, SHORTEST = 500, 100
 FEATURES = (
-    *("signal", "alignment, fast", "alignment, slow", "trend of |g|", "growth of |θ|"),
-    *("all tensors: signal", "all tensors: alignment, fast"),
-    *("all tensors: alignment, slow", "all tensors: trend of |g|"),
+    *("signal", "alignment, fast", "alignment, slow", "trend of |g|", "fall of |g|"),
+    *("growth of |θ|", "all tensors: signal", "all tensors: alignment, fast"),
+    *("all tensors: alignment, slow", "all tensors: trend of |g|", "all tensors: fall of |g|"),
 )
 
 
 class Trail(NamedTuple):
     """What is remembered of each of G tensors. alignment, log_gradient: [2, G], averaged fast and
-    slow. log_start: [G], log rms θ before the first step."""
+    slow. log_start: [G], log rms θ before the first step. mean_square: [G], of the gradients of
+    all steps so far."""
 
     alignment: jax.Array
     log_gradient: jax.Array
     log_start: jax.Array
+    mean_square: jax.Array
 
 
 class Accumulators(NamedTuple):
@@ -74,8 +76,11 @@ def per_tensor(
     size_power: float = 0.5,
     decays: Sequence[float] = (0.9,),
     second_decay: float = 0.999,
+    second_power: float = 0.6,
     mixture: bool = False,
-    weight_decay: float = 0.5,
+    weight_decay: float = 2.0,
+    decay_anneal: float = 2.0,
+    quiet: float = 1e-2,
     warm_up: float = 0.0,
     anneal: float = 1.0,
     horizon_power: float = 0.4,
@@ -91,24 +96,31 @@ def per_tensor(
 
     The coefficient of a tensor's nominal direction d₀, Nesterov's momentum over √ν in the basis, is
 
-        c₀ = −exp(λ) · (64/n)^q · (500/T)^h · (1 − exp(−(t + 1)/w)) · ((1 + cos πt/T)/2)^p
-              · exp(r · tanh(a/r)),
+        c₀ = −exp(λ) · (64/n)^q · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
+              · (1 + κ/f²)^(−1/2) · exp(r · tanh(a/r)),    s = (1 + cos πt/T)/2,
 
-    with T the horizon (where none is known, its factors are 1), n the longer side of a matrix, r
-    the `reach`, and a from the network, zero at first: untrained it is SOAP at one rate. With
-    `mixture` the further directions (one a further decay, and the gradient's) have c₀ · tanh(bⱼ).
-    Decay takes c₀ · exp(δ + r · tanh(e/r)) · θ off, only where the nominal step goes towards zero
-    as well: it is cautious (Chen et al. 2025, arXiv 2510.12402), and does not hold back weights
-    that the loss wants to grow.
+    with T the horizon (where none is known, its factors are 1), n the longer side of a matrix, f
+    the root mean square of recent gradients over that of all so far, r the `reach`, and a from the
+    network, zero at first: untrained it is SOAP at one rate. With `mixture` the further directions
+    (one a further decay, and the gradient's) have c₀ · tanh(bⱼ). Decay takes
+    c₀ · exp(δ + r · tanh(e/r)) · s^k · θ off (s is ½ where no horizon is known), only where the
+    nominal step goes towards zero as well: it is cautious (Chen et al. 2025, arXiv 2510.12402), and
+    does not hold back weights that the loss wants to grow.
+
+    Directions have a length that does not fall with the gradients, so that learning goes on where
+    they are small. What ends it is f: where gradients have all but gone, data has been memorised,
+    and more of it costs more in validation than it gains.
 
     Args:
       hidden_size: of the LSTM; 0 for none: theta then is λ, w, p and the decay alone.
       learning_rate: exp(λ) at the start, of matrices; times `vector_rate`, of vectors.
       size_power: q. The longer side, not the fan-in: libraries differ in which axis that is.
       decays: of the first moments; the first is the nominal one.
-      second_decay: of the second moment.
+      second_decay, second_power: of the second moment (`soap.Settings`).
       mixture: whether the network mixes further directions in.
       weight_decay: exp(δ) at the start, times the schedule's rate; none of vectors. 0 for none.
+      decay_anneal: k: decay goes before the rate does, and the end of a run fits what is left.
+      quiet: κ; 0 for none.
       warm_up: w, steps; 0 for none.
       anneal: p.
       horizon_power: h: longer runs are better at lower rates. T counts as 100 at least.
@@ -123,7 +135,7 @@ def per_tensor(
     """
     nominal = Numbers(
         *(learning_rate, vector_rate, size_power, anneal, horizon_power),
-        *(warm_up, bound, weight_decay),
+        *(warm_up, bound, weight_decay, decay_anneal, quiet),
     ).checked()
     if learn not in LEARN:
         raise UserError(f"There is no learn={learn!r}: choose {', '.join(LEARN[:-1])} or all.")
@@ -131,6 +143,7 @@ def per_tensor(
     settings = soap.Settings(
         decays=decays,
         second_decay=second_decay,
+        second_power=second_power,
         gradient=mixture,
         block_size=block_size,
         average_every=average_every,
@@ -150,12 +163,14 @@ def per_tensor(
                 for name, part in theta.items()
             }
         seen, plain = rows[: len(FEATURES)], rows[len(FEATURES) :]
-        vector, log_weights, log_size, lengths = *plain[:3], plain[3:]
+        vector, log_weights, log_size, fall, lengths = *plain[:4], plain[4:]
         out, state = network.apply(theta, seen, state)
         log_rate = theta["log_rate"] + vector * theta["log_vector_rate"]
         log_rate = log_rate - theta["size_power"] * log_size
         rate = jnp.exp(log_rate + reach * jnp.tanh(out[0] / reach))
         rate = rate * _schedule(theta, step, num_steps)
+        if "log_quiet" in theta:
+            rate = rate / jnp.sqrt(1 + jnp.exp(theta["log_quiet"] - 2 * fall))
         shares = jnp.concatenate([jnp.ones_like(out[:1]), jnp.tanh(out[1 : 1 + further])])
         if bound:
             largest = jnp.maximum(jnp.exp(log_weights), smallest)
@@ -164,6 +179,9 @@ def per_tensor(
         coefficients = -rate[None] * shares
         if weight_decay:
             log_decay = theta["log_weight_decay"] + reach * jnp.tanh(out[-1] / reach)
+            if "decay_anneal" in theta:
+                left = _log_left(step, num_steps, rate.dtype, unknown=0.5)
+                log_decay = log_decay + theta["decay_anneal"] * left
             decay = -rate * jnp.exp(log_decay) * (1 - vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
         return coefficients, state
@@ -226,6 +244,8 @@ class Numbers(NamedTuple):
     warm_up: float
     bound: float
     weight_decay: float
+    decay_anneal: float
+    quiet: float
 
     def checked(self) -> "Numbers":
         for name, value in self._asdict().items():
@@ -244,9 +264,10 @@ class Numbers(NamedTuple):
             "size_power": self.size_power,
             "anneal": self.anneal,
         }
-        if self.horizon_power:
-            numbers["horizon_power"] = self.horizon_power
-        for name in ("warm_up", "bound", "weight_decay"):
+        for name in ("horizon_power", "decay_anneal"):
+            if getattr(self, name):
+                numbers[name] = getattr(self, name)
+        for name in ("warm_up", "bound", "weight_decay", "quiet"):
             if getattr(self, name):
                 numbers[f"log_{name}"] = math.log(getattr(self, name))
         return {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
@@ -278,9 +299,7 @@ def _schedule(theta, step, num_steps) -> jax.Array:
     """The factor on every rate at a step; 1, after the warm-up, for an unknown horizon."""
     dtype = theta["log_rate"].dtype
     t, horizon = step.astype(dtype), num_steps.astype(dtype)
-    done = jnp.where(num_steps > 0, jnp.minimum(t / jnp.maximum(horizon, 1), 1), 0)
-    left = 0.5 * (1 + jnp.cos(jnp.pi * done)) + ANNEALED
-    factor = jnp.exp(theta["anneal"] * jnp.log(left / (1 + ANNEALED)))
+    factor = jnp.exp(theta["anneal"] * _log_left(step, num_steps, dtype, unknown=1.0))
     if "horizon_power" in theta:
         shorter = math.log(USUAL) - jnp.log(jnp.maximum(horizon, SHORTEST))
         factor = factor * jnp.exp(theta["horizon_power"] * jnp.where(num_steps > 0, shorter, 0))
@@ -289,13 +308,23 @@ def _schedule(theta, step, num_steps) -> jax.Array:
     return factor
 
 
+def _log_left(step, num_steps, dtype, unknown: float) -> jax.Array:
+    """log of half a cosine, from 1 at the first step to `ANNEALED` at the horizon; of `unknown`
+    where there is no horizon."""
+    t, horizon = step.astype(dtype), num_steps.astype(dtype)
+    done = jnp.minimum(t / jnp.maximum(horizon, 1), 1)
+    left = (0.5 * (1 + jnp.cos(jnp.pi * done)) + ANNEALED) / (1 + ANNEALED)
+    return jnp.log(jnp.where(num_steps > 0, left, unknown))
+
+
 def _start(settings, params) -> Accumulators:
     leaves = jax.tree.leaves(params)
     dtype = jnp.result_type(jnp.float32, *map(soap.accumulator_dtype, leaves))
     zeros = jnp.zeros((2, len(leaves)), dtype)
     log_start = jnp.stack([_log_rms(x, dtype) for x in leaves]) if leaves else zeros[0]
     return Accumulators(
-        soap.start(settings, params), Trail(zeros, jnp.zeros_like(zeros), log_start)
+        soap.start(settings, params),
+        Trail(zeros, jnp.zeros_like(zeros), log_start, jnp.zeros_like(log_start)),
     )
 
 
@@ -328,13 +357,17 @@ def _observe(settings, gradient, params, past: Accumulators):
             jnp.where(began, past.trail.log_gradient, log_gradient[None]), log_gradient
         ),
         log_start=past.trail.log_start,
+        mean_square=past.trail.mean_square
+        + (square - past.trail.mean_square) / now.count.astype(dtype),
     )
     log_weights = jnp.stack([_log_rms(x, dtype) for x in leaves])
+    fall = trail.log_gradient[0] - 0.5 * jnp.log(trail.mean_square + 1e-20)
     dynamic = jnp.stack(
         [
             jnp.sqrt(numerator / (second + soap.TINY) + soap.TINY),
             *trail.alignment,
             jnp.tanh(trail.log_gradient[0] - trail.log_gradient[1]),
+            jnp.tanh(0.3 * fall),
         ]
     )
     sizes = [x.size for x in leaves]
@@ -344,7 +377,7 @@ def _observe(settings, gradient, params, past: Accumulators):
     vectors = set(settings.plan(params).vectors)
     vector = jnp.asarray([float(i in vectors) for i in range(len(leaves))], dtype)
     log_size = jnp.asarray([math.log(x) for x in _sizes(leaves, vectors, settings.longest)], dtype)
-    rows = [*dynamic, growth, *together, vector, log_weights, log_size, *lengths]
+    rows = [*dynamic, growth, *together, vector, log_weights, log_size, fall, *lengths]
     return seen, jnp.stack(rows), Accumulators(now, trail)
 
 

@@ -38,6 +38,8 @@ class Settings(NamedTuple):
 
     decays: of the first moments; the first is the nominal one (b1).
     second_decay: of the second moment (b2).
+    second_power: c; that decay is 1 − t^−c in step t where this is less (Shazeer and Stern 2018,
+      section 7.2), so that it remembers a shrinking part of the run; 0 for b2 throughout.
     eps, eps_root: the denominator is √(ν + eps_root) + eps.
     nothing: second moments in the basis count as at least this part of their mean over the block:
       below are directions in which the gradients have nothing but rounding.
@@ -61,6 +63,7 @@ class Settings(NamedTuple):
 
     decays: tuple[float, ...] = (0.9,)
     second_decay: float = 0.999
+    second_power: float = 0.0
     eps: float = 1e-8
     eps_root: float = 1e-12
     nothing: float = 1e-9
@@ -233,6 +236,8 @@ def _directions(settings, g, mu, nu, count, in_basis=False):
     block or, of a vector, over all of it: g·m, m², g², ν̂, the squares of the J numerators, and
     those of the J directions."""
     b1, b2 = settings.decays[0], settings.second_decay
+    if settings.second_power:
+        b2 = jnp.minimum(b2, 1 - count.astype(g.dtype) ** -settings.second_power)
     over = (-2, -1) if in_basis else tuple(range(-g.ndim, 0))
     decays = jnp.asarray(settings.decays, g.dtype).reshape(-1, *[1] * g.ndim)
     before = mu[0]
@@ -240,7 +245,8 @@ def _directions(settings, g, mu, nu, count, in_basis=False):
     nu = b2 * nu + (1 - b2) * jnp.square(g)
     # Divided by once, and not for every number.
     first = 1 / (1 - b1 ** count.astype(g.dtype))
-    whole = 1 / (1 - b2 ** count.astype(g.dtype))
+    # The first gradient is all of ν where the decay begins at 0.
+    whole = 1 if settings.second_power else 1 / (1 - b2 ** count.astype(g.dtype))
     rows = [first * mu[0]]
     # The parts of m and of g in this numerator, for its length.
     part, other = b1 * first, (1 - b1) * first

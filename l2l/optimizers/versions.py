@@ -26,7 +26,7 @@ VERSIONS = {
     "learned_adam": 1,
     "learned_adamw": 1,
     "lstm": 2,
-    "per_tensor": 1,
+    "per_tensor": 2,
     "rnnprop": 1,
     "sgd": 1,
 }
@@ -73,8 +73,11 @@ EARLIER: dict[str, dict[str, Any]] = {
         "vector_rate": 1.0,
         "decays": [0.9],
         "second_decay": 0.999,
+        "second_power": 0.0,
         "mixture": False,
         "weight_decay": 0.0,
+        "decay_anneal": 0.0,
+        "quiet": 0.0,
         "warm_up": 0.0,
         "anneal": 1.0,
         "reach": 1.4,
@@ -123,6 +126,12 @@ CHANGES: tuple[Change, ...] = (
         2,
         "the basis of SOAP's directions follows with damping",
         lambda settings: settings["matrix_size"] > 0,
+    ),
+    Change(
+        "per_tensor",
+        2,
+        "its network reads how far the gradients have fallen as well",
+        lambda settings: settings["hidden_size"] > 0,
     ),
 )
 
