@@ -46,7 +46,9 @@ def run(transform, steps, **told):
 
 
 # What is left is SOAP at one rate.
-PLAIN = dict(weight_decay=0.0, bound=0.0, size_power=0.0, horizon_power=0.0, quiet=0.0, second_power=0.0)
+PLAIN = dict(
+    weight_decay=0.0, bound=0.0, size_power=0.0, horizon_power=0.0, quiet=0.0, second_power=0.0
+)
 
 
 def bound(**settings):
@@ -129,7 +131,7 @@ def test_steps_shrink_where_gradients_have_all_but_gone():
         state = transform.init(PARAMS)
         for i in range(8):
             scale = 1.0 if i < 2 else 1e-2
-            gradients = jax.tree.map(lambda x: scale * x, noisy(PARAMS, 0))  # noqa: B023
+            gradients = jax.tree.map(lambda x: scale * x, noisy(PARAMS, 0))
             updates, state = transform.update(gradients, state, PARAMS)
             steps[quiet, i] = updates["w"]
     # log |g| falls to log 1e-2 with decay FAST, the mean of squares is that of all steps.

@@ -334,8 +334,8 @@ def _log_rms(x, dtype) -> jax.Array:
 
 def _observe(settings, gradient, params, past: Accumulators):
     """(directions, features [S, G], accumulators): `FEATURES`; then, for no network's eyes, whether
-    a tensor is a vector, log rms θ, log of its size (`_sizes`), and the root mean squares of the
-    directions."""
+    a tensor is a vector, log rms θ, log of its size (`_sizes`), log f, and the root mean squares of
+    the directions."""
     began = past.soap.count > 0
     seen, now = soap.observe(settings, gradient, past.soap)
     leaves = jax.tree.leaves(params)
