@@ -54,7 +54,7 @@ def forgotten():
 @pytest.fixture(scope="module")
 def optimised():
     """Programs are compiled as users' are."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -68,11 +68,12 @@ def alone(optimizer):
 
 
 def close(tree, other):
-    """A preconditioner divides rounding by a small root: see tests/test_reproducible.py."""
+    """A preconditioner divides rounding by a small root: see tests/test_reproducible.py. A sum over
+    eight devices that forgets one, or counts one twice, is off by an eighth."""
     for key, x in other.items():
         length = np.linalg.norm(x)
         assert length > 0
-        assert np.linalg.norm(np.asarray(tree[key]) - np.asarray(x)) < 5e-3 * length, key
+        assert np.linalg.norm(np.asarray(tree[key]) - np.asarray(x)) < 0.05 * length, key
 
 
 def mesh_of(kind):

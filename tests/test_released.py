@@ -15,6 +15,7 @@ import l2l
 from l2l.optimizers.per_tensor import PerTensorState
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(3, 2), "b": jnp.asarray([0.5, -0.2])}
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
 TARGET = {"w": jnp.full((3, 2), 0.3), "b": jnp.asarray([0.1, 0.4])}
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
 CASES = [*sorted(l2l.released()), "guarded dm", "guarded lstm"]
@@ -178,7 +179,7 @@ MODES = {
 
 def two_updates(optimizer):
     state, out = optimizer.init(PARAMS), []
-    for gradients in (jax.tree.map(jnp.zeros_like, PARAMS), PARAMS):
+    for gradients in (ZEROS, PARAMS):
         updates, state = optimizer.update(gradients, state, PARAMS)
         out.append(updates)
     return out
