@@ -93,11 +93,6 @@ joining.join({{"coordinator_address": address, "num_processes": 2, "process_id":
     assert said.startswith(f"l2l: Process {number} of 2 could not join") and said.count("\n") == 1
 
 
-@pytest.fixture
-def cache(request):
-    return request.config.cache.mkdir("xla")
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run of one process with four devices."""
@@ -106,10 +101,10 @@ def whole(tmp_path_factory):
     return folder
 
 
-def test_two_processes_of_two_devices_are_one_of_four_bit_for_bit(tmp_path, whole, cache):
+def test_two_processes_of_two_devices_are_one_of_four_bit_for_bit(tmp_path, whole):
     """Preempted once: the signal of one process is that of all. The curriculum validates, and rolls
     theta back."""
-    parts, settings = tmp_path / "parts", dict(steps=120, cache=cache)
+    parts, settings = tmp_path / "parts", dict(steps=120)
     with Command(tmp_path, parts, count=2, **settings) as run:
         run.until(run.saved)
         run.processes[1].send_signal(signal.SIGTERM)
@@ -126,10 +121,10 @@ def test_two_processes_of_two_devices_are_one_of_four_bit_for_bit(tmp_path, whol
 
 
 @pytest.mark.slow
-def test_kills_and_stops_change_no_bit(tmp_path, whole, cache):
+def test_kills_and_stops_change_no_bit(tmp_path, whole):
     """Begun and stopped with two processes, ended by one; begun and killed with one, killed and
     ended with two."""
-    parts, back, settings = tmp_path / "parts", tmp_path / "back", dict(steps=120, cache=cache)
+    parts, back, settings = tmp_path / "parts", tmp_path / "back", dict(steps=120)
     # A second signal has its effect at once, though the other process stands still and the first
     # cannot be acted upon. That other, left alone, does not wait for ever.
     with Command(tmp_path, parts, count=2, **settings) as run:

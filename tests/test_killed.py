@@ -21,7 +21,7 @@ STEPS = 1200
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_no_kill_costs_more_than_the_steps_since_the_last_save(tmp_path, request, count):
+def test_no_kill_costs_more_than_the_steps_since_the_last_save(tmp_path, count):
     """One run, killed again and again. It saves every group of meta-steps, so that most of the
     time a save is under way; one kill in four comes before the first meta-step."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -35,7 +35,6 @@ def test_no_kill_costs_more_than_the_steps_since_the_last_save(tmp_path, request
             devices=2 // count,
             steps=STEPS,
             every=3,
-            cache=request.config.cache.mkdir("xla"),
         )
 
     while kills < KILLS:

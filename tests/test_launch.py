@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -97,10 +98,10 @@ def test_the_code_of_a_mistake_is_that_of_the_process(command):
     assert process.returncode == 2 and said.startswith("l2l: ")
 
 
-def test_one_device_a_core_unless_told_otherwise(monkeypatch, tmp_path):
+def test_one_device_a_core_unless_told_otherwise(request, monkeypatch, tmp_path):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    kept = {name: getattr(jax.config, name) for name in names}
     for name in names:
+        request.addfinalizer(partial(jax.config.update, name, getattr(jax.config, name)))
         monkeypatch.setenv(name.upper(), "")  # Restored afterwards, whatever `prepare` does.
         monkeypatch.delenv(name.upper())
     monkeypatch.setattr(host, "prepared", False)
@@ -116,5 +117,3 @@ def test_one_device_a_core_unless_told_otherwise(monkeypatch, tmp_path):
     host.prepare(16)
     assert "device_count=3" in os.environ["XLA_FLAGS"]
     assert os.environ["XLA_FLAGS"].count("device_count") == 1
-    for name, value in kept.items():
-        jax.config.update(name, value)

@@ -12,6 +12,9 @@ from l2l.optimizers.guard import guard
 from l2l.storage import exports
 
 STEPS = 3
+# How far apart two updates or ends may be, of their norm. `lstm` is more sensitive to rounding (see
+# tests/test_reproducible.py); a sum over eight devices that forgets one is off by an eighth.
+APART = {"lstm": 0.05}
 LAYOUTS = {
     "replicated": {"w": P(), "v": P(), "b": P(), "scale": P()},
     "fsdp": {"w": P("data"), "v": P("data"), "b": P(), "scale": P()},
@@ -67,13 +70,17 @@ def alone(optimizer):
     return run(optimizer, parameters())
 
 
-def close(tree, other):
-    """A preconditioner divides rounding by a small root: see tests/test_reproducible.py. A sum over
-    eight devices that forgets one, or counts one twice, is off by an eighth."""
+@pytest.fixture
+def apart(request):
+    return APART.get(request.node.callspec.params["optimizer"], 5e-3)
+
+
+def close(tree, other, apart=5e-3):
+    """A preconditioner divides rounding by a small root: see tests/test_reproducible.py."""
     for key, x in other.items():
         length = np.linalg.norm(x)
         assert length > 0
-        assert np.linalg.norm(np.asarray(tree[key]) - np.asarray(x)) < 0.05 * length, key
+        assert np.linalg.norm(np.asarray(tree[key]) - np.asarray(x)) < apart * length, key
 
 
 def mesh_of(kind):
@@ -98,14 +105,14 @@ def is_part_of(sharding, other, shape):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_split_changes_no_number_and_updates_lie_as_their_parameters(
-    optimizer, alone, kind, layout
+    optimizer, alone, apart, kind, layout
 ):
     mesh, specs = mesh_of(kind), LAYOUTS[layout]
     params = lie(parameters(), mesh, specs)
     with jax.set_mesh(mesh):  # Without it JAX compiles no zeros on explicit axes: Adam's neither.
         updates, after, _ = run(optimizer, params)
-    close(updates, alone[0])
-    close(after, alone[1])
+    close(updates, alone[0], apart)
+    close(after, alone[1], apart)
     for key, x in updates.items():
         wanted = NamedSharding(mesh, specs[key])
         alike = x.sharding.is_equivalent_to(wanted, x.ndim)
@@ -139,7 +146,7 @@ def test_types_of_the_state_on_an_explicit_mesh_are_those_of_init(optimizer, set
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inside_shard_map_what_is_the_same_on_all_devices_stays_so(optimizer, alone, kind):
+def test_inside_shard_map_what_is_the_same_on_all_devices_stays_so(optimizer, alone, apart, kind):
     """Gradients are averaged, parameters replicated: data parallelism by hand."""
     mesh = mesh_of(kind)
 
@@ -160,12 +167,12 @@ def test_inside_shard_map_what_is_the_same_on_all_devices_stays_so(optimizer, al
 
     split = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P())
     updates, after = jax.jit(split)(lie(parameters(), mesh, LAYOUTS["replicated"]))
-    close(updates, alone[0])
-    close(after, alone[1])
+    close(updates, alone[0], apart)
+    close(after, alone[1], apart)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inside_shard_map_each_device_may_have_its_own(optimizer, kind):
+def test_inside_shard_map_each_device_may_have_its_own(optimizer, apart, kind):
     """An ensemble, a member a device: each is trained as it would be alone."""
     mesh = jax.make_mesh((8,), ("member",), axis_types=(KINDS[kind],))
     members = jax.tree.map(
@@ -187,7 +194,7 @@ def test_inside_shard_map_each_device_may_have_its_own(optimizer, kind):
     split = jax.shard_map(member, mesh=mesh, in_specs=P("member"), out_specs=P("member"))
     together = jax.jit(split)(lie(members, mesh, dict.fromkeys(members, P("member"))))
     single = run(optimizer, jax.tree.map(lambda x: x[5], members))[1]
-    close(jax.tree.map(lambda x: np.asarray(x)[5], together), single)
+    close(jax.tree.map(lambda x: np.asarray(x)[5], together), single, apart)
 
 
 @pytest.mark.parametrize("name", sorted(set(LEARNED) - {"lstm"}))

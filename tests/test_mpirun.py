@@ -22,13 +22,12 @@ MPIRUN = ("mpirun", "-n", "2", "--bind-to", "none", "--oversubscribe")
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun: install Open MPI")
-def test_two_processes_of_mpirun_are_stopped_go_on_and_end_with_the_theta_of_one(tmp_path, request):
+def test_two_processes_of_mpirun_are_stopped_go_on_and_end_with_the_theta_of_one(tmp_path):
     """Stopped by SIGTERM to one of them, as mpirun's own would be followed by SIGKILL."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(experiment(STEPS), whole, jax.devices()[:2]) == DONE
     launcher = MPIRUN if os.geteuid() else (*MPIRUN, "--allow-run-as-root")
-    cache = request.config.cache.mkdir("xla")
-    settings = dict(devices=1, steps=STEPS, cache=cache, launcher=launcher)
+    settings = dict(devices=1, steps=STEPS, launcher=launcher)
     with Command(tmp_path, parts, **settings) as run:
         run.until(run.saved)
         os.kill(children(run.processes[0])[1], signal.SIGTERM)

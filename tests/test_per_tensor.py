@@ -102,21 +102,16 @@ def test_the_horizon_lowers_the_rate_as_the_cosine_does():
 
 def test_decay_goes_before_the_rate():
     """At t of T the part of a step that decay takes is s^k of its first, with s half a cosine."""
-    settings = PLAIN | {"anneal": 0.0, "weight_decay": 0.1}
-    shares = []
-    for power in (0.0, 2.0):
-        transform = bound(decay_anneal=power, **settings)
+
+    def fourth_of_four(**settings):
+        transform = bound(**PLAIN | {"anneal": 0.0} | settings)
         start = transform.init(PARAMS)
-        still = start._replace(
-            accumulators=start.accumulators._replace(
-                soap=start.accumulators.soap._replace(count=jnp.asarray(3, jnp.int32))
-            )
-        )
-        gradients = noisy(PARAMS, 0)
-        plain = bound(decay_anneal=power, **settings | {"weight_decay": 0.0})
-        told = dict(num_steps=4)
-        with_decay = transform.update(gradients, still, PARAMS, **told)[0]["w"]
-        shares.append(with_decay - plain.update(gradients, still, PARAMS, **told)[0]["w"])
+        last = start.accumulators.soap._replace(count=jnp.asarray(3, jnp.int32))
+        state = start._replace(accumulators=start.accumulators._replace(soap=last))
+        return transform.update(noisy(PARAMS, 0), state, PARAMS, num_steps=4)[0]["w"]
+
+    plain = fourth_of_four()
+    shares = [fourth_of_four(weight_decay=0.1, decay_anneal=k) - plain for k in (0.0, 2.0)]
     left = 0.5 * (1 + np.cos(0.75 * np.pi))
     acts = np.abs(shares[0]) > 1e-4
     assert acts.any()

@@ -48,7 +48,7 @@ class Command:
     """`python -m l2l.launch` in `count` processes of `devices` devices each; or in one of
     `launcher`, a command that starts the processes itself."""
 
-    def __init__(self, folder, workdir, *, count=1, devices=2, steps, every=30, cache, launcher=()):
+    def __init__(self, folder, workdir, *, count=1, devices=2, steps, every=30, launcher=()):
         self.workdir = Path(workdir)
         port = free_port()
         environment = os.environ | {
@@ -56,8 +56,6 @@ class Command:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
             "--xla_cpu_multi_thread_eigen=false",
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "MPLCONFIGDIR": str(folder),
         }
         member = ["--coordinator_address", f"127.0.0.1:{port}", "--num_processes", str(count)]

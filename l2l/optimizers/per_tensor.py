@@ -112,7 +112,7 @@ def per_tensor(
     and more of it costs more in validation than it gains.
 
     Args:
-      hidden_size: of the LSTM; 0 for none: theta then is λ, w, p and the decay alone.
+      hidden_size: of the LSTM; 0 for none: theta then is the numbers alone.
       learning_rate: exp(λ) at the start, of matrices; times `vector_rate`, of vectors.
       size_power: q. The longer side, not the fan-in: libraries differ in which axis that is.
       decays: of the first moments; the first is the nominal one.

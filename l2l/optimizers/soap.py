@@ -236,17 +236,18 @@ def _directions(settings, g, mu, nu, count, in_basis=False):
     block or, of a vector, over all of it: g·m, m², g², ν̂, the squares of the J numerators, and
     those of the J directions."""
     b1, b2 = settings.decays[0], settings.second_decay
-    if settings.second_power:
-        b2 = jnp.minimum(b2, 1 - count.astype(g.dtype) ** -settings.second_power)
+    step = count.astype(g.dtype)
+    if settings.second_power:  # The first gradient is all of ν: there is nothing to make up for.
+        b2, whole = jnp.minimum(b2, 1 - step**-settings.second_power), 1
+    else:
+        whole = 1 / (1 - b2**step)
     over = (-2, -1) if in_basis else tuple(range(-g.ndim, 0))
     decays = jnp.asarray(settings.decays, g.dtype).reshape(-1, *[1] * g.ndim)
     before = mu[0]
     mu = decays * mu + (1 - decays) * g[None]
     nu = b2 * nu + (1 - b2) * jnp.square(g)
     # Divided by once, and not for every number.
-    first = 1 / (1 - b1 ** count.astype(g.dtype))
-    # The first gradient is all of ν where the decay begins at 0.
-    whole = 1 if settings.second_power else 1 / (1 - b2 ** count.astype(g.dtype))
+    first = 1 / (1 - b1**step)
     rows = [first * mu[0]]
     # The parts of m and of g in this numerator, for its length.
     part, other = b1 * first, (1 - b1) * first
@@ -254,7 +255,7 @@ def _directions(settings, g, mu, nu, count, in_basis=False):
         rows = [b1 * rows[0] + (1 - b1) * g]
         part, other = b1 * part, b1 * other + (1 - b1)
     if len(settings.decays) > 1:
-        rows += list(mu[1:] * (1 / (1 - decays[1:] ** count.astype(g.dtype))))
+        rows += list(mu[1:] * (1 / (1 - decays[1:] ** step)))
     rows += [g] if settings.gradient else []
     along, ahead, square, total, *further = _sums(
         (g * before, before * before, g * g, nu, *(row * row for row in rows[1:])), over
