@@ -97,13 +97,17 @@ def test_the_interval_is_students():
 
 
 def test_seconds_of_a_step():
+    pace = timing.Pace(10, 5.0, 2.0)
+    assert pace.over(10) == pace.over(4) == 5.0
+    np.testing.assert_allclose(pace.over(40) * 40, 10 * 5.0 + 30 * 2.0)
     family, data = suites.CELLS["logistic"].load()
     field = {
         "one": (base.fixed(optax.sgd(0.1)), ()),
         "adam": (baselines.grid("adam"), baselines.setting(1e-3)),
     }
-    took = timing.step_seconds(jax.random.key(0), field, family, data, steps=2, rounds=3)
-    assert set(took) == set(field) and all(0 < x < 1 for x in took.values())
+    took = timing.pace(jax.random.key(0), field, family, data, steps=2, rounds=3)
+    assert set(took) == set(field)
+    assert all(x.steps == 2 and 0 < x.first < 1 and 0 < x.later < 1 for x in took.values())
 
 
 # --- the table of cells ----------------------------------------------------------------------
@@ -280,14 +284,14 @@ GRIDS = (Grid("adam", **RATES), Grid("sgd", **RATES))
 HORIZONS = (3, 6)
 
 
-def seconds(key, field, *a, **k):
+def pace(key, field, *a, **k):
     """Steps take 20 µs, those of the optimizer called "slow" 40."""
-    return dict.fromkeys(field, 2e-5) | {"slow": 4e-5}
+    return dict.fromkeys(field, timing.Pace(1, 2e-5, 2e-5)) | {"slow": timing.Pace(1, 4e-5, 4e-5)}
 
 
 @pytest.fixture
 def timed(monkeypatch):
-    monkeypatch.setattr(timing, "step_seconds", seconds)
+    monkeypatch.setattr(timing, "pace", pace)
 
 
 def measure(directory=None, cells=CELLS, **more):
@@ -307,7 +311,7 @@ def measured():
     """Of one measurement of everything, as in a command of l2l's: its rows, what was told of its
     progress, and how many programs there were more than before, after every row and at the end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "step_seconds", seconds)
+        patch.setattr(timing, "pace", pace)
         patch.setattr(environment, "prepared", True)
         curves.forget()
         before, rows, told, programs = live(), [], [], []
@@ -429,7 +433,7 @@ def test_what_was_measured_is_not_measured_again(timed, tmp_path, monkeypatch):
     whole = list(measure(tmp_path))
     assert "quadratic-2" not in calls[half:] and "quadratic-3" in calls[half:]
     count = len(calls)
-    monkeypatch.setattr(timing, "step_seconds", None)  # Not called now.
+    monkeypatch.setattr(timing, "pace", None)  # Not called now.
     again = list(measure(tmp_path))
     assert len(calls) == count
     assert str(again) == str(whole) and str(whole[: len(rows)]) == str(rows)

@@ -150,7 +150,7 @@ class Row(NamedTuple):
     told, variant_of, multiplier: as of its `Entry`.
     setting:  of a tuned baseline, as `baselines.parse` reads it; None of others.
     interval: (low, high) of `ratio`.
-    seconds:  of a training step of one problem; NaN where steps are not timed.
+    seconds:  of a training step of one problem, mean over a run; NaN where steps are not timed.
     sooner:   {kind of tuned baseline: {"steps", "interval", "time"}}.
     notes:    of a tuned baseline, sentences about its grid.
     trials:   of a tuned baseline, all settings that were tried at this horizon, in the order of
@@ -286,8 +286,9 @@ class _Field:
         )
 
     def rows(self, timed: bool) -> Iterator[Row]:
-        seconds = self._seconds() if timed else {}
+        pace = self._pace() if timed else {}
         for horizon in self.horizons:
+            seconds = {name: each.over(horizon) for name, each in pace.items()}
             best = [t.by_train_loss[horizon] for t in self.tuned]
             field = self.entries + [
                 Entry(tuned_name(grid.kind), optimizer, tuning.point_setting(point))
@@ -368,8 +369,8 @@ class _Field:
             by_validation=selected,
         )
 
-    def _seconds(self) -> dict[str, float]:
-        """`timing.step_seconds` of all, in one go: kept together, since they are compared."""
+    def _pace(self) -> dict[str, timing.Pace]:
+        """`timing.pace` of all, in one go: kept together, since they are compared."""
         longest = self.horizons[-1]
         field = {e.name: e.at(longest) for e in self.entries if e.variant_of is None}
         for grid, optimizer in zip(self.grids, self.optimizers, strict=True):
@@ -380,16 +381,15 @@ class _Field:
                 name: cache.program(optimizer, self.family, theta, (1,), key, self.data)
                 for name, (optimizer, theta) in field.items()
             }
-            inputs = ("seconds", programs, platform.node(), jax.devices()[0].device_kind)
+            inputs = ("pace", programs, platform.node(), jax.devices()[0].device_kind)
 
         def compute():
-            # Of a dear cell a second of Adam's steps a round is enough, and fewer rounds.
-            steps = int(np.clip(1e6 / self.cell.cost, 5, 50))
-            rounds = 15 if steps == 50 else 5
-            how = dict(steps=steps, rounds=rounds)
-            return timing.step_seconds(key, field, self.family, self.data, **how)
+            # Of a dear cell fewer steps and rounds are enough.
+            cheap = self.cell.cost * 60 < 1e6
+            how = dict(steps=60, rounds=15) if cheap else dict(steps=20, rounds=3)
+            return timing.pace(key, field, self.family, self.data, **how)
 
-        return cache.kept(self.cache_dir, inputs, compute)
+        return {k: timing.Pace(*x) for k, x in cache.kept(self.cache_dir, inputs, compute).items()}
 
 
 def _setting(grid: Grid, point: tuning.Point) -> str:

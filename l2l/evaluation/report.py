@@ -50,7 +50,8 @@ the true one.
   the other reaches the target, and is inverted if the other is the baseline. It lies between
   1/horizon and horizon, and is 1 for a baseline against itself; geometric mean over problems.
 - *time/…*: the same in time, which is *steps/…* times the baseline's seconds for a training step
-  divided by this optimizer's (*µs*). Both are medians, measured in turns in one run.
+  divided by this optimizer's (*µs*). Both are measured in turns in one run, in the first steps of
+  a run and in later ones, and weighed by how many of either the horizon has.
 - *validation*: loss over the validation split (over 1,024 evenly spaced examples if it has more)
   after the last step, mean over problems. For a tuned baseline it is that of the trial with the
   lowest validation loss, which need not be the trial behind *train*. *validation ratio*: that
