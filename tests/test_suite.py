@@ -526,7 +526,8 @@ def test_columns_that_say_nothing_are_left_out(timed, tmp_path):
     [
         (["--suite=scorcard"], "did you mean 'scorecard'"),
         (["--suite=quick", "--task=mlp", "--set", "hidden=3"], "leave out --task, --set."),
-        (["--suite=quick", "--baseline=none"], "leave out --baseline."),
+        (["--suite=quick", "--baseline=adm"], "did you mean 'adam'"),
+        (["--suite=models", "--baseline=soap"], "There is no rival in the suite named 'soap'"),
         (["--suite=quick", "--horizons=0"], "are not numbers of steps"),
         (["--suite=quick", "--horizons=2e2"], "are not numbers of steps"),
         (["--suite=quick", "--cells=mpl"], "did you mean 'mlp'"),
@@ -541,6 +542,15 @@ def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, argume
     assert cli.main(argv, experiment.settings_of) == 2
     out, said = capsys.readouterr()
     assert message in said and len(said.strip().splitlines()) == 1 and not out
+
+
+def test_a_suite_is_measured_beside_those_of_its_rivals_that_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    argv = ["evaluate", "--optimizer=sgd(0.1)", "--suite=quick", "--cells=breast cancer"]
+    argv += ["--horizons=3", "--seeds=1", "--baseline=prodigy", f"--output={tmp_path}"]
+    assert cli.main(argv, experiment.settings_of) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["optimizer"] for row in rows] == ["sgd(0.1)", "prodigy, tuned"]
 
 
 def test_the_code_of_bad_input_is_that_of_the_process():

@@ -25,6 +25,7 @@ from l2l.console.commands import command
 from l2l.console.configuration import split
 from l2l.console.errors import UserError
 from l2l.console.progress import Bar
+from l2l.data import datasets
 from l2l.evaluation import baselines, comparison, entries, report, stored, suites
 from l2l.evaluation import budget as budgets
 from l2l.evaluation.comparison import Cell, Entry
@@ -108,7 +109,8 @@ def _flags() -> flags.FlagValues:
     listed("horizons", None, "Training steps; by default 500,1000 or the suite's.")
     whole("seeds", None, "Problems of each task; by default 10 or the suite's.", lower_bound=1)
     whole("seed", 1_000_003, "Decides the problems.")
-    listed("baseline", ["adam"], f"Grids to tune: {', '.join(baselines.KINDS)}; or none.")
+    about = f"Grids to tune: {', '.join(baselines.KINDS)}; or none. With --suite, those of its own."
+    listed("baseline", ["adam"], about)
     about = "Adam, AdamW, NAdamW and RMSprop are tried with this eps_root, and with 0."
     flags.DEFINE_float("eps_root", 0.0, about, flag_values=values)
     about = "Measure learned optimizers untrained too, at their nominal and their best single rate."
@@ -124,7 +126,7 @@ def _flags() -> flags.FlagValues:
 
 
 # What a suite decides for itself.
-_OWN = ("task", "set", "vary", "baseline", "eps_root")
+_OWN = ("task", "set", "vary", "eps_root")
 
 
 def _sections(values, config, known) -> list[dict]:
@@ -202,8 +204,11 @@ def _regenerate(values, directory) -> int:
 
 
 def _grids(values) -> tuple[Grid, ...]:
-    kinds = [kind for kind in values.baseline if kind not in ("", "none")]
-    return tuple(Grid(kind, eps_roots=(0.0, values.eps_root)) for kind in kinds)
+    return tuple(Grid(kind, eps_roots=(0.0, values.eps_root)) for kind in _kinds(values))
+
+
+def _kinds(values) -> list[str]:
+    return [kind for kind in values.baseline if kind not in ("", "none")]
 
 
 def _suite(values, config) -> tuple[Suite, list[str]]:
@@ -211,10 +216,13 @@ def _suite(values, config) -> tuple[Suite, list[str]]:
     given = [f"--{name}" for name in _OWN if values[name].present]
     if given := [*given, *(["--config"] if config is not None else [])]:
         raise UserError(
-            f"--suite={values.suite} decides its own tasks and baselines: "
-            f"leave out {', '.join(given)}."
+            f"--suite={values.suite} decides its own tasks: leave out {', '.join(given)}."
         )
     chosen = suites.find(values.suite)
+    if values["baseline"].present:
+        known = {grid.kind: grid for grid in chosen.grids}
+        kinds = [datasets.check_name("rival in the suite", x, known) for x in _kinds(values)]
+        chosen = chosen._replace(grids=tuple(known[kind] for kind in kinds))
     if values.cells is not None:
         chosen = chosen._replace(cells=suites.select(chosen.cells, values.cells))
     cells, notes = suites.available(chosen.cells)
