@@ -136,7 +136,7 @@ def test_dead_pixels_are_nan_without_eps_root_and_finite_with_it(optimizer):
         assert all(np.isfinite(x).all() for x in leaves) == finite
 
 
-@pytest.mark.parametrize("length", [1, 7, 9])
+@pytest.mark.parametrize("length", [1, 9, 13])
 def test_segments_change_nothing(length):
     """Lengths with and without a remainder; the states after them too."""
     with jax.enable_x64(True):
@@ -150,6 +150,18 @@ def test_segments_change_nothing(length):
         for one, other in zip(*map(jax.tree.leaves, outs), strict=True):
             if not jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
                 np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_windows_that_the_root_does_not_divide_are_no_second_program():
+    def loops(length):
+        inner = Inner(smooth(), learned_adam(), length, stagger=False)
+        theta, state, stage, estimator = prepared(inner, Objective("both"), order="exact")
+        text = jax.jit(estimator.estimate).lower(theta, state, (), stage).as_text()
+        return text.count("stablehlo.while")
+
+    whole = loops(16)  # In segments of 4.
+    assert [loops(50), loops(200)] == [whole, whole]
+    assert loops(13) > whole  # 13 has no divisor near its root: one step is left over.
 
 
 def test_memory_of_segments_grows_with_the_square_root():

@@ -131,4 +131,7 @@ def unroll(
         params = optax.apply_updates(state.params, updates)
         return state._replace(params=params, opt_state=opt_state, step=state.step + 1), loss
 
+    if length == 1:  # A loop within another would be one more to trace back through.
+        state, loss = step(state, None)
+        return state, loss[None]
     return jax.lax.scan(step, state, None, length)

@@ -159,7 +159,7 @@ def window(
         return jax.lax.scan(step, state, None, length)
 
     if segments:
-        size = math.isqrt(inner.length - 1) + 1  # ⌈√K⌉
+        size = _segment(inner.length)
         state, (losses, held_out) = in_segments(steps, state, None, inner.length, size)
     else:
         state, (losses, held_out) = steps(state, None, inner.length)
@@ -174,6 +174,16 @@ def window(
     if objective.reads_validation:
         value += on_validation * objective.value(held_out, emphases)  # pyright: ignore[reportArgumentType]
     return state, value, objective.metrics(value, following, held_out)
+
+
+def _segment(length: int) -> int:
+    """Steps in a segment: about √K. Where K has a divisor d for which no more than half as much
+    again is kept (K/d states between segments, and d within one), that: steps left over after whole
+    segments are a second program, as long to compile as the first."""
+    root = math.isqrt(length - 1) + 1
+    divisors = (d for d in range(1, length + 1) if length % d == 0)
+    best = min(divisors, key=lambda d: d + length // d)
+    return best if best + length // best <= 3 * root else root
 
 
 def _beside(student, teacher):
