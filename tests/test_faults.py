@@ -255,6 +255,25 @@ def test_a_half_written_export_of_a_run_is_written_anew(tiny, tmp_path, monkeypa
     goes_on(tiny, tmp_path, expected)
 
 
+def test_an_interrupt_during_the_comparison_ends_it_at_once(tiny, tmp_path, monkeypatch, expected):
+    conclude = finish.conclude
+    expected(tiny)  # With the conclusion of every test here.
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(finish, "conclude", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(build_experiment(tiny), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(finish, "conclude", conclude)
+    goes_on(tiny, tmp_path, expected)
+
+
 def test_a_clock_that_steps_back(tiny, tmp_path, monkeypatch, expected, capsys):
     """An hour back in the middle of a run, and a day at its resumption: steps decide, not times."""
     now, shift = time.time, [0.0]

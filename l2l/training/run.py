@@ -89,6 +89,7 @@ def _run(experiment: Experiment, directory, devices, signals, extra) -> int:
             saver.close()  # All is on the disk before anything is said of it, or evaluated.
             log.say(_ending(code, loop))
         if code == DONE:
+            signals.release()  # What there is to save is saved: nobody has to wait for the table.
             _say(_conclusion(loop, directory))
         return code
 

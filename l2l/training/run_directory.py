@@ -148,9 +148,10 @@ class Signals:
 
     def _note(self, number, frame):
         self.got = number
-        self._restore()
+        self.release()
 
-    def _restore(self):
+    def release(self):
+        """From here on signals have the effect that they had before."""
         for number, before in self.before.items():
             # None is a handler that was not installed from Python.
             signal.signal(number, signal.SIG_DFL if before is None else before)
@@ -162,4 +163,4 @@ class Signals:
         return self
 
     def __exit__(self, *_):
-        self._restore()
+        self.release()
