@@ -7,8 +7,7 @@ python -m l2l.launch --config=configs/few_shot_digits.py --config.estimator.orde
 new problems after 1, 5 and 10 steps: 0.457, 0.959, 0.986 (query loss 2.89, 0.141, 0.062); from a
 random start, with thrice the rate, 0.740, 0.731, 0.919; pretrained 0.666, 0.941, 0.777. The first
 step is not what it was trained for. FOMAML, the second line: 0.246, 0.939, 0.975 (40.7, 0.238,
-0.121).
-No meta-gradient was left out.
+0.121). No meta-gradient was left out.
 """
 
 from ml_collections import ConfigDict

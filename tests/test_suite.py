@@ -97,9 +97,9 @@ def test_the_interval_is_students():
 
 
 def test_seconds_of_a_step():
-    pace = timing.Pace(10, 5.0, 2.0)
-    assert pace.over(10) == pace.over(4) == 5.0
-    np.testing.assert_allclose(pace.over(40) * 40, 10 * 5.0 + 30 * 2.0)
+    known = timing.Pace(10, 5.0, 2.0)
+    assert known.over(10) == known.over(4) == 5.0
+    np.testing.assert_allclose(known.over(40) * 40, 10 * 5.0 + 30 * 2.0)
     family, data = suites.CELLS["logistic"].load()
     field = {
         "one": (base.fixed(optax.sgd(0.1)), ()),

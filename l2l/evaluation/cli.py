@@ -25,7 +25,6 @@ from l2l.console.commands import command
 from l2l.console.configuration import split
 from l2l.console.errors import UserError
 from l2l.console.progress import Bar
-from l2l.data import datasets
 from l2l.evaluation import baselines, comparison, entries, report, stored, suites
 from l2l.evaluation import budget as budgets
 from l2l.evaluation.comparison import Cell, Entry
@@ -220,9 +219,7 @@ def _suite(values, config) -> tuple[Suite, list[str]]:
         )
     chosen = suites.find(values.suite)
     if values["baseline"].present:
-        known = {grid.kind: grid for grid in chosen.grids}
-        kinds = [datasets.check_name("rival in the suite", x, known) for x in _kinds(values)]
-        chosen = chosen._replace(grids=tuple(known[kind] for kind in kinds))
+        chosen = chosen._replace(grids=suites.rivals(chosen.grids, _kinds(values)))
     if values.cells is not None:
         chosen = chosen._replace(cells=suites.select(chosen.cells, values.cells))
     cells, notes = suites.available(chosen.cells)

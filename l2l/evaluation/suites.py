@@ -226,6 +226,13 @@ def select(cells: Sequence[Cell], names: Sequence[str]) -> tuple[Cell, ...]:
     return tuple(cell for cell in cells if cell.name in wanted)
 
 
+def rivals(grids: Sequence[Grid], kinds: Sequence[str]) -> tuple[Grid, ...]:
+    """The grids of these kinds, in their order: ratios are taken to the first. UserError with the
+    nearest for a kind that is none of the suite's."""
+    known = {grid.kind: grid for grid in grids}
+    return tuple(known[datasets.check_name("rival in the suite", kind, known)] for kind in kinds)
+
+
 def dataset_of(cell: Cell) -> str:
     """The data set of a suite's cell; of a task that reads none, the task's name."""
     assert isinstance(cell.task, Mapping)  # As those of all suites are.

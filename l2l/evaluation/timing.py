@@ -40,12 +40,12 @@ def pace(
       steps: of either part of a round. What an optimizer does only every so many steps is counted
         right if this is a multiple of them.
     """
+    start = jax.jit(lambda key: curves.beginning(family, key))(key)
     runs = {}
     for name, (optimizer, theta) in field.items():
 
         @jax.jit
-        def begin(theta, key, optimizer=optimizer):
-            start = curves.beginning(family, key)
+        def begin(theta, start, optimizer=optimizer):
             transform = optax.with_extra_args_support(optimizer.bind(theta))
             return curves.opened(transform, start, 2 * steps)
 
@@ -54,7 +54,7 @@ def pace(
             transform = optax.with_extra_args_support(optimizer.bind(theta))
             return unroll.unroll(state, data, family, transform, steps)
 
-        first = begin(theta, key)
+        first = begin(theta, start)
         later = jax.block_until_ready(run(theta, first, data)[0])  # Compiles.
         runs[name] = run, theta, (first, later)
     took = {name: ([], []) for name in field}

@@ -6,30 +6,25 @@ rows, without LAPACK and as fast (256 × 256: 1.4 ms a matrix, LAPACK 2.9; one c
 loop is thousands of kernels that each wait for the one before; there it is a few Cholesky factors.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
 # Rows that are made orthonormal one after another: few enough for a first-level cache.
 PANEL = 32
-
-
 # What is added to the diagonal of a Gram matrix of rows of length 1, for each row, pass by pass.
 # Rounding leaves errors of 1e-7 a row in it, and whoever adds less has no Cholesky factor of rows
 # that are all but dependent. The last passes, of rows that are all but orthonormal, add nothing.
 SHIFTS = (1e-6, 1e-6, 1e-6, 0.0, 0.0)
 
 
-def orthonormal(rows: jax.Array, panel: int = PANEL) -> jax.Array:
+def orthonormal(rows: jax.Array) -> jax.Array:
     """Orthonormal rows that span, one after another, what those of [k, b, d] (of full rank) span:
     L⁻¹ of them, with L lower triangular and its diagonal positive.
 
     In full precision: what GPUs and TPUs multiply with by default would leave bases that are none.
     """
     with jax.default_matmul_precision("highest"):
-        by_rows = partial(gram_schmidt, panel=panel)
-        return jax.lax.platform_dependent(rows, cpu=by_rows, default=cholesky)
+        return jax.lax.platform_dependent(rows, cpu=gram_schmidt, default=cholesky)
 
 
 def cholesky(rows: jax.Array) -> jax.Array:
