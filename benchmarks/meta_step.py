@@ -40,7 +40,7 @@ def configuration(path: str, length: int | None, chosen: list[int] | None):
     config = runpy.run_path(path)["get_config"]()
     families = config.task if isinstance(config.task, tuple | list) else (config.task,)
     del config.task, config.optimizer  # Their types may not change while they are there.
-    config.optimizer = dict(name="per_tensor")
+    config.optimizer = dict(name="per_tensor", hidden_size=16)
     config.task = tuple(families[i] for i in chosen) if chosen else tuple(families)
     if length:
         config.inner.length = length

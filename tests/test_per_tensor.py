@@ -47,7 +47,13 @@ def run(transform, steps, **told):
 
 # What is left is SOAP at one rate.
 PLAIN = dict(
-    weight_decay=0.0, bound=0.0, size_power=0.0, horizon_power=0.0, quiet=0.0, second_power=0.0
+    weight_decay=0.0,
+    bound=0.0,
+    size_power=0.0,
+    depth_power=0.0,
+    horizon_power=0.0,
+    quiet=0.0,
+    second_power=0.0,
 )
 
 
@@ -66,9 +72,9 @@ def test_untrained_it_is_soap_at_one_rate():
         )
 
 
-def test_long_sides_have_lower_rates_and_rows_of_embeddings_do_not_count():
-    """(64/n)^q with n the longer side that has a basis; vectors are left alone."""
-    params = {"tall": jnp.ones((128, 2)), "wide": jnp.ones((2, 256)), "v": jnp.ones(512)}
+def test_large_matrices_have_lower_rates_and_rows_of_embeddings_do_not_count():
+    """(64/n)^q with n the root of rows times columns that have a basis; vectors are left alone."""
+    params = {"tall": jnp.ones((128, 2)), "wide": jnp.ones((4, 256)), "v": jnp.ones(512)}
     params["table"] = jnp.ones((9000, 16))
     gradients = jax.tree.map(lambda x: 0.3 * x, params)
     steps = []
@@ -76,7 +82,7 @@ def test_long_sides_have_lower_rates_and_rows_of_embeddings_do_not_count():
         transform = bound(weight_decay=0.0, bound=0.0, size_power=power)
         steps.append(transform.update(gradients, transform.init(params), params)[0])
     factors = {n: float(steps[1][n].ravel()[0] / steps[0][n].ravel()[0]) for n in params}
-    wanted = {"tall": 0.5**0.5, "wide": 0.5, "v": 1.0, "table": 2.0}
+    wanted = {"tall": 2.0, "wide": 2.0**0.5, "v": 1.0, "table": 2.0}
     assert factors == pytest.approx(wanted, rel=1e-3)
 
 
@@ -84,7 +90,8 @@ def test_decay_acts_where_the_step_goes_towards_zero_too():
     """Times ½^k where no horizon is known."""
     plain, decayed = (run(bound(weight_decay=x, bound=0.0, quiet=0.0), 1)[0] for x in (0.0, 2.0))
     for name, p in PARAMS.items():
-        rate = 0.04 * (64 / max(p.size // p.shape[-1], p.shape[-1])) ** 0.5
+        # There are two matrices, whose number leaves the rate as it is.
+        rate = 0.021 * (64 / p.size**0.5) ** 0.75
         towards = jnp.clip(-plain[name] / rate * jnp.sign(p) / RAMP, 0, 1) * (p.ndim > 1)
         assert bool(jnp.any(towards == 0)) and (p.ndim == 1 or bool(jnp.any(towards == 1)))
         wanted = -rate * 2.0 * 0.5**2 * towards * p
@@ -158,6 +165,32 @@ def test_longer_runs_have_lower_rates():
     first = {t: run(transform, 1, num_steps=t)[0]["w"] for t in (0, 9, 100, 500, 2000)}
     for horizon, factor in {0: 1.0, 9: 5**0.4, 100: 5**0.4, 2000: 0.25**0.4}.items():
         np.testing.assert_allclose(first[horizon], factor * first[500], rtol=1e-4)
+
+
+@pytest.mark.parametrize("matrices", [1, 2, 5])
+def test_models_of_many_matrices_have_lower_rates(matrices):
+    """(2/L)^d on every rate; vectors do not count."""
+    params = {f"w{i}": jnp.ones((3, 4)) for i in range(matrices)} | {"b": jnp.ones(4)}
+    gradients = jax.tree.map(lambda x: 0.3 * x, params)
+    steps = []
+    for power in (0.0, 0.5):
+        transform = bound(**PLAIN | {"depth_power": power})
+        steps.append(transform.update(gradients, transform.init(params), params)[0])
+    for name, u in steps[0].items():
+        np.testing.assert_allclose(steps[1][name], (2 / matrices) ** 0.5 * u, rtol=1e-4)
+
+
+def test_longer_runs_have_less_decay():
+    """(500/T)^j on the part of a step that decay takes."""
+
+    def first(horizon, **settings):
+        return run(bound(**PLAIN | settings), 1, num_steps=horizon)[0]["w"]
+
+    parts = {t: first(t, weight_decay=0.1, decay_power=0.3) - first(t) for t in (9, 100, 500, 2000)}
+    acts = np.abs(parts[500]) > 1e-4
+    assert acts.any()
+    for horizon, factor in {9: 5**0.3, 100: 5**0.3, 2000: 0.25**0.3}.items():
+        np.testing.assert_allclose(parts[horizon][acts], factor * parts[500][acts], rtol=0.01)
 
 
 def test_no_update_is_longer_than_its_bound():
@@ -247,7 +280,7 @@ def test_knobs(exported):
         1,
     )[0]
     # The nominal rate, in a run as short as that of the shortest horizon that counts, 100 steps.
-    rate = 0.04 * (500 / 100) ** 0.4
+    rate = 0.021 * (500 / 100) ** 0.4
     np.testing.assert_allclose(
         decayed["w"] - plain["w"], -0.1 * rate * PARAMS["w"], rtol=1e-3, atol=1e-7
     )
@@ -274,13 +307,14 @@ def test_old_knobs_of_other_optimizers():
 
 @pytest.mark.parametrize("learn", ["network", "numbers", "all"])
 def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
-    """Through the coefficients of one step."""
+    """Through the coefficients of one step; of two matrices, their number would not matter."""
+    params = PARAMS | {"w2": PARAMS["w"]}
     learned = per_tensor(hidden_size=2, warm_up=3.0, learn=learn)
     theta = learned.init(jax.random.key(0))
     theta["network"]["out"]["w"] += 0.1
     rule = learned.rule
-    _, rows, _ = rule.observe(noisy(PARAMS, 0), PARAMS, rule.accumulators(PARAMS))
-    hidden = rule.hidden(theta, len(PARAMS))
+    _, rows, _ = rule.observe(noisy(params, 0), params, rule.accumulators(params))
+    hidden = rule.hidden(theta, len(params))
 
     def total(theta):
         return jnp.sum(rule.propose(theta, rows, jnp.int32(2), jnp.int32(9), hidden)[0])

@@ -115,18 +115,49 @@ def test_a_block_is_a_matrix_of_its_own(shape):
             )
 
 
-def test_many_shapes_share_few_batches_and_move_as_alone():
+@pytest.mark.parametrize(
+    "settings", [soap.PUBLISHED, soap.Settings()], ids=["published", "grafted"]
+)
+def test_many_shapes_share_few_batches_and_move_as_alone(settings):
     shapes = tuple((5 + i, 4 + i % 3) for i in range(12))
     plan = matrices.plan(shapes, 256, 8192)
     assert len(plan.batches) <= matrices.LARGEST_NUMBER_OF_BATCHES
     assert sorted(m.leaf for batch in plan.batches for m in batch.members) == list(range(12))
     params = [jnp.zeros(shape) for shape in shapes]
     gradients = gradients_like(params, 4)
-    transform = soap.scale_by_soap(soap.PUBLISHED)
+    transform = soap.scale_by_soap(settings)
     (*_, together), _ = run(transform, params, gradients)
     for i in (0, 5, 11):
         (*_, alone), _ = run(transform, params[i], [g[i] for g in gradients])
         np.testing.assert_allclose(together[i], alone, rtol=2e-3, atol=2e-4)
+
+
+def test_small_matrices_join_larger_ones_and_large_ones_do_not():
+    plan = matrices.plan(((64, 32), (32, 10), (200, 200), (200, 10)), 256, 8192)
+    assert {b.block: [m.leaf for m in b.members] for b in plan.batches} == {
+        (64, 32): [0, 1],
+        (200, 200): [2],
+        (200, 10): [3],
+    }
+    (joined,) = (batch for batch in plan.batches if batch.block == (64, 32))
+    assert joined.sides == ((64, 32), (32, 10))
+
+
+def test_tensors_of_one_shape_are_taken_out_at_unknown_places(monkeypatch):
+    """On one device: the slices of the compiled update are dynamic, and say the same."""
+    params = {"w": [jnp.zeros((6, 5))] * 5, "b": [jnp.zeros(5)] * 4, "k": jnp.zeros((9, 300))}
+    gradients = [jax.tree.map(lambda x: x + 1, g) for g in gradients_like(params, 3)]
+    leaves = [jax.tree.leaves(g) for g in gradients]
+    scaled = [[(1 + i) * x for i, x in enumerate(one)] for one in leaves]
+    gradients = [jax.tree.unflatten(jax.tree.structure(params), one) for one in scaled]
+    (*_, plain), _ = run(soap.scale_by_soap(soap.Settings()), params, gradients)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    transform = soap.scale_by_soap(soap.Settings())
+    (*_, ours), _ = run(transform, params, gradients)
+    text = jax.jit(transform.update).lower(params, transform.init(params)).as_text()
+    assert text.count("stablehlo.dynamic_slice") >= 3 * 9
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, plain)
+    assert not np.allclose(ours["w"][0], ours["w"][1])
 
 
 def test_the_rows_of_an_embedding_have_no_basis():

@@ -7,6 +7,7 @@ number of tensors nor that of shapes. All of it is decided from shapes alone, be
 """
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -16,8 +17,16 @@ import numpy as np
 
 # Batches for one pytree: beyond it, the nearest shapes share one.
 LARGEST_NUMBER_OF_BATCHES = 6
+# Products (of two numbers, in a step) that cost as much as the operations of one more batch.
+CHEAP = 1_000_000
 # Columns of blocks that are put together by adding them up; of more, each is moved.
 MOST_COLUMNS = 8
+
+
+# Members of a group from which on they are taken out at places that the compiler does not know.
+MANY = 4
+
+Places = tuple[jax.Array, ...]
 
 
 class Member(NamedTuple):
@@ -47,6 +56,18 @@ class Batch(NamedTuple):
         return sum(member.blocks for member in self.members)
 
     @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How long the two sides of each of the k blocks are without what is padded because others
+        are longer: means over a block are over so many numbers, whatever it shares a batch with."""
+        own = [
+            (-(-m.matrix[0] // m.grid[0]), -(-m.matrix[1] // m.grid[1]))
+            for m in self.members
+            for _ in range(m.blocks)
+        ]
+        rows, columns = zip(*own, strict=True)
+        return rows, columns
+
+    @property
     def owners(self) -> tuple[int, ...]:
         """The leaf that each of the k blocks belongs to."""
         return tuple(m.leaf for m in self.members for _ in range(m.blocks))
@@ -56,13 +77,10 @@ class Batch(NamedTuple):
         parts = [self._cut(leaves[member.leaf], member) for member in self.members]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-    def scatter(self, blocks: jax.Array) -> dict[int, jax.Array]:
+    def scatter(self, blocks: jax.Array, places: Places = ()) -> dict[int, jax.Array]:
         """The inverse of `gather`: {number of the leaf: its array}."""
-        out, start = {}, 0
-        for member in self.members:
-            out[member.leaf] = self._join(blocks[start : start + member.blocks], member)
-            start += member.blocks
-        return out
+        parts = _parts(blocks, [member.blocks for member in self.members], places)
+        return {m.leaf: self._join(part, m) for m, part in zip(self.members, parts, strict=True)}
 
     def per_member(self, sums: jax.Array) -> jax.Array:
         """Sums over blocks [..., k], added up for each member: [..., members]."""
@@ -103,13 +121,86 @@ class Batch(NamedTuple):
         return blocks.reshape(rows * r, columns * c)[:m, :n].reshape(member.shape)
 
 
+class Stack(NamedTuple):
+    """Tensors without a basis, of one shape, side by side: [k, *shape]. leaves: their numbers."""
+
+    leaves: tuple[int, ...]
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The leaf that each of the k belongs to."""
+        return self.leaves
+
+    def gather(self, leaves) -> jax.Array:
+        """The members among the leaves of a pytree."""
+        parts = [leaves[i][None] for i in self.leaves]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+    def scatter(self, stacked: jax.Array, places: Places = ()) -> dict[int, jax.Array]:
+        """The inverse of `gather`: {number of the leaf: its array}."""
+        parts = _parts(stacked, [1] * len(self.leaves), places)
+        return {leaf: part[0] for leaf, part in zip(self.leaves, parts, strict=True)}
+
+    def per_member(self, sums: jax.Array) -> jax.Array:
+        """As they are: sums over each of the k."""
+        return sums
+
+
+def places(plan: "Plan", count: jax.Array) -> Places:
+    """0, 1, 2 … as numbers that the compiler does not know; () where there is no use for them.
+
+    XLA on a CPU compiles a kernel for each slice, some 20 ms, unless two are alike to the letter,
+    and slices at known places never are. So these numbers come out of a loop that goes round once
+    if count >= 0, which is always. On several devices slices at unknown places would be gathered.
+    """
+    most = max((len(set(group.owners)) for group in plan.groups), default=0)
+    if most < MANY or jax.device_count() > 1:
+        return ()
+
+    def turn(carry):
+        _, numbers = carry
+        return jnp.zeros((), bool), (*numbers[1:], numbers[0])
+
+    numbers = tuple(jnp.asarray((i - 1) % most, jnp.int32) for i in range(most))
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (count >= 0, numbers))[1]
+
+
+def _parts(stacked: jax.Array, sizes: list[int], places: Places) -> list[jax.Array]:
+    """Consecutive parts of an array, of these sizes."""
+    if places and len(sizes) >= MANY and len(set(sizes)) == 1:
+        size = sizes[0]
+        return [
+            jax.lax.dynamic_slice_in_dim(stacked, size * place, size)
+            for place in places[: len(sizes)]
+        ]
+    ends = np.cumsum(sizes)
+    return [stacked[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
 class Plan(NamedTuple):
-    """batches: of everything that is taken for a matrix. vectors: the numbers of the other leaves.
-    count: of all leaves."""
+    """batches: of everything that is taken for a matrix. stacks: of the other leaves. count: of all
+    leaves."""
 
     batches: tuple[Batch, ...]
-    vectors: tuple[int, ...]
+    stacks: tuple[Stack, ...]
     count: int
+
+    @property
+    def groups(self) -> tuple[Stack | Batch, ...]:
+        """All stacks, and all batches."""
+        return (*self.stacks, *self.batches)
+
+    @property
+    def vectors(self) -> frozenset[int]:
+        """The numbers of the leaves that have no basis."""
+        return frozenset(leaf for stack in self.stacks for leaf in stack.leaves)
+
+    def per_leaf(self, sums: list[jax.Array]) -> jax.Array:
+        """What was summed over each of the k of every group, [..., k], added up for each leaf:
+        [..., count], in the order of the leaves."""
+        members = [leaf for group in self.groups for leaf in dict.fromkeys(group.owners)]
+        parts = [group.per_member(x) for group, x in zip(self.groups, sums, strict=True)]
+        return jnp.concatenate(parts, -1)[..., np.argsort(members)]
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -135,12 +226,12 @@ def plan(shapes: tuple[tuple[int, ...], ...], block_size: int, longest: int) -> 
     A matrix with a side of 1, and every scalar, vector and empty tensor, is left as it is.
     """
     found: dict[tuple, list[Member]] = {}
-    vectors = []
+    vectors: dict[tuple[int, ...], list[int]] = {}
     for leaf, shape in enumerate(shapes):
         matrix = matrix_of(shape)
         whitened = tuple(side <= longest for side in matrix)
         if min(matrix) <= 1 or not any(whitened):
-            vectors.append(leaf)
+            vectors.setdefault(shape, []).append(leaf)
             continue
         grid: Any = tuple(
             -(-d // block_size) if w else 1 for d, w in zip(matrix, whitened, strict=True)
@@ -151,31 +242,31 @@ def plan(shapes: tuple[tuple[int, ...], ...], block_size: int, longest: int) -> 
         Batch(block, whitened, tuple(members))
         for (block, whitened), members in _merged(found).items()
     )
-    return Plan(batches, tuple(vectors), len(shapes))
+    stacks = tuple(Stack(tuple(leaves)) for leaves in vectors.values())
+    return Plan(batches, stacks, len(shapes))
 
 
 def _merged(found: dict[tuple, list[Member]]) -> dict[tuple, list[Member]]:
-    """The same with few keys: sides are rounded up to ever coarser steps of their own size."""
+    """The same with few keys. Sides are rounded up to ever coarser steps of their own size until
+    few are left; of these, the two whose common shape wastes least become one, as long as that
+    wastes less than a batch costs, or there are too many."""
     steps = 8
-    while len(found) > LARGEST_NUMBER_OF_BATCHES and steps:
+    while len(found) > 2 * LARGEST_NUMBER_OF_BATCHES and steps:
         rounded: dict[tuple, list[Member]] = {}
         for (block, whitened), members in found.items():
             near = tuple(_round_up(d, steps) for d in block)
             rounded.setdefault((near, whitened), []).extend(members)
         found, steps = rounded, steps // 2
-    while len(found) > LARGEST_NUMBER_OF_BATCHES:
-        # Still too many: the two whose common shape wastes least become one.
-        keys = [key for key in found if sum(key[1] == other[1] for other in found) > 1]
-        if not keys:
-            break
-        one, two = min(
-            ((a, b) for a in keys for b in keys if a < b and a[1] == b[1]),
-            key=lambda pair: _waste(found, *pair),
-        )
+    while True:
+        pairs = [(a, b) for a, b in itertools.combinations(found, 2) if a[1] == b[1]]
+        if not pairs:
+            return found
+        one, two = min(pairs, key=lambda pair: _waste(found, *pair))
+        if len(found) <= LARGEST_NUMBER_OF_BATCHES and _waste(found, one, two) > CHEAP:
+            return found
         block = tuple(map(max, one[0], two[0]))
         both = found.pop(one) + found.pop(two)
         found.setdefault((block, one[1]), []).extend(both)
-    return found
 
 
 def _round_up(d: int, steps: int) -> int:

@@ -1,5 +1,6 @@
-"""A rule of whole tensors: SOAP's directions, and a small LSTM that says how far to go along them.
+"""A rule of whole tensors: SOAP's directions, and how far to go along them.
 
+That is decided by a dozen numbers and, if asked for, a small LSTM that may depart from them.
 Nothing is learned a coordinate. What the LSTM reads is evidence, pooled over a tensor: whether
 gradients agree, how much of them is noise, whether they and the weights grow. It reads no clock and
 no size, which it would extrapolate from the small networks of its training; the clock belongs to a
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import binding, coordinates, soap
+from l2l.optimizers import binding, coordinates, meshes, soap
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # Averages over time of what is pooled over a tensor, a step.
@@ -70,19 +72,21 @@ class PerTensorState(NamedTuple):
 
 def per_tensor(
     *,
-    hidden_size: int = 16,
-    learning_rate: float = 0.04,
+    hidden_size: int = 0,
+    learning_rate: float = 0.021,
     vector_rate: float = 1.0,
-    size_power: float = 0.5,
+    size_power: float = 0.75,
+    depth_power: float = 0.5,
     decays: Sequence[float] = (0.9,),
     second_decay: float = 0.999,
     second_power: float = 0.6,
     mixture: bool = False,
-    weight_decay: float = 2.0,
+    weight_decay: float = 1.5,
     decay_anneal: float = 2.0,
-    quiet: float = 1e-2,
+    decay_power: float = 0.3,
+    quiet: float = 3e-4,
     warm_up: float = 0.0,
-    anneal: float = 1.0,
+    anneal: float = 0.7,
     horizon_power: float = 0.4,
     reach: float = 1.4,
     bound: float = 0.2,
@@ -92,20 +96,21 @@ def per_tensor(
     basis_every: int = 20,
     learn: str = "all",
 ) -> base.LearnedOptimizer:
-    """An LSTM over whole tensors that scales SOAP's directions (Vyas et al. 2024).
+    """SOAP's directions (Vyas et al. 2024), scaled by a schedule and an LSTM over whole tensors.
 
     The coefficient of a tensor's nominal direction d₀, Nesterov's momentum over √ν in the basis, is
 
-        c₀ = −exp(λ) · (64/n)^q · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
+        c₀ = −exp(λ) · (64/n)^q · (2/L)^d · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
               · (1 + κ/f²)^(−1/2) · exp(r · tanh(a/r)),    s = (1 + cos πt/T)/2,
 
-    with T the horizon (where none is known, its factors are 1), n the longer side of a matrix, f
-    the root mean square of recent gradients over that of all so far, r the `reach`, and a from the
-    network, zero at first: untrained it is SOAP at one rate. With `mixture` the further directions
-    (one a further decay, and the gradient's) have c₀ · tanh(bⱼ). Decay takes
-    c₀ · exp(δ + r · tanh(e/r)) · s^k · θ off (s is ½ where no horizon is known), only where the
-    nominal step goes towards zero as well: it is cautious (Chen et al. 2025, arXiv 2510.12402), and
-    does not hold back weights that the loss wants to grow.
+    with T the horizon (where none is known, its factors are 1), n the root of a matrix's rows times
+    its columns, L the number of matrices (what a model says moves with each of them), f the root
+    mean square of recent gradients over that of all so far, r the `reach`, and a from the network,
+    zero at first: untrained, or with `hidden_size` 0, it is SOAP with a schedule. With `mixture`
+    the further directions (one a further decay, and the gradient's) have c₀ · tanh(bⱼ). Decay takes
+    c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · θ off (s is ½ where no horizon is known), only
+    where the nominal step goes towards zero as well: it is cautious (Chen et al. 2025, arXiv
+    2510.12402), and does not hold back weights that the loss wants to grow.
 
     Directions have a length that does not fall with the gradients, so that learning goes on where
     they are small. What ends it is f: where gradients have all but gone, data has been memorised,
@@ -114,12 +119,14 @@ def per_tensor(
     Args:
       hidden_size: of the LSTM; 0 for none: theta then is the numbers alone.
       learning_rate: exp(λ) at the start, of matrices; times `vector_rate`, of vectors.
-      size_power: q. The longer side, not the fan-in: libraries differ in which axis that is.
+      size_power: q. Not of the fan-in: libraries differ in which axis that is.
+      depth_power: d.
       decays: of the first moments; the first is the nominal one.
       second_decay, second_power: of the second moment (`soap.Settings`).
       mixture: whether the network mixes further directions in.
       weight_decay: exp(δ) at the start, times the schedule's rate; none of vectors. 0 for none.
       decay_anneal: k: decay goes before the rate does, and the end of a run fits what is left.
+      decay_power: j: longer runs are better at less decay.
       quiet: κ; 0 for none.
       warm_up: w, steps; 0 for none.
       anneal: p.
@@ -134,9 +141,13 @@ def per_tensor(
       UserError: a setting is out of range.
     """
     nominal = Numbers(
-        *(learning_rate, vector_rate, size_power, anneal, horizon_power),
-        *(warm_up, bound, weight_decay, decay_anneal, quiet),
+        *(learning_rate, vector_rate, size_power, depth_power, anneal, horizon_power),
+        *(warm_up, bound, weight_decay, decay_anneal, decay_power, quiet),
     ).checked()
+    if learn == "network" and not hidden_size:
+        raise UserError(
+            "learn='network' with hidden_size=0 leaves nothing to learn: set hidden_size=16."
+        )
     if learn not in LEARN:
         raise UserError(f"There is no learn={learn!r}: choose {', '.join(LEARN[:-1])} or all.")
     decays = tuple(decays)
@@ -163,10 +174,12 @@ def per_tensor(
                 for name, part in theta.items()
             }
         seen, plain = rows[: len(FEATURES)], rows[len(FEATURES) :]
-        vector, log_weights, log_size, fall, lengths = *plain[:4], plain[4:]
+        vector, log_weights, log_size, log_depth, fall, lengths = *plain[:5], plain[5:]
         out, state = network.apply(theta, seen, state)
         log_rate = theta["log_rate"] + vector * theta["log_vector_rate"]
         log_rate = log_rate - theta["size_power"] * log_size
+        if "depth_power" in theta:
+            log_rate = log_rate - theta["depth_power"] * log_depth
         rate = jnp.exp(log_rate + reach * jnp.tanh(out[0] / reach))
         rate = rate * _schedule(theta, step, num_steps)
         if "log_quiet" in theta:
@@ -182,6 +195,8 @@ def per_tensor(
             if "decay_anneal" in theta:
                 left = _log_left(step, num_steps, rate.dtype, unknown=0.5)
                 log_decay = log_decay + theta["decay_anneal"] * left
+            if "decay_power" in theta:
+                log_decay = log_decay + theta["decay_power"] * _log_shorter(num_steps, rate.dtype)
             decay = -rate * jnp.exp(log_decay) * (1 - vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
         return coefficients, state
@@ -239,12 +254,14 @@ class Numbers(NamedTuple):
     learning_rate: float
     vector_rate: float
     size_power: float
+    depth_power: float
     anneal: float
     horizon_power: float
     warm_up: float
     bound: float
     weight_decay: float
     decay_anneal: float
+    decay_power: float
     quiet: float
 
     def checked(self) -> "Numbers":
@@ -264,7 +281,7 @@ class Numbers(NamedTuple):
             "size_power": self.size_power,
             "anneal": self.anneal,
         }
-        for name in ("horizon_power", "decay_anneal"):
+        for name in ("depth_power", "horizon_power", "decay_anneal", "decay_power"):
             if getattr(self, name):
                 numbers[name] = getattr(self, name)
         for name in ("warm_up", "bound", "weight_decay", "quiet"):
@@ -280,32 +297,35 @@ def _combine(settings, decayed: bool, seen, coefficients, params):
     """
     if not decayed:
         return soap.back(settings, seen, coefficients, params)
-    ahead = soap.back(settings, seen, jnp.ones_like(coefficients[:1]), params)
-    single = len(coefficients) == 2  # The nominal direction, and the decay.
-    moved = ahead if single else soap.back(settings, seen, coefficients[:-1], params)
     leaves, treedef = jax.tree.flatten(params)
-    updates = []
-    for i, (p, d, u) in enumerate(
-        zip(leaves, jax.tree.leaves(ahead), jax.tree.leaves(moved), strict=True)
-    ):
-        step = coefficients[0, i] * d if single else u
-        towards = jnp.clip(jnp.sign(p) * d / RAMP, 0, 1)
-        decay = coefficients[-1, i] * towards * p
-        updates.append((step + decay).astype(p.dtype))
-    return treedef.unflatten(updates)
+    updates: dict[int, jax.Array] = {}
+    for group, mixed in soap.parts(settings, seen, params):
+        own = coefficients[:, np.asarray(group.owners)]
+        nominal = mixed(jnp.ones_like(own[:1]))
+        p = group.gather(leaves)
+        step, decay = (own.reshape(*own.shape, *[1] * (p.ndim - 1))[i] for i in (0, -1))
+        # Beside the nominal direction there may be the decay alone.
+        moved = step * nominal if len(own) == 2 else mixed(own[:-1])
+        towards = jnp.clip(jnp.sign(p) * nominal / RAMP, 0, 1)
+        updates |= group.scatter(moved + decay * towards * p, seen.places)
+    return treedef.unflatten([updates[i].astype(x.dtype) for i, x in enumerate(leaves)])
 
 
 def _schedule(theta, step, num_steps) -> jax.Array:
     """The factor on every rate at a step; 1, after the warm-up, for an unknown horizon."""
     dtype = theta["log_rate"].dtype
-    t, horizon = step.astype(dtype), num_steps.astype(dtype)
     factor = jnp.exp(theta["anneal"] * _log_left(step, num_steps, dtype, unknown=1.0))
     if "horizon_power" in theta:
-        shorter = math.log(USUAL) - jnp.log(jnp.maximum(horizon, SHORTEST))
-        factor = factor * jnp.exp(theta["horizon_power"] * jnp.where(num_steps > 0, shorter, 0))
+        factor = factor * jnp.exp(theta["horizon_power"] * _log_shorter(num_steps, dtype))
     if "log_warm_up" in theta:
-        factor = factor * -jnp.expm1(-(t + 1) * jnp.exp(-theta["log_warm_up"]))
+        factor = factor * -jnp.expm1(-(step.astype(dtype) + 1) * jnp.exp(-theta["log_warm_up"]))
     return factor
+
+
+def _log_shorter(num_steps, dtype) -> jax.Array:
+    """log of `USUAL` over the horizon; 0 where there is none."""
+    horizon = jnp.maximum(num_steps.astype(dtype), SHORTEST)
+    return jnp.where(num_steps > 0, math.log(USUAL) - jnp.log(horizon), 0)
 
 
 def _log_left(step, num_steps, dtype, unknown: float) -> jax.Array:
@@ -321,21 +341,26 @@ def _start(settings, params) -> Accumulators:
     leaves = jax.tree.leaves(params)
     dtype = jnp.result_type(jnp.float32, *map(soap.accumulator_dtype, leaves))
     zeros = jnp.zeros((2, len(leaves)), dtype)
-    log_start = jnp.stack([_log_rms(x, dtype) for x in leaves]) if leaves else zeros[0]
+    log_start = _log_rms(settings, meshes.together(params), dtype) if leaves else zeros[0]
     return Accumulators(
         soap.start(settings, params),
         Trail(zeros, jnp.zeros_like(zeros), log_start, jnp.zeros_like(log_start)),
     )
 
 
-def _log_rms(x, dtype) -> jax.Array:
-    return 0.5 * jnp.log(jnp.sum(jnp.square(x.astype(dtype))) / max(jnp.size(x), 1) + 1e-6)
+def _log_rms(settings, params, dtype) -> jax.Array:
+    """[G]: log of the root mean square of each tensor, at least of a thousandth."""
+    leaves, plan = jax.tree.leaves(params), settings.plan(params)
+    grouped = [group.gather(leaves).astype(dtype) for group in plan.groups]
+    squares = plan.per_leaf([jnp.sum(x * x, tuple(range(1, x.ndim))) for x in grouped])
+    sizes = jnp.asarray([max(jnp.size(x), 1) for x in leaves], dtype)
+    return 0.5 * jnp.log(squares / sizes + 1e-6)
 
 
 def _observe(settings, gradient, params, past: Accumulators):
     """(directions, features [S, G], accumulators): `FEATURES`; then, for no network's eyes, whether
-    a tensor is a vector, log rms θ, log of its size (`_sizes`), log f, and the root mean squares of
-    the directions."""
+    a tensor is a vector, log rms θ, log of its size (`_sizes`), log of half the number of matrices,
+    log f, and the root mean squares of the directions."""
     began = past.soap.count > 0
     seen, now = soap.observe(settings, gradient, past.soap)
     leaves = jax.tree.leaves(params)
@@ -360,7 +385,7 @@ def _observe(settings, gradient, params, past: Accumulators):
         mean_square=past.trail.mean_square
         + (square - past.trail.mean_square) / now.count.astype(dtype),
     )
-    log_weights = jnp.stack([_log_rms(x, dtype) for x in leaves])
+    log_weights = _log_rms(settings, params, dtype)
     fall = trail.log_gradient[0] - 0.5 * jnp.log(trail.mean_square + 1e-20)
     dynamic = jnp.stack(
         [
@@ -374,19 +399,21 @@ def _observe(settings, gradient, params, past: Accumulators):
     share = jnp.asarray(sizes, dtype) / max(sum(sizes), 1)
     together = jnp.broadcast_to((dynamic @ share)[:, None], dynamic.shape)
     growth = jnp.tanh(log_weights - trail.log_start)
-    vectors = set(settings.plan(params).vectors)
+    vectors = settings.plan(params).vectors
     vector = jnp.asarray([float(i in vectors) for i in range(len(leaves))], dtype)
     log_size = jnp.asarray([math.log(x) for x in _sizes(leaves, vectors, settings.longest)], dtype)
-    rows = [*dynamic, growth, *together, vector, log_weights, log_size, fall, *lengths]
+    log_depth = jnp.full_like(log_size, math.log(max(len(leaves) - len(vectors), 1) / 2))
+    rows = [*dynamic, growth, *together, vector, log_weights, log_size, log_depth, fall, *lengths]
     return seen, jnp.stack(rows), Accumulators(now, trail)
 
 
-def _sizes(leaves, vectors, longest: int) -> list[float]:
-    """Over 64 the longer side of each matrix (all axes but the last by the last), where it has a
-    basis: the rows of an embedding do not count. 1 of vectors."""
+def _sizes(leaves, vectors: frozenset[int], longest: int) -> list[float]:
+    """Over 64 the root of rows times columns of each matrix (all axes but the last by the last);
+    sides without a basis, the rows of an embedding, do not count. 1 of vectors."""
     sides = [(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1) for x in leaves]
     whole = [[n for n in side if n <= longest] or [longest] for side in sides]
-    return [1.0 if i in vectors else max(side) / 64 for i, side in enumerate(whole)]
+    means = [math.prod(side) ** (1 / len(side)) for side in whole]
+    return [1.0 if i in vectors else n / 64 for i, n in enumerate(means)]
 
 
 def advance(rule: base.PerTensorRule, theta, gradient, params, state: PerTensorState, num_steps):

@@ -11,8 +11,7 @@ basis moves; the outer products and the bases follow every few steps alone; long
 blocks; and every batch of blocks is one set of products, however many tensors it has.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,8 +21,8 @@ import numpy as np
 import optax
 
 from l2l.console.errors import UserError
-from l2l.optimizers import meshes
-from l2l.optimizers.matrices import Plan, plan_of
+from l2l.optimizers import matrices, meshes
+from l2l.optimizers.matrices import Batch, Places, Plan, Stack, plan_of
 from l2l.optimizers.orthogonal import orthonormal
 
 # Added to mean squares before their roots and where they divide, so that those of zeros have
@@ -130,21 +129,24 @@ POOLED = ("g·m", "m²", "g²", "m̃²", "ν̂")
 class Seen(NamedTuple):
     """The directions of one step, before they leave the bases.
 
+    stacks: for each stack of tensors without a basis, [J, k, *shape].
     blocks: for each batch, [J, k, r, c].
     scales: for each batch, [J, k]: the factors that these still want.
-    vectors: {leaf: [J, *shape]}.
     bases: those to leave.
     pooled: [len(POOLED) + J, G], means over each tensor: `POOLED`, then the squares of the J
       directions.
 
+    places: `matrices.places`.
+
     Row 0 is the nominal direction; then one for each further decay, and the gradient's if chosen.
     """
 
+    stacks: tuple[jax.Array, ...]
     blocks: tuple[jax.Array, ...]
     scales: tuple[jax.Array, ...]
-    vectors: dict[int, jax.Array]
     bases: Bases
     pooled: jax.Array
+    places: Places
 
 
 def accumulator_dtype(x) -> jnp.dtype:
@@ -194,54 +196,56 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
     after_mu: list[list] = [[None] * plan.count for _ in mu]
     after_nu: list = [None] * plan.count
     count = state.count + 1
-    # Sums over tensors, and which these are.
-    vectors, pooled, order = {}, [], []
-    for i in plan.vectors:
-        first = jnp.stack([tree[i] for tree in mu])
-        vectors[i], first, after_nu[i], sums = _directions(settings, leaves[i], first, nu[i], count)
-        pooled.append(_grafted(settings, sums[:, None])[1])
-        order.append(i)
-        for tree, x in zip(after_mu, first, strict=True):
-            tree[i] = x
-    blocks, scales, bases = [], [], []
-    for batch, pair in zip(plan.batches, state.bases, strict=True):
-        g = batch.gather(leaves)
-        first = jnp.stack([batch.gather(tree) for tree in mu])
-        pair, first = _follow(settings, g, pair, first, state.count)
-        rows, first, second, sums = _directions(
-            settings, into(g, pair), first, batch.gather(nu), count, in_basis=True
-        )
-        scale, sums = _grafted(settings, sums, math.prod(batch.block))
-        pooled.append(batch.per_member(sums))
-        order += [member.leaf for member in batch.members]
-        blocks.append(rows)
-        scales.append(scale)
-        bases.append(pair)
+    stacks, blocks, scales, bases, sums = [], [], [], [], []
+    places = matrices.places(plan, count)
+    pairs = ((),) * len(plan.stacks) + state.bases
+    for group, pair in zip(plan.groups, pairs, strict=True):
+        g, second = group.gather(leaves), group.gather(nu)
+        first = jnp.stack([group.gather(tree) for tree in mu])
+        sides = group.sides if isinstance(group, Batch) else None
+        if sides:
+            pair, first = _follow(settings, g, pair, sides, first, state.count)
+            g = into(g, pair)
+        rows, first, second, own = _directions(settings, g, first, second, count, sides)
+        if sides:
+            scale, own = _grafted(settings, own, _areas(sides, g.dtype))
+            blocks.append(rows)
+            scales.append(scale)
+            bases.append(pair)
+        else:
+            stacks.append(rows)
+            own = _grafted(settings, own)[1]
+        sums.append(own)
         for tree, new in zip([*after_mu, after_nu], [*first, second], strict=True):
-            for leaf, value in batch.scatter(new).items():
-                tree[leaf] = value
+            for leaf, value in group.scatter(new, places).items():
+                tree[leaf] = value.astype(nu[leaf].dtype)
 
     def unflatten(leaves):
         return meshes.beside(treedef.unflatten(leaves), gradient)
 
-    pooled = jnp.concatenate(pooled, 1)
-    sizes = jnp.asarray([max(leaves[i].size, 1) for i in order], pooled.dtype)
-    pooled = (pooled / sizes[None])[:, np.argsort(order)]
+    pooled = plan.per_leaf(sums)
+    pooled = pooled / jnp.asarray([[max(x.size, 1) for x in leaves]], pooled.dtype)
     state = SoapState(count, tuple(map(unflatten, after_mu)), unflatten(after_nu), tuple(bases))
-    return Seen(tuple(blocks), tuple(scales), vectors, tuple(bases), pooled), state
+    directions = tuple(stacks), tuple(blocks), tuple(scales)
+    return Seen(*directions, tuple(bases), pooled, places), state
 
 
-def _directions(settings, g, mu, nu, count, in_basis=False):
-    """(directions [J, …], mu [D, …], nu, sums) of a gradient and moments before it. sums, over a
-    block or, of a vector, over all of it: g·m, m², g², ν̂, the squares of the J numerators, and
-    those of the J directions."""
+def _areas(sides, dtype) -> jax.Array:
+    """[k]: how many numbers each block has."""
+    return jnp.asarray(np.prod(sides, 0), dtype)
+
+
+def _directions(settings, g, mu, nu, count, sides=None):
+    """(directions [J, k, …], mu [D, k, …], nu, sums [S, k]) of k gradients and moments before them.
+    sums, over each of the k: g·m, m², g², ν̂, the squares of the J numerators, and those of the J
+    directions. sides: of blocks in their bases."""
     b1, b2 = settings.decays[0], settings.second_decay
     step = count.astype(g.dtype)
     if settings.second_power:  # The first gradient is all of ν: there is nothing to make up for.
         b2, whole = jnp.minimum(b2, 1 - step**-settings.second_power), 1
     else:
         whole = 1 / (1 - b2**step)
-    over = (-2, -1) if in_basis else tuple(range(-g.ndim, 0))
+    over = tuple(range(1 - g.ndim, 0))
     decays = jnp.asarray(settings.decays, g.dtype).reshape(-1, *[1] * g.ndim)
     before = mu[0]
     mu = decays * mu + (1 - decays) * g[None]
@@ -263,8 +267,8 @@ def _directions(settings, g, mu, nu, count, in_basis=False):
     # Of the nominal numerator, without a pass over it.
     length = part * part * ahead + 2 * part * other * along + other * other * square
     floor = settings.eps_root
-    if in_basis:
-        mean = total * whole / math.prod(g.shape[-2:])
+    if sides:
+        mean = total * whole / _areas(sides, g.dtype)
         floor = floor + settings.nothing * mean[..., None, None]
     root = jnp.sqrt(nu * whole + floor) + settings.eps
     directions = jnp.stack(rows) / root[None]
@@ -282,20 +286,21 @@ def _sums(products, over) -> list[jax.Array]:
     return list(jnp.sum(jnp.stack(products), over))
 
 
-def _grafted(settings, sums, size=None):
-    """(the factors [J, …] on the directions whose sums `_directions` found, the sums that
-    `Seen.pooled` are means of). size: of a block; None for vectors, which are not grafted."""
+def _grafted(settings, sums, sizes=None):
+    """(the factors [J, k] on the directions whose sums `_directions` found, the sums that
+    `Seen.pooled` are means of). sizes: [k], of the blocks; None for vectors, which are not
+    grafted."""
     own = (len(sums) - 4) // 2
     second, numerators, directions = sums[3], sums[4 : 4 + own], sums[4 + own :]
     scale = jnp.ones_like(directions)
-    if size and settings.graft:
-        length = numerators / (second + size * TINY)[None]
-        scale = jnp.sqrt((length + TINY) / (directions / size + TINY))
+    if sizes is not None and settings.graft:
+        length = numerators / (second + sizes * TINY)[None]
+        scale = jnp.sqrt((length + TINY) / (directions / sizes[None] + TINY))
         directions = directions * jnp.square(scale)
     return scale, jnp.concatenate([sums[:3], numerators[:1], second[None], directions])
 
 
-def _follow(settings, g, pair, mu, step):
+def _follow(settings, g, pair, sides, mu, step):
     """(the bases after another gradient [k, r, c], the first moments [D, k, r, c] in them)."""
     early = step < settings.often
     now = early | (step % settings.average_every == 0)
@@ -303,10 +308,10 @@ def _follow(settings, g, pair, mu, step):
     g, pair = jax.lax.stop_gradient((g, pair))
     averages, vectors = (tuple(side and side[i] for side in pair) for i in range(2))
     if settings.lookahead:
-        averages = _average(settings, g, averages, now, early)
-    vectors, mu = _turn(settings.damping, moves, averages, vectors, mu)
+        averages = _average(settings, g, averages, sides, now, early)
+    vectors, mu = _turn(settings.damping, sides, moves, averages, vectors, mu)
     if not settings.lookahead:
-        averages = _average(settings, g, averages, now, early)
+        averages = _average(settings, g, averages, sides, now, early)
     return tuple(
         () if isinstance(a, tuple) else Side(a, v) for a, v in zip(averages, vectors, strict=True)
     ), mu
@@ -322,7 +327,7 @@ def _once_if(condition, function, state):
     )[1]  # fmt: skip
 
 
-def _average(settings, g, averages, now, early):
+def _average(settings, g, averages, sides, now, early):
     """The averages with the outer products of another gradient in them, if it is `now`."""
     decay = settings.basis_decay**settings.average_every
     decay = jnp.where(early, settings.basis_decay, decay).astype(g.dtype)
@@ -331,7 +336,8 @@ def _average(settings, g, averages, now, early):
     def grow(averages):
         scale = 1.0
         if settings.normalized:
-            scale = 1 / (jnp.mean(jnp.square(g), (1, 2), keepdims=True) + 1e-30)
+            mean = jnp.sum(jnp.square(g), (1, 2)) / _areas(sides, g.dtype)
+            scale = 1 / (mean + 1e-30)[:, None, None]
         return tuple(
             ()
             if isinstance(a, tuple)
@@ -342,15 +348,15 @@ def _average(settings, g, averages, now, early):
     return _once_if(now, grow, averages)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _turn(damping, moves, averages, vectors, mu):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _turn(damping, sides, moves, averages, vectors, mu):
     """(bases after a step of orthogonal iteration, mu [D, k, r, c] in them), if they move now."""
 
     def turn(state):
         vectors, mu = state
         new = tuple(
-            () if isinstance(a, tuple) else _iterate(a, v, damping)
-            for a, v in zip(averages, vectors, strict=True)
+            () if isinstance(a, tuple) else _iterate(a, v, damping, own)
+            for a, v, own in zip(averages, vectors, sides, strict=True)
         )
         return new, _rotated(mu, vectors, new)
 
@@ -358,10 +364,10 @@ def _turn(damping, moves, averages, vectors, mu):
 
 
 @_turn.defjvp
-def _turn_jvp(damping, primals, tangents):
+def _turn_jvp(damping, sides, primals, tangents):
     # The bases are constants to every derivative; the moments go along with them.
     moves, averages, vectors, mu = primals
-    new, after = _turn(damping, moves, averages, vectors, mu)
+    new, after = _turn(damping, sides, moves, averages, vectors, mu)
     tangent = jax.lax.cond(moves, lambda t: _rotated(t, vectors, new), lambda t: t, tangents[-1])
     return (new, after), (jax.tree.map(jnp.zeros_like, new), tangent)
 
@@ -378,9 +384,10 @@ def _rotated(mu, old, new):
     return mu
 
 
-def _iterate(average, vectors, damping):
-    """One step of orthogonal iteration towards the eigenvectors."""
-    mean = jnp.trace(average, axis1=1, axis2=2)[:, None, None] / average.shape[-1]
+def _iterate(average, vectors, damping, lengths):
+    """One step of orthogonal iteration towards the eigenvectors. lengths: of the sides, k."""
+    trace = jnp.trace(average, axis1=1, axis2=2)
+    mean = (trace / jnp.asarray(lengths, trace.dtype))[:, None, None]
     with jax.default_matmul_precision("highest"):
         ahead = vectors @ average
     # Before the first gradient there is nothing to follow.
@@ -401,32 +408,41 @@ def out_of(blocks: jax.Array, pair) -> jax.Array:
     return blocks @ columns.vectors if columns else blocks
 
 
+def parts(settings: Settings, seen: Seen, like) -> Iterator[tuple[Stack | Batch, Callable]]:
+    """Every group of the tensors of a pytree `like`, with (coefficients [J', k]) -> Σⱼ cⱼ dⱼ of its
+    k members or blocks, [k, ...], among the coordinates, for the first J' directions."""
+    plan = settings.plan(like)
+    for stack, rows in zip(plan.stacks, seen.stacks, strict=True):
+        yield stack, partial(_mixed, rows)
+    for batch, rows, scale, pair in zip(
+        plan.batches, seen.blocks, seen.scales, seen.bases, strict=True
+    ):
+        yield batch, partial(_mixed_blocks, rows, scale, jax.lax.stop_gradient(pair))
+
+
+def _mixed(rows, coefficients):
+    chosen, k = coefficients.shape
+    own = coefficients.reshape(chosen, k, *[1] * (rows.ndim - 2))
+    return own[0] * rows[0] if chosen == 1 else jnp.sum(own * rows[:chosen], 0)
+
+
+def _mixed_blocks(rows, scale, pair, coefficients):
+    coefficients = coefficients * scale[: len(coefficients)]
+    if len(coefficients) == 1:  # A single factor goes along with what is done to the updates next.
+        return coefficients[0][:, None, None] * out_of(rows[0], pair)
+    return out_of(_mixed(rows, coefficients), pair)
+
+
 def back(settings: Settings, seen: Seen, coefficients, like) -> Any:
     """Σⱼ cⱼ dⱼ of each tensor, back among the coordinates: a pytree like `like`.
 
     coefficients: [J', G], for the first J' directions of each of the G tensors.
     """
-    plan = settings.plan(like)
     leaves, treedef = jax.tree.flatten(like)
-    out: list[Any] = [None] * plan.count
-    chosen = coefficients.shape[0]
-    for i in plan.vectors:
-        own = coefficients[:, i].reshape(-1, *[1] * leaves[i].ndim)
-        out[i] = jnp.sum(own * seen.vectors[i][:chosen], 0)
-    for batch, rows, scale, pair in zip(
-        plan.batches, seen.blocks, seen.scales, seen.bases, strict=True
-    ):
-        own = (coefficients[:, jnp.asarray(batch.owners)] * scale[:chosen])[..., None, None]
-        pair = jax.lax.stop_gradient(pair)
-        # A single factor goes along with what is done to the updates next.
-        mixed = (
-            own[0] * out_of(rows[0], pair)
-            if chosen == 1
-            else out_of(jnp.sum(own * rows[:chosen], 0), pair)
-        )
-        for leaf, value in batch.scatter(mixed).items():
-            out[leaf] = value
-    return treedef.unflatten([u.astype(x.dtype) for u, x in zip(out, leaves, strict=True)])
+    out: dict[int, jax.Array] = {}
+    for group, mixed in parts(settings, seen, like):
+        out |= group.scatter(mixed(coefficients[:, np.asarray(group.owners)]), seen.places)
+    return treedef.unflatten([out[i].astype(x.dtype) for i, x in enumerate(leaves)])
 
 
 def scale_by_soap(settings: Settings = PUBLISHED) -> optax.GradientTransformation:
