@@ -125,8 +125,8 @@ def with_bases(states, function):
         pair = next(kept for kept in known if sizes(kept, 1) == sizes(pair, 0))
         return jax.tree.map(lambda x: x[step], pair)
 
-    def held_soap(settings, g, pair, mu, step):
-        del settings, g
+    def held_soap(settings, g, pair, sides, mu, step):
+        del settings, g, sides
         kept = next(kept for kept in soaps if sizes(kept, 1) == sizes(pair, 0))
         after = jax.tree.map(lambda x: x[step], kept)
         return after, soap._rotated(

@@ -12,9 +12,11 @@ from l2l.optimizers.guard import guard
 from l2l.storage import exports
 
 STEPS = 3
-# How far apart two updates or ends may be, of their norm. `lstm` is more sensitive to rounding (see
+# Those whose rule acts on whole tensors.
+WHOLE = ("lstm", "mlp")
+# How far apart two updates or ends may be, of their norm. These are more sensitive to rounding (see
 # tests/test_reproducible.py); a sum over eight devices that forgets one is off by an eighth.
-APART = {"lstm": 0.05}
+APART = dict.fromkeys((*WHOLE, "guarded mlp"), 0.05)
 LAYOUTS = {
     "replicated": {"w": P(), "v": P(), "b": P(), "scale": P()},
     "fsdp": {"w": P("data"), "v": P("data"), "b": P(), "scale": P()},
@@ -197,7 +199,7 @@ def test_inside_shard_map_each_device_may_have_its_own(optimizer, apart, kind):
     close(jax.tree.map(lambda x: np.asarray(x)[5], together), single, apart)
 
 
-@pytest.mark.parametrize("name", sorted(set(LEARNED) - {"lstm"}))
+@pytest.mark.parametrize("name", sorted(set(LEARNED) - set(WHOLE)))
 def test_inside_shard_map_a_shared_tensor_stays_shared_beside_split_ones(name):
     """Rows of w a device, one bias: coordinatewise rules give the numbers of one device."""
     optimizer = exports.load(name, num_steps=9)
