@@ -25,8 +25,9 @@ FILE = Path(__file__).with_name("golden.json")
 SHAPES = {"kernel": (2, 2, 2, 2), "matrix": (4, 3), "vector": (5,)}
 # Past the horizon, and past step 10, where the bases begin to follow in every tenth step only.
 STEPS, HORIZON = 12, 9
-# Rounding that differs between machines is amplified by recurrence and by small denominators.
-TOLERANCE = 3e-4
+# Rounding that differs between machines and versions is amplified by recurrence and by small
+# denominators: 3.5e-4 has been seen. Constants changed by a few hundredths moved 4.6e-3 and more.
+TOLERANCE = 1e-3
 
 
 def at(step: int, gradient: bool) -> dict[str, jax.Array]:
