@@ -42,6 +42,12 @@ class Member(NamedTuple):
     def blocks(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """The sides of its blocks, before others in the batch have them padded."""
+        (m, n), (rows, columns) = self.matrix, self.grid
+        return -(-m // rows), -(-n // columns)
+
 
 class Batch(NamedTuple):
     """Blocks [k, *block] of the members, one member after another. whitened: which of the two sides
@@ -59,12 +65,7 @@ class Batch(NamedTuple):
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """How long the two sides of each of the k blocks are without what is padded because others
         are longer: means over a block are over so many numbers, whatever it shares a batch with."""
-        own = [
-            (-(-m.matrix[0] // m.grid[0]), -(-m.matrix[1] // m.grid[1]))
-            for m in self.members
-            for _ in range(m.blocks)
-        ]
-        rows, columns = zip(*own, strict=True)
+        rows, columns = zip(*(m.block for m in self.members for _ in range(m.blocks)), strict=True)
         return rows, columns
 
     @property
@@ -125,6 +126,11 @@ class Stack(NamedTuple):
     """Tensors without a basis, of one shape, side by side: [k, *shape]. leaves: their numbers."""
 
     leaves: tuple[int, ...]
+
+    @property
+    def sides(self) -> tuple[()]:
+        """None of them has a basis."""
+        return ()
 
     @property
     def owners(self) -> tuple[int, ...]:
@@ -236,8 +242,8 @@ def plan(shapes: tuple[tuple[int, ...], ...], block_size: int, longest: int) -> 
         grid: Any = tuple(
             -(-d // block_size) if w else 1 for d, w in zip(matrix, whitened, strict=True)
         )
-        block = tuple(-(-d // g) for d, g in zip(matrix, grid, strict=True))
-        found.setdefault((block, whitened), []).append(Member(leaf, shape, matrix, grid))
+        member = Member(leaf, shape, matrix, grid)
+        found.setdefault((member.block, whitened), []).append(member)
     batches = tuple(
         Batch(block, whitened, tuple(members))
         for (block, whitened), members in _merged(found).items()

@@ -129,10 +129,9 @@ POOLED = ("g·m", "m²", "g²", "m̃²", "ν̂")
 class Seen(NamedTuple):
     """The directions of one step, before they leave the bases.
 
-    stacks: for each stack of tensors without a basis, [J, k, *shape].
-    blocks: for each batch, [J, k, r, c].
-    scales: for each batch, [J, k]: the factors that these still want.
-    bases: those to leave.
+    blocks: for each group of the plan, [J, k, ...].
+    scales: for each group, [J, k]: the factors that these still want.
+    bases: for each group, those to leave; ((), ()) where there are none.
     pooled: [len(POOLED) + J, G], means over each tensor: `POOLED`, then the squares of the J
       directions.
 
@@ -141,7 +140,6 @@ class Seen(NamedTuple):
     Row 0 is the nominal direction; then one for each further decay, and the gradient's if chosen.
     """
 
-    stacks: tuple[jax.Array, ...]
     blocks: tuple[jax.Array, ...]
     scales: tuple[jax.Array, ...]
     bases: Bases
@@ -196,26 +194,19 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
     after_mu: list[list] = [[None] * plan.count for _ in mu]
     after_nu: list = [None] * plan.count
     count = state.count + 1
-    stacks, blocks, scales, bases, sums = [], [], [], [], []
+    blocks, scales, bases, sums = [], [], [], []
     places = matrices.places(plan, count)
-    pairs = ((),) * len(plan.stacks) + state.bases
+    pairs = (((), ()),) * len(plan.stacks) + state.bases
     for group, pair in zip(plan.groups, pairs, strict=True):
         g, second = group.gather(leaves), group.gather(nu)
         first = jnp.stack([group.gather(tree) for tree in mu])
-        sides = group.sides if isinstance(group, Batch) else None
+        sides = group.sides
         if sides:
             pair, first = _follow(settings, g, pair, sides, first, state.count)
-            g = into(g, pair)
-        rows, first, second, own = _directions(settings, g, first, second, count, sides)
-        if sides:
-            scale, own = _grafted(settings, own, _areas(sides, g.dtype))
-            blocks.append(rows)
-            scales.append(scale)
-            bases.append(pair)
-        else:
-            stacks.append(rows)
-            own = _grafted(settings, own)[1]
-        sums.append(own)
+        rows, first, second, own = _directions(settings, into(g, pair), first, second, count, sides)
+        scale, own = _grafted(settings, own, sides)
+        for found, one in zip((blocks, scales, bases, sums), (rows, scale, pair, own), strict=True):
+            found.append(one)
         for tree, new in zip([*after_mu, after_nu], [*first, second], strict=True):
             for leaf, value in group.scatter(new, places).items():
                 tree[leaf] = value.astype(nu[leaf].dtype)
@@ -225,9 +216,9 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
 
     pooled = plan.per_leaf(sums)
     pooled = pooled / jnp.asarray([[max(x.size, 1) for x in leaves]], pooled.dtype)
-    state = SoapState(count, tuple(map(unflatten, after_mu)), unflatten(after_nu), tuple(bases))
-    directions = tuple(stacks), tuple(blocks), tuple(scales)
-    return Seen(*directions, tuple(bases), pooled, places), state
+    kept = tuple(bases[len(plan.stacks) :])
+    state = SoapState(count, tuple(map(unflatten, after_mu)), unflatten(after_nu), kept)
+    return Seen(tuple(blocks), tuple(scales), tuple(bases), pooled, places), state
 
 
 def _areas(sides, dtype) -> jax.Array:
@@ -235,10 +226,10 @@ def _areas(sides, dtype) -> jax.Array:
     return jnp.asarray(np.prod(sides, 0), dtype)
 
 
-def _directions(settings, g, mu, nu, count, sides=None):
+def _directions(settings, g, mu, nu, count, sides):
     """(directions [J, k, …], mu [D, k, …], nu, sums [S, k]) of k gradients and moments before them.
     sums, over each of the k: g·m, m², g², ν̂, the squares of the J numerators, and those of the J
-    directions. sides: of blocks in their bases."""
+    directions. sides: of blocks in their bases; () of tensors that have none."""
     b1, b2 = settings.decays[0], settings.second_decay
     step = count.astype(g.dtype)
     if settings.second_power:  # The first gradient is all of ν: there is nothing to make up for.
@@ -286,14 +277,14 @@ def _sums(products, over) -> list[jax.Array]:
     return list(jnp.sum(jnp.stack(products), over))
 
 
-def _grafted(settings, sums, sizes=None):
+def _grafted(settings, sums, sides):
     """(the factors [J, k] on the directions whose sums `_directions` found, the sums that
-    `Seen.pooled` are means of). sizes: [k], of the blocks; None for vectors, which are not
-    grafted."""
+    `Seen.pooled` are means of). What has no `sides`, as vectors have none, is not grafted."""
     own = (len(sums) - 4) // 2
     second, numerators, directions = sums[3], sums[4 : 4 + own], sums[4 + own :]
     scale = jnp.ones_like(directions)
-    if sizes is not None and settings.graft:
+    if sides and settings.graft:
+        sizes = _areas(sides, scale.dtype)
         length = numerators / (second + sizes * TINY)[None]
         scale = jnp.sqrt((length + TINY) / (directions / sizes[None] + TINY))
         directions = directions * jnp.square(scale)
@@ -411,26 +402,18 @@ def out_of(blocks: jax.Array, pair) -> jax.Array:
 def parts(settings: Settings, seen: Seen, like) -> Iterator[tuple[Stack | Batch, Callable]]:
     """Every group of the tensors of a pytree `like`, with (coefficients [J', k]) -> Σⱼ cⱼ dⱼ of its
     k members or blocks, [k, ...], among the coordinates, for the first J' directions."""
-    plan = settings.plan(like)
-    for stack, rows in zip(plan.stacks, seen.stacks, strict=True):
-        yield stack, partial(_mixed, rows)
-    for batch, rows, scale, pair in zip(
-        plan.batches, seen.blocks, seen.scales, seen.bases, strict=True
-    ):
-        yield batch, partial(_mixed_blocks, rows, scale, jax.lax.stop_gradient(pair))
+    groups = settings.plan(like).groups
+    for group, *own in zip(groups, seen.blocks, seen.scales, seen.bases, strict=True):
+        yield group, partial(_mixed, *own)
 
 
-def _mixed(rows, coefficients):
-    chosen, k = coefficients.shape
-    own = coefficients.reshape(chosen, k, *[1] * (rows.ndim - 2))
-    return own[0] * rows[0] if chosen == 1 else jnp.sum(own * rows[:chosen], 0)
-
-
-def _mixed_blocks(rows, scale, pair, coefficients):
-    coefficients = coefficients * scale[: len(coefficients)]
-    if len(coefficients) == 1:  # A single factor goes along with what is done to the updates next.
-        return coefficients[0][:, None, None] * out_of(rows[0], pair)
-    return out_of(_mixed(rows, coefficients), pair)
+def _mixed(rows, scale, pair, coefficients):
+    pair = jax.lax.stop_gradient(pair)
+    own = coefficients * scale[: len(coefficients)]
+    own = own.reshape(*own.shape, *[1] * (rows.ndim - 2))
+    if len(own) == 1:  # A single factor goes along with what is done to the updates next.
+        return own[0] * out_of(rows[0], pair)
+    return out_of(jnp.sum(own * rows[: len(own)], 0), pair)
 
 
 def back(settings: Settings, seen: Seen, coefficients, like) -> Any:
