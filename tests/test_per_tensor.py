@@ -167,6 +167,25 @@ def test_longer_runs_have_lower_rates():
         np.testing.assert_allclose(first[horizon], factor * first[500], rtol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "decay_power": 0.3}])
+def test_without_a_horizon_rates_fall_as_the_run_goes_on(settings):
+    """As for a horizon of 500 · max(1, t/250)^u; they stay as they are for u = 0."""
+    both = PLAIN | {"horizon_power": 0.4, "decay_anneal": 0.0, "anneal": 0.0} | settings
+    falls, stays = (bound(**both, assumed_power=u) for u in (2.0, 0.0))
+
+    def after(transform, steps, horizon):
+        _, state = transform.update(noisy(PARAMS, 0), transform.init(PARAMS), PARAMS)
+        accumulators = state.accumulators
+        accumulators = accumulators._replace(soap=accumulators.soap._replace(count=steps))
+        state = state._replace(accumulators=accumulators)
+        return transform.update(noisy(PARAMS, 1), state, PARAMS, num_steps=horizon)[0]["w"]
+
+    for steps, horizon in {1: 500, 250: 500, 500: 2000, 2500: 50_000}.items():
+        t, whole = jnp.asarray(steps, jnp.int32), after(stays, jnp.asarray(steps, jnp.int32), None)
+        np.testing.assert_allclose(after(falls, t, None), after(stays, t, horizon), rtol=2e-4)
+        np.testing.assert_array_equal(after(stays, t, 500), whole)
+
+
 @pytest.mark.parametrize("matrices", [1, 2, 5])
 def test_models_of_many_matrices_have_lower_rates(matrices):
     """(2/L)^d on every rate; vectors do not count."""

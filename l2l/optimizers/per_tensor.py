@@ -88,6 +88,7 @@ def per_tensor(
     warm_up: float = 0.0,
     anneal: float = 0.7,
     horizon_power: float = 0.4,
+    assumed_power: float = 2.0,
     reach: float = 1.4,
     bound: float = 0.2,
     smallest: float = 0.03,
@@ -103,14 +104,15 @@ def per_tensor(
         c₀ = −exp(λ) · (64/n)^q · (2/L)^d · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
               · (1 + κ/f²)^(−1/2) · exp(r · tanh(a/r)),    s = (1 + cos πt/T)/2,
 
-    with T the horizon (where none is known, its factors are 1), n the root of a matrix's rows times
-    its columns, L the number of matrices (what a model says moves with each of them), f the root
-    mean square of recent gradients over that of all so far, r the `reach`, and a from the network,
-    zero at first: untrained, or with `hidden_size` 0, it is SOAP with a schedule. With `mixture`
-    the further directions (one a further decay, and the gradient's) have c₀ · tanh(bⱼ). Decay takes
-    c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · θ off (s is ½ where no horizon is known), only
-    where the nominal step goes towards zero as well: it is cautious (Chen et al. 2025, arXiv
-    2510.12402), and does not hold back weights that the loss wants to grow.
+    with T the horizon (where none is known s is 1, and T counts as 500 · max(1, t/250)^u), n the
+    root of a matrix's rows times its columns, L the number of matrices (what a model says moves
+    with each of them), f the root mean square of recent gradients over that of all so far, r the
+    `reach`, and a from the network, zero at first: untrained, or with `hidden_size` 0, it is SOAP
+    with a schedule. With `mixture` the further directions (one a further decay, and the gradient's)
+    have c₀ · tanh(bⱼ). Decay takes c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · θ off (here s is
+    ½ where no horizon is known), only where the nominal step goes towards zero as well: it is
+    cautious (Chen et al. 2025, arXiv 2510.12402), and does not hold back weights that the loss
+    wants to grow.
 
     Directions have a length that does not fall with the gradients, so that learning goes on where
     they are small. What ends it is f: where gradients have all but gone, data has been memorised,
@@ -131,6 +133,8 @@ def per_tensor(
       warm_up: w, steps; 0 for none.
       anneal: p.
       horizon_power: h: longer runs are better at lower rates. T counts as 100 at least.
+      assumed_power: u: without a horizon rates fall with t^(−u·h), and a run is good at any time; 0
+        for rates that stay as they are.
       reach: r: |log| of the largest factor that the network may put on a rate or a decay.
       bound: the root mean square of a step, decay aside, is kept below this part of that of its
         tensor, or of `smallest` where that is larger; 0 for no bound.
@@ -142,7 +146,7 @@ def per_tensor(
     """
     nominal = Numbers(
         *(learning_rate, vector_rate, size_power, depth_power, anneal, horizon_power),
-        *(warm_up, bound, weight_decay, decay_anneal, decay_power, quiet),
+        *(assumed_power, warm_up, bound, weight_decay, decay_anneal, decay_power, quiet),
     ).checked()
     if learn == "network" and not hidden_size:
         raise UserError(
@@ -196,7 +200,8 @@ def per_tensor(
                 left = _log_left(step, num_steps, rate.dtype, unknown=0.5)
                 log_decay = log_decay + theta["decay_anneal"] * left
             if "decay_power" in theta:
-                log_decay = log_decay + theta["decay_power"] * _log_shorter(num_steps, rate.dtype)
+                shorter = _log_shorter(theta, step, num_steps, rate.dtype)
+                log_decay = log_decay + theta["decay_power"] * shorter
             decay = -rate * jnp.exp(log_decay) * (1 - vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
         return coefficients, state
@@ -257,6 +262,7 @@ class Numbers(NamedTuple):
     depth_power: float
     anneal: float
     horizon_power: float
+    assumed_power: float
     warm_up: float
     bound: float
     weight_decay: float
@@ -281,7 +287,8 @@ class Numbers(NamedTuple):
             "size_power": self.size_power,
             "anneal": self.anneal,
         }
-        for name in ("depth_power", "horizon_power", "decay_anneal", "decay_power"):
+        powers = ("depth_power", "horizon_power", "assumed_power", "decay_anneal", "decay_power")
+        for name in powers:
             if getattr(self, name):
                 numbers[name] = getattr(self, name)
         for name in ("warm_up", "bound", "weight_decay", "quiet"):
@@ -312,20 +319,26 @@ def _combine(settings, decayed: bool, seen, coefficients, params):
 
 
 def _schedule(theta, step, num_steps) -> jax.Array:
-    """The factor on every rate at a step; 1, after the warm-up, for an unknown horizon."""
+    """The factor on every rate at a step."""
     dtype = theta["log_rate"].dtype
     factor = jnp.exp(theta["anneal"] * _log_left(step, num_steps, dtype, unknown=1.0))
     if "horizon_power" in theta:
-        factor = factor * jnp.exp(theta["horizon_power"] * _log_shorter(num_steps, dtype))
+        shorter = _log_shorter(theta, step, num_steps, dtype)
+        factor = factor * jnp.exp(theta["horizon_power"] * shorter)
     if "log_warm_up" in theta:
         factor = factor * -jnp.expm1(-(step.astype(dtype) + 1) * jnp.exp(-theta["log_warm_up"]))
     return factor
 
 
-def _log_shorter(num_steps, dtype) -> jax.Array:
-    """log of `USUAL` over the horizon; 0 where there is none."""
+def _log_shorter(theta, step, num_steps, dtype) -> jax.Array:
+    """log of `USUAL` over the horizon; where there is none, over one that recedes: it is `USUAL` up
+    to half of that many steps, and grows with a power of t from there on."""
     horizon = jnp.maximum(num_steps.astype(dtype), SHORTEST)
-    return jnp.where(num_steps > 0, math.log(USUAL) - jnp.log(horizon), 0)
+    told = math.log(USUAL) - jnp.log(horizon)
+    if "assumed_power" not in theta:
+        return jnp.where(num_steps > 0, told, 0)
+    ahead = jnp.log(jnp.maximum(2 / USUAL * step.astype(dtype), 1))
+    return jnp.where(num_steps > 0, told, -theta["assumed_power"] * ahead)
 
 
 def _log_left(step, num_steps, dtype, unknown: float) -> jax.Array:

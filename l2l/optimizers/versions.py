@@ -90,6 +90,7 @@ EARLIER: dict[str, dict[str, Any]] = {
         "size_power": 0.0,
         "depth_power": 0.0,
         "horizon_power": 0.0,
+        "assumed_power": 0.0,
         "learn": "all",
     },
     "rnnprop": {
