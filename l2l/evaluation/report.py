@@ -8,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from l2l.evaluation import aggregate, figures, statistics, trials, untrained
 from l2l.storage import files
 
@@ -339,7 +341,11 @@ def plain(content):
     if isinstance(content, list | tuple):
         return [plain(x) for x in content]
     if hasattr(content, "tolist"):  # NumPy's and JAX's arrays and scalars.
-        return plain(content.tolist())
+        array = np.asarray(content)
+        # As many digits as tell a number of this type from its neighbours, half of a double's.
+        return plain(
+            (array.astype(str).astype(float) if array.dtype == np.float32 else array).tolist()
+        )
     if isinstance(content, float) and not math.isfinite(content):
         return None if math.isnan(content) else str(content)
     return content
