@@ -2,8 +2,9 @@
 
 Whatever works on matrices (their bases, their products) works on batches of blocks, [k, r, c]:
 long sides are cut into equal blocks, tensors of one shape go together, and where there are many
-shapes the nearest are padded to a common one. So what there is to compile grows with neither the
-number of tensors nor that of shapes. All of it is decided from shapes alone, before anything runs.
+shapes, the nearest are padded to a common one. So the program to compile grows with neither the
+number of tensors nor the number of shapes. All of this is decided from shapes alone, before
+anything runs.
 """
 
 import functools
@@ -15,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Batches for one pytree: beyond it, the nearest shapes share one.
+# Batches for one pytree: beyond this number, the nearest shapes share one.
 LARGEST_NUMBER_OF_BATCHES = 6
-# Products (of two numbers, in a step) that cost as much as the operations of one more batch.
+# This many products (of two numbers, in a step) cost as much as the operations of one more batch.
 CHEAP = 1_000_000
-# Columns of blocks that are put together by adding them up; of more, each is moved.
+# Up to this many columns of blocks are joined by adding them up; if there are more, each is moved.
 MOST_COLUMNS = 8
 
 
-# Members of a group from which on they are taken out at places that the compiler does not know.
+# A group of at least this many members is split at places that the compiler does not know.
 MANY = 4
 
 Places = tuple[jax.Array, ...]
@@ -31,7 +32,7 @@ Places = tuple[jax.Array, ...]
 
 class Member(NamedTuple):
     """A tensor in a batch. leaf: its number among the leaves. shape: its own. matrix: (m, n), what
-    it is taken for. grid: how many blocks of rows and of columns it is cut into."""
+    it is treated as. grid: how many blocks of rows and of columns it is cut into."""
 
     leaf: int
     shape: tuple[int, ...]
@@ -44,7 +45,7 @@ class Member(NamedTuple):
 
     @property
     def block(self) -> tuple[int, int]:
-        """The sides of its blocks, before others in the batch have them padded."""
+        """The sides of its blocks, before they are padded to match others in the batch."""
         (m, n), (rows, columns) = self.matrix, self.grid
         return -(-m // rows), -(-n // columns)
 
@@ -63,8 +64,8 @@ class Batch(NamedTuple):
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """How long the two sides of each of the k blocks are without what is padded because others
-        are longer: means over a block are over so many numbers, whatever it shares a batch with."""
+        """The lengths of the two sides of each of the k blocks, without the padding to match longer
+        ones: means over a block are over that many numbers, whatever it shares a batch with."""
         rows, columns = zip(*(m.block for m in self.members for _ in range(m.blocks)), strict=True)
         return rows, columns
 
@@ -104,7 +105,7 @@ class Batch(NamedTuple):
     def _join(self, blocks, member):
         (m, n), (rows, columns), (r, c) = member.matrix, member.grid, self.block
         if 1 < columns <= MOST_COLUMNS and jax.device_count() == 1:
-            # The same as below, in a loop over rows that a CPU does three times as fast; but
+            # The same as below, as a loop over rows that is three times as fast on a CPU; but
             # columns that lie on several devices would be gathered.
             parts = blocks.reshape(rows, columns, r, c)
             zero = jnp.zeros((), blocks.dtype)
@@ -148,16 +149,17 @@ class Stack(NamedTuple):
         return {leaf: part[0] for leaf, part in zip(self.leaves, parts, strict=True)}
 
     def per_member(self, sums: jax.Array) -> jax.Array:
-        """As they are: sums over each of the k."""
+        """Sums over each of the k, as they are."""
         return sums
 
 
 def places(plan: "Plan", count: jax.Array) -> Places:
     """0, 1, 2 … as numbers that the compiler does not know; () where there is no use for them.
 
-    XLA on a CPU compiles a kernel for each slice, some 20 ms, unless two are alike to the letter,
-    and slices at known places never are. So these numbers come out of a loop that goes round once
-    if count >= 0, which is always. On several devices slices at unknown places would be gathered.
+    XLA on a CPU compiles a kernel for each slice, in some 20 ms, unless two are identical to the
+    letter, and slices at known places never are. So these numbers come out of a loop that runs once
+    if count >= 0, which always holds. On several devices, slices at unknown places would be
+    gathered.
     """
     most = max((len(set(group.owners)) for group in plan.groups), default=0)
     if most < MANY or jax.device_count() > 1:
@@ -184,8 +186,8 @@ def _parts(stacked: jax.Array, sizes: list[int], places: Places) -> list[jax.Arr
 
 
 class Plan(NamedTuple):
-    """batches: of everything that is taken for a matrix. stacks: of the other leaves. count: of all
-    leaves."""
+    """batches: of everything that is treated as a matrix. stacks: of the other leaves. count: how
+    many leaves there are in all."""
 
     batches: tuple[Batch, ...]
     stacks: tuple[Stack, ...]
@@ -202,15 +204,15 @@ class Plan(NamedTuple):
         return frozenset(leaf for stack in self.stacks for leaf in stack.leaves)
 
     def per_leaf(self, sums: list[jax.Array]) -> jax.Array:
-        """What was summed over each of the k of every group, [..., k], added up for each leaf:
-        [..., count], in the order of the leaves."""
+        """Sums over each of the k of every group, [..., k], added up for each leaf: [..., count],
+        in the order of the leaves."""
         members = [leaf for group in self.groups for leaf in dict.fromkeys(group.owners)]
         parts = [group.per_member(x) for group, x in zip(self.groups, sums, strict=True)]
         return jnp.concatenate(parts, -1)[..., np.argsort(members)]
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The matrix a tensor is taken for: all axes but the last, by the last (kernels of haiku and
+    """The matrix a tensor is treated as: all axes but the last, by the last (kernels of haiku and
     flax have their outputs there). Scalars and vectors are one row."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, math.prod(shape))
 
@@ -225,9 +227,9 @@ def plan(shapes: tuple[tuple[int, ...], ...], block_size: int, longest: int) -> 
     """How tensors of these shapes are cut and put together.
 
     Args:
-      block_size: sides longer than this are cut into the fewest equal blocks that are not.
+      block_size: sides longer than this are cut into the fewest equal blocks that are no longer.
       longest: a side longer than this gets no basis (the rows of an embedding): its blocks
-        are then as long as it is.
+        are then as long as that side.
 
     A matrix with a side of 1, and every scalar, vector and empty tensor, is left as it is.
     """
@@ -253,9 +255,9 @@ def plan(shapes: tuple[tuple[int, ...], ...], block_size: int, longest: int) -> 
 
 
 def _merged(found: dict[tuple, list[Member]]) -> dict[tuple, list[Member]]:
-    """The same with few keys. Sides are rounded up to ever coarser steps of their own size until
-    few are left; of these, the two whose common shape wastes least become one, as long as that
-    wastes less than a batch costs, or there are too many."""
+    """The same with fewer keys. Sides are rounded up to ever coarser fractions of their own size
+    until few keys are left. Of these, the two whose common shape wastes least become one, as long
+    as that wastes less than a batch costs, or there are too many."""
     steps = 8
     while len(found) > 2 * LARGEST_NUMBER_OF_BATCHES and steps:
         rounded: dict[tuple, list[Member]] = {}
@@ -276,13 +278,13 @@ def _merged(found: dict[tuple, list[Member]]) -> dict[tuple, list[Member]]:
 
 
 def _round_up(d: int, steps: int) -> int:
-    """d to the next multiple of (the power of two not above it) / steps."""
+    """d rounded up to a multiple of (the largest power of two not above it) / steps."""
     unit = max((1 << (d.bit_length() - 1)) // steps, 1)
     return -(-d // unit) * unit
 
 
 def _waste(found, one, two) -> int:
-    """Products that padding two keys to one shape adds."""
+    """How many products it adds to pad two keys to one shape."""
     block = tuple(map(max, one[0], two[0]))
 
     def cost(block):

@@ -1,11 +1,11 @@
 """A rule of whole tensors: SOAP's directions, and how far to go along them.
 
-That is decided by a dozen numbers and, if asked for, a small LSTM that may depart from them.
-Nothing is learned a coordinate. What the LSTM reads is evidence, pooled over a tensor: whether
-gradients agree, how much of them is noise, whether they and the weights grow. It reads no clock and
-no size, which it would extrapolate from the small networks of its training; the clock belongs to a
-schedule of a few numbers. Its word stays within a factor of the schedule's, and an update within
-a part of the weights it changes.
+How far is decided by a dozen numbers and, if asked for, a small LSTM that may depart from them.
+Nothing is learned for each coordinate. What the LSTM reads is evidence pooled over a tensor:
+whether gradients agree, how much of them is noise, whether they and the weights grow. It reads no
+clock and no size, which it would extrapolate from the small networks of its training; the clock
+belongs to a schedule of a few numbers. What the LSTM asks for stays within a factor of the
+schedule, and an update within a fraction of the weights it changes.
 """
 
 import math
@@ -24,15 +24,17 @@ from l2l.core import base
 from l2l.optimizers import binding, coordinates, meshes, soap
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
-# Averages over time of what is pooled over a tensor, a step.
+# Decays, per step, of the averages over time of what is pooled over a tensor.
 FAST, SLOW = 0.9, 0.99
-# Decay is whole where the nominal direction goes so far towards zero; its numbers are 1 in size
-# where gradients agree. From 0 to here decay grows: a sudden switch would have no derivative.
+# Weight decay is at its full strength where the nominal direction goes this far towards zero (its
+# entries have size 1 where gradients agree). It grows from 0 to here: a sudden switch would have no
+# derivative.
 RAMP = 0.1
 LEARN = ("network", "numbers", "all")
 # What is left of the rate at the horizon, before the power.
 ANNEALED = 1e-3
-# The horizon, in steps, at which a rate is the nominal one, and the least that makes it larger.
+# The horizon, in steps, at which a rate is the nominal one, and the shortest: rates do not grow
+# any further below it.
 USUAL, SHORTEST = 500, 100
 FEATURES = (
     *("signal", "alignment, fast", "alignment, slow", "trend of |g|", "fall of |g|"),
@@ -104,40 +106,40 @@ def per_tensor(
         c₀ = −exp(λ) · (64/n)^q · (2/L)^d · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
               · (1 + κ/f²)^(−1/2) · exp(r · tanh(a/r)),    s = (1 + cos πt/T)/2,
 
-    with T the horizon (where none is known s is 1, and T counts as 500 · max(1, t/250)^u), n the
-    root of a matrix's rows times its columns, L the number of matrices (what a model says moves
-    with each of them), f the root mean square of recent gradients over that of all so far, r the
-    `reach`, and a from the network, zero at first: untrained, or with `hidden_size` 0, it is SOAP
-    with a schedule. With `mixture` the further directions (one a further decay, and the gradient's)
-    have c₀ · tanh(bⱼ). Decay takes c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · θ off (here s is
-    ½ where no horizon is known), only where the nominal step goes towards zero as well: it is
-    cautious (Chen et al. 2025, arXiv 2510.12402), and does not hold back weights that the loss
-    wants to grow.
+    with T the horizon (if none is known, s is 1, and T counts as 500 · max(1, t/250)^u), n the
+    square root of a matrix's rows times its columns, L the number of matrices (a model's output
+    moves with each of them), f the root mean square of recent gradients over that of all so far, r
+    the `reach`, and a the network's output, zero at first: untrained, or with `hidden_size` 0,
+    the rule is SOAP with a schedule. With `mixture`, the further directions (one for each further
+    decay, and the gradient's) have the coefficients c₀ · tanh(bⱼ). Weight decay adds
+    c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · θ to the update (here s is ½ if no horizon is
+    known), only where the nominal step goes towards zero as well: it is cautious (Chen et al. 2025,
+    arXiv 2510.12402), and does not hold back weights that the loss wants to grow.
 
-    Directions have a length that does not fall with the gradients, so that learning goes on where
-    they are small. What ends it is f: where gradients have all but gone, data has been memorised,
-    and more of it costs more in validation than it gains.
+    Directions do not get shorter as gradients do, so learning goes on where gradients are small.
+    What ends it is f: where gradients have all but vanished, the data has been memorised, and
+    learning more of it costs more in validation than it gains.
 
     Args:
-      hidden_size: of the LSTM; 0 for none: theta then is the numbers alone.
-      learning_rate: exp(λ) at the start, of matrices; times `vector_rate`, of vectors.
-      size_power: q. Not of the fan-in: libraries differ in which axis that is.
+      hidden_size: of the LSTM; 0 for none, so that theta is the numbers alone.
+      learning_rate: exp(λ) at the start, for matrices; for vectors, that times `vector_rate`.
+      size_power: q. Applies to n, not to the fan-in: libraries differ in which axis that is.
       depth_power: d.
       decays: of the first moments; the first is the nominal one.
       second_decay, second_power: of the second moment (`soap.Settings`).
-      mixture: whether the network mixes further directions in.
-      weight_decay: exp(δ) at the start, times the schedule's rate; none of vectors. 0 for none.
-      decay_anneal: k: decay goes before the rate does, and the end of a run fits what is left.
-      decay_power: j: longer runs are better at less decay.
+      mixture: whether the network mixes in further directions.
+      weight_decay: exp(δ) at the start, times the schedule's rate; not for vectors. 0 for none.
+      decay_anneal: k: decay fades before the rate does, and the end of a run fits what is left.
+      decay_power: j: longer runs do better with less decay.
       quiet: κ; 0 for none.
       warm_up: w, steps; 0 for none.
       anneal: p.
-      horizon_power: h: longer runs are better at lower rates. T counts as 100 at least.
-      assumed_power: u: without a horizon rates fall with t^(−u·h), and a run is good at any time; 0
-        for rates that stay as they are.
+      horizon_power: h: longer runs do better with lower rates. T counts as at least 100.
+      assumed_power: u: without a horizon, rates fall with t^(−u·h), and a run is good at any time;
+        0 for rates that stay as they are.
       reach: r: |log| of the largest factor that the network may put on a rate or a decay.
-      bound: the root mean square of a step, decay aside, is kept below this part of that of its
-        tensor, or of `smallest` where that is larger; 0 for no bound.
+      bound: the root mean square of a step, decay aside, is kept below this fraction of its
+        tensor's, or of `smallest` where that is larger; 0 for no bound.
       block_size, average_every, basis_every: of the directions (`soap.Settings`).
       learn: what the meta-gradient reaches: "network", "numbers" (λ and the others) or "all".
 
@@ -223,7 +225,7 @@ def _held(tree):
 
 
 class _Network:
-    """The LSTM with its last layer: [S, G] to [outputs, G], zero untrained; zero without units."""
+    """The LSTM and its last layer, [S, G] to [outputs, G]: zero if untrained or without units."""
 
     def __init__(self, hidden_size: int, outputs: int):
         self._size, self._outputs = hidden_size, outputs
@@ -254,7 +256,7 @@ class _Network:
 
 
 class Numbers(NamedTuple):
-    """What theta holds beside the network: settings of `per_tensor`, learned from these on."""
+    """What theta holds besides the network; it starts as these settings of `per_tensor`."""
 
     learning_rate: float
     vector_rate: float
@@ -279,8 +281,8 @@ class Numbers(NamedTuple):
         return self
 
     def theta(self) -> dict[str, jax.Array]:
-        """Those that are multiplied with something as logarithms; no entry for what is switched
-        off by 0."""
+        """Those that multiply something are held as logarithms; what is switched off by 0 has no
+        entry."""
         numbers = {
             "log_rate": math.log(self.learning_rate),
             "log_vector_rate": math.log(self.vector_rate),
@@ -298,9 +300,9 @@ class Numbers(NamedTuple):
 
 
 def _combine(settings, decayed: bool, seen, coefficients, params):
-    """Updates like params; where they are `decayed`, the last coefficient is of the decay.
+    """Updates like params; if `decayed`, the last coefficient is that of the decay.
 
-    It is linear in the coefficients: where decay acts is decided by the nominal direction alone.
+    They are linear in the coefficients: the nominal direction alone decides where decay acts.
     """
     if not decayed:
         return soap.back(settings, seen, coefficients, params)
@@ -311,7 +313,7 @@ def _combine(settings, decayed: bool, seen, coefficients, params):
         nominal = mixed(jnp.ones_like(own[:1]))
         p = group.gather(leaves)
         step, decay = (own.reshape(*own.shape, *[1] * (p.ndim - 1))[i] for i in (0, -1))
-        # Beside the nominal direction there may be the decay alone.
+        # With two coefficients there are only the nominal direction and the decay.
         moved = step * nominal if len(own) == 2 else mixed(own[:-1])
         towards = jnp.clip(jnp.sign(p) * nominal / RAMP, 0, 1)
         updates |= group.scatter(moved + decay * towards * p, seen.places)
@@ -331,8 +333,8 @@ def _schedule(theta, step, num_steps) -> jax.Array:
 
 
 def _log_shorter(theta, step, num_steps, dtype) -> jax.Array:
-    """log of `USUAL` over the horizon; where there is none, over one that recedes: it is `USUAL` up
-    to half of that many steps, and grows with a power of t from there on."""
+    """log of `USUAL` over the horizon. Where there is none, over one that recedes: it is `USUAL`
+    for the first `USUAL` / 2 steps, and grows with a power of t from there on."""
     horizon = jnp.maximum(num_steps.astype(dtype), SHORTEST)
     told = math.log(USUAL) - jnp.log(horizon)
     if "assumed_power" not in theta:
@@ -362,7 +364,7 @@ def _start(settings, params) -> Accumulators:
 
 
 def _log_rms(settings, params, dtype) -> jax.Array:
-    """[G]: log of the root mean square of each tensor, at least of a thousandth."""
+    """[G]: log of the root mean square of each tensor, and at least log of a thousandth."""
     leaves, plan = jax.tree.leaves(params), settings.plan(params)
     grouped = [group.gather(leaves).astype(dtype) for group in plan.groups]
     squares = plan.per_leaf([jnp.sum(x * x, tuple(range(1, x.ndim))) for x in grouped])
@@ -371,9 +373,9 @@ def _log_rms(settings, params, dtype) -> jax.Array:
 
 
 def _observe(settings, gradient, params, past: Accumulators):
-    """(directions, features [S, G], accumulators): `FEATURES`; then, for no network's eyes, whether
-    a tensor is a vector, log rms θ, log of its size (`_sizes`), log of half the number of matrices,
-    log f, and the root mean squares of the directions."""
+    """(directions, features [S, G], accumulators). Features are `FEATURES`; then, hidden from the
+    network, whether a tensor is a vector, log rms θ, log of its size (`_sizes`), log of half the
+    number of matrices, log f, and the root mean squares of the directions."""
     began = past.soap.count > 0
     seen, now = soap.observe(settings, gradient, past.soap)
     leaves = jax.tree.leaves(params)
@@ -421,8 +423,9 @@ def _observe(settings, gradient, params, past: Accumulators):
 
 
 def _sizes(leaves, vectors: frozenset[int], longest: int) -> list[float]:
-    """Over 64 the root of rows times columns of each matrix (all axes but the last by the last);
-    sides without a basis, the rows of an embedding, do not count. 1 of vectors."""
+    """For each matrix (all axes but the last by the last), the square root of its rows times its
+    columns, over 64; sides without a basis, like the rows of an embedding, do not count. For
+    vectors, 1."""
     sides = [(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1) for x in leaves]
     whole = [[n for n in side if n <= longest] or [longest] for side in sides]
     means = [math.prod(side) ** (1 / len(side)) for side in whole]

@@ -2,13 +2,13 @@
 
     optimizer = l2l.soap(learning_rate=3e-3, weight_decay=0.01)
 
-Coordinates hide how a layer's gradients hang together; the eigenvectors of E[GGᵀ] and E[GᵀG] show
+Coordinates hide how a layer's gradients are related; the eigenvectors of E[GGᵀ] and E[GᵀG] show
 it. `soap` is the algorithm as an optax transformation, and `observe` and `back` are its two halves
 for the learned rule of `per_tensor.py`, which chooses among directions between them.
 
 What is cheaper here than in the paper: the first moment stays in the basis and is turned when the
-basis moves; the outer products and the bases follow every few steps alone; long sides are cut into
-blocks; and every batch of blocks is one set of products, however many tensors it has.
+basis moves; the outer products and the bases are updated only every few steps; long sides are cut
+into blocks; and every batch of blocks is one set of products, however many tensors it has.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,10 +25,10 @@ from l2l.optimizers import matrices, meshes
 from l2l.optimizers.matrices import Batch, Places, Plan, Stack, plan_of
 from l2l.optimizers.orthogonal import orthonormal
 
-# Added to mean squares before their roots and where they divide, so that those of zeros have
-# derivatives.
+# Added to mean squares before taking their roots or dividing by them, so that zeros have
+# derivatives too.
 TINY = 1e-12
-# Numbers whose sums are taken together.
+# Arrays of up to this many numbers are summed together.
 SMALL = 8192
 
 
@@ -37,27 +37,28 @@ class Settings(NamedTuple):
 
     decays: of the first moments; the first is the nominal one (b1).
     second_decay: of the second moment (b2).
-    second_power: c; that decay is 1 − t^−c in step t where this is less (Shazeer and Stern 2018,
-      section 7.2), so that it remembers a shrinking part of the run; 0 for b2 throughout.
+    second_power: c; in step t that decay is 1 − t^−c where this is less than b2 (Shazeer and Stern
+      2018, section 7.2), so that the moment remembers a shrinking part of the run; 0 for b2
+      throughout.
     eps, eps_root: the denominator is √(ν + eps_root) + eps.
-    nothing: second moments in the basis count as at least this part of their mean over the block:
-      below are directions in which the gradients have nothing but rounding.
+    nothing: second moments in the basis count as at least this fraction of their mean over the
+      block: below it are directions in which the gradients contain nothing but rounding errors.
     block_size: sides longer than this are cut into equal blocks.
     longest: sides longer than this have no basis; a tensor with no basis at all, like every
       vector, moves as with Adam.
-    basis_decay: of the averages of GGᵀ and GᵀG, a step.
+    basis_decay: of the averages of GGᵀ and GᵀG, per step.
     normalized: each gradient counts the same in these averages, however large it is.
     average_every, basis_every: steps between two updates of the averages, and of the bases.
-    often: in the first so many steps both are updated every time.
-    damping: of an update of a basis, relative to the mean eigenvalue. A null space that nothing
-      spans stays where it is; without it, rounding would turn it, on every machine another way.
-    nesterov: the nominal direction is b1·m̂ + (1 − b1)·g, as in NAdam, in place of m̂.
+    often: for this many steps at the start, both are updated every time.
+    damping: of an update of a basis, relative to the mean eigenvalue. It keeps a null space where
+      it is; undamped, rounding would turn the null space, differently on every machine.
+    nesterov: the nominal direction is b1·m̂ + (1 − b1)·g, as in NAdam, instead of m̂.
     gradient: the gradient itself, over the same root, is one more direction.
-    lookahead: a gradient has its part in the bases of its own step, in place of the next alone. The
-      first step is then made in the basis of its gradient, and not among the coordinates, which
+    lookahead: a gradient takes part in the bases of its own step, not only in those of the next.
+      The first step is then made in the basis of its gradient, and not among the coordinates, which
       costs a tenth of the loss at the end of runs of 600 steps.
-    graft: a block's direction has the length of its |m̃|/√E|g|² in place of its own: 1 where the
-      gradients are steady, √((1−b1)/(1+b1)) where they are noise, the same in every basis.
+    graft: a block's direction has the length |m̃|/√E|g|² instead of its own: 1 where the gradients
+      are steady, √((1−b1)/(1+b1)) where they are noise, and the same in every basis.
     """
 
     decays: tuple[float, ...] = (0.9,)
@@ -83,7 +84,7 @@ class Settings(NamedTuple):
         return plan_of(params, self.block_size, self.longest)
 
 
-# The algorithm of the paper, step for step, but for a damping that keeps a null space in place.
+# The paper's algorithm, step for step, except for a damping that keeps a null space in place.
 PUBLISHED = Settings(
     decays=(0.95,),
     second_decay=0.95,
@@ -99,9 +100,9 @@ PUBLISHED = Settings(
 
 
 class Side(NamedTuple):
-    """Of one side, d long, of the k blocks of a batch. average: of the outer products of the
-    gradients over that side, [k, d, d]. vectors: [k, d, d], orthonormal rows, about the
-    eigenvectors of those."""
+    """One side, d long, of the k blocks of a batch. average: of the outer products of the
+    gradients over that side, [k, d, d]. vectors: [k, d, d], orthonormal rows, approximately the
+    eigenvectors of these averages."""
 
     average: jax.Array
     vectors: jax.Array
@@ -112,7 +113,7 @@ Bases = tuple[tuple[Side | tuple, Side | tuple], ...]
 
 class SoapState(NamedTuple):
     """count: steps taken, int32. mu: a pytree like the parameters for each decay. nu: one more.
-    Of matrices, mu and nu are kept in the basis. bases: (rows, columns) for each batch of blocks,
+    For matrices, mu and nu are kept in the basis. bases: (rows, columns) for each batch of blocks,
     () for a side that has none."""
 
     count: jax.Array
@@ -130,8 +131,8 @@ class Seen(NamedTuple):
     """The directions of one step, before they leave the bases.
 
     blocks: for each group of the plan, [J, k, ...].
-    scales: for each group, [J, k]: the factors that these still want.
-    bases: for each group, those to leave; ((), ()) where there are none.
+    scales: for each group, [J, k]: the factors by which these are still to be multiplied.
+    bases: for each group, those that they are in; ((), ()) where there are none.
     pooled: [len(POOLED) + J, G], means over each tensor: `POOLED`, then the squares of the J
       directions.
 
@@ -148,7 +149,7 @@ class Seen(NamedTuple):
 
 
 def accumulator_dtype(x) -> jnp.dtype:
-    """Half precision is too short for averages over a thousand steps: float32, or float64."""
+    """float32 or float64: half precision is too coarse for averages over a thousand steps."""
     return jnp.promote_types(jnp.result_type(x), jnp.float32)
 
 
@@ -162,7 +163,7 @@ def start(settings: Settings, params) -> SoapState:
     leaves = jax.tree.leaves(params)
     if not leaves:
         # One leaf, since the bases depend on which tensors there are: so the state of no tensors is
-        # a prefix of any other, which `optax.tree.map_params` asks for.
+        # a prefix of any other, which `optax.tree.map_params` requires.
         bases = jnp.zeros((0,))
         return SoapState(jnp.zeros((), jnp.int32), (params,) * len(settings.decays), params, bases)
 
@@ -227,12 +228,12 @@ def _areas(sides, dtype) -> jax.Array:
 
 
 def _directions(settings, g, mu, nu, count, sides):
-    """(directions [J, k, …], mu [D, k, …], nu, sums [S, k]) of k gradients and moments before them.
+    """(directions [J, k, …], mu [D, k, …], nu, sums [S, k]) of k gradients and earlier moments.
     sums, over each of the k: g·m, m², g², ν̂, the squares of the J numerators, and those of the J
     directions. sides: of blocks in their bases; () of tensors that have none."""
     b1, b2 = settings.decays[0], settings.second_decay
     step = count.astype(g.dtype)
-    if settings.second_power:  # The first gradient is all of ν: there is nothing to make up for.
+    if settings.second_power:  # The first gradient is all of ν: no bias to correct.
         b2, whole = jnp.minimum(b2, 1 - step**-settings.second_power), 1
     else:
         whole = 1 / (1 - b2**step)
@@ -241,7 +242,7 @@ def _directions(settings, g, mu, nu, count, sides):
     before = mu[0]
     mu = decays * mu + (1 - decays) * g[None]
     nu = b2 * nu + (1 - b2) * jnp.square(g)
-    # Divided by once, and not for every number.
+    # One division, not one for every number.
     first = 1 / (1 - b1**step)
     rows = [first * mu[0]]
     # The parts of m and of g in this numerator, for its length.
@@ -255,7 +256,7 @@ def _directions(settings, g, mu, nu, count, sides):
     along, ahead, square, total, *further = _sums(
         (g * before, before * before, g * g, nu, *(row * row for row in rows[1:])), over
     )
-    # Of the nominal numerator, without a pass over it.
+    # The squared length of the nominal numerator, without a pass over it.
     length = part * part * ahead + 2 * part * other * along + other * other * square
     floor = settings.eps_root
     if sides:
@@ -270,8 +271,8 @@ def _directions(settings, g, mu, nu, count, sides):
 
 
 def _sums(products, over) -> list[jax.Array]:
-    """Sums over these axes: one after another, which needs no memory; in one go if they are small,
-    where every operation costs as much as a thousand numbers."""
+    """Sums over these axes: one after another, which needs no memory; or in one go if the arrays
+    are small, where every operation costs as much as a thousand numbers."""
     if products[0].size > SMALL:
         return [jnp.sum(x, over) for x in products]
     return list(jnp.sum(jnp.stack(products), over))
@@ -279,7 +280,7 @@ def _sums(products, over) -> list[jax.Array]:
 
 def _grafted(settings, sums, sides):
     """(the factors [J, k] on the directions whose sums `_directions` found, the sums that
-    `Seen.pooled` are means of). What has no `sides`, as vectors have none, is not grafted."""
+    `Seen.pooled` are means of). What has no `sides`, like vectors, is not grafted."""
     own = (len(sums) - 4) // 2
     second, numerators, directions = sums[3], sums[4 : 4 + own], sums[4 + own :]
     scale = jnp.ones_like(directions)
@@ -309,9 +310,9 @@ def _follow(settings, g, pair, sides, mu, step):
 
 
 def _once_if(condition, function, state):
-    """function(state) if the condition holds, else state: as a loop of one round or none, which
-    writes over what it reads, where `lax.cond` would copy it in every step. Under `vmap` it is left
-    out while the condition holds for none."""
+    """function(state) if the condition holds, else state. This is a loop of one round or none,
+    which overwrites what it reads; `lax.cond` would copy it in every step. Under `vmap` the
+    function is skipped when the condition holds for none."""
     return jax.lax.while_loop(
         lambda carry: carry[0], lambda carry: (jnp.zeros_like(carry[0]), function(carry[1])),
         (condition, state),
@@ -319,7 +320,7 @@ def _once_if(condition, function, state):
 
 
 def _average(settings, g, averages, sides, now, early):
-    """The averages with the outer products of another gradient in them, if it is `now`."""
+    """The averages, with the outer products of another gradient added if `now`."""
     decay = settings.basis_decay**settings.average_every
     decay = jnp.where(early, settings.basis_decay, decay).astype(g.dtype)
     products = ("kab,kcb->kac", "kab,kac->kbc")
@@ -341,7 +342,7 @@ def _average(settings, g, averages, sides, now, early):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _turn(damping, sides, moves, averages, vectors, mu):
-    """(bases after a step of orthogonal iteration, mu [D, k, r, c] in them), if they move now."""
+    """(bases, mu [D, k, r, c] in them), after a step of orthogonal iteration if `moves`."""
 
     def turn(state):
         vectors, mu = state
@@ -356,7 +357,7 @@ def _turn(damping, sides, moves, averages, vectors, mu):
 
 @_turn.defjvp
 def _turn_jvp(damping, sides, primals, tangents):
-    # The bases are constants to every derivative; the moments go along with them.
+    # The bases are constants to every derivative; the moments turn with them.
     moves, averages, vectors, mu = primals
     new, after = _turn(damping, sides, moves, averages, vectors, mu)
     tangent = jax.lax.cond(moves, lambda t: _rotated(t, vectors, new), lambda t: t, tangents[-1])
@@ -367,7 +368,7 @@ def _rotated(mu, old, new):
     """Moments [D, k, r, c] from the old bases to the new: what is U M Vᵀ becomes U′MV′ᵀ."""
     (rows, columns), (new_rows, new_columns) = old, new
     r, c = mu.shape[-2:]
-    # The cheaper of two orders: a side may be much shorter than the other.
+    # The cheaper of two orders: one side may be much shorter than the other.
     if not isinstance(rows, tuple):
         mu = new_rows @ (rows.mT @ mu) if c < r else (new_rows @ rows.mT) @ mu
     if not isinstance(columns, tuple):
@@ -376,7 +377,7 @@ def _rotated(mu, old, new):
 
 
 def _iterate(average, vectors, damping, lengths):
-    """One step of orthogonal iteration towards the eigenvectors. lengths: of the sides, k."""
+    """One step of orthogonal iteration towards the eigenvectors. lengths: of the k sides."""
     trace = jnp.trace(average, axis1=1, axis2=2)
     mean = (trace / jnp.asarray(lengths, trace.dtype))[:, None, None]
     with jax.default_matmul_precision("highest"):
@@ -400,8 +401,8 @@ def out_of(blocks: jax.Array, pair) -> jax.Array:
 
 
 def parts(settings: Settings, seen: Seen, like) -> Iterator[tuple[Stack | Batch, Callable]]:
-    """Every group of the tensors of a pytree `like`, with (coefficients [J', k]) -> Σⱼ cⱼ dⱼ of its
-    k members or blocks, [k, ...], among the coordinates, for the first J' directions."""
+    """Every group of the tensors of a pytree `like`, with a function from coefficients [J', k], for
+    the first J' directions, to Σⱼ cⱼ dⱼ of its k members or blocks, [k, ...], out of the bases."""
     groups = settings.plan(like).groups
     for group, *own in zip(groups, seen.blocks, seen.scales, seen.bases, strict=True):
         yield group, partial(_mixed, *own)
@@ -417,7 +418,7 @@ def _mixed(rows, scale, pair, coefficients):
 
 
 def back(settings: Settings, seen: Seen, coefficients, like) -> Any:
-    """Σⱼ cⱼ dⱼ of each tensor, back among the coordinates: a pytree like `like`.
+    """Σⱼ cⱼ dⱼ of each tensor, out of the bases: a pytree like `like`.
 
     coefficients: [J', G], for the first J' directions of each of the G tensors.
     """
@@ -431,7 +432,7 @@ def back(settings: Settings, seen: Seen, coefficients, like) -> Any:
 def scale_by_soap(settings: Settings = PUBLISHED) -> optax.GradientTransformation:
     """The direction of SOAP, before the rate; its sign is that of the gradient."""
 
-    # One program each, where they are called outside of `jax.jit`: there are loops in them.
+    # One program each when called outside of `jax.jit`, since there are loops in them.
     @partial(jax.jit, inline=True)
     def init(params):
         return start(settings, params)
@@ -470,8 +471,8 @@ def soap(
         W ← W − learning_rate · (Q_L (M̂′/(√V̂ + eps)) Q_Rᵀ + weight_decay · W).
 
     The bases take one step of orthogonal iteration every `precondition_frequency` steps. Tensors of
-    more than two axes are matrices of all axes but the last by the last; scalars and vectors
-    move as with Adam.
+    more than two axes are treated as matrices, all axes but the last by the last; scalars and
+    vectors move as with Adam.
 
     Args:
       learning_rate: a number or an optax schedule.
