@@ -326,7 +326,8 @@ def test_old_knobs_of_other_optimizers():
 
 @pytest.mark.parametrize("learn", ["network", "numbers", "all"])
 def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
-    """Through the coefficients of one step; of two matrices, their number would not matter."""
+    """Through the coefficients of a step in a run that is told its length, and of a late one in a
+    run that is not; of two matrices, their number would not matter."""
     params = PARAMS | {"w2": PARAMS["w"]}
     learned = per_tensor(hidden_size=2, warm_up=3.0, learn=learn)
     theta = learned.init(jax.random.key(0))
@@ -336,7 +337,11 @@ def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
     hidden = rule.hidden(theta, len(params))
 
     def total(theta):
-        return jnp.sum(rule.propose(theta, rows, jnp.int32(2), jnp.int32(9), hidden)[0])
+        clocks = ((2, 9), (300, 0))
+        return sum(
+            jnp.sum(rule.propose(theta, rows, jnp.int32(t), jnp.int32(horizon), hidden)[0])
+            for t, horizon in clocks
+        )
 
     slopes = jax.grad(total)(theta)
     network = optax.tree.norm(slopes.pop("network"))
