@@ -22,8 +22,6 @@ LARGEST_NUMBER_OF_BATCHES = 6
 CHEAP = 1_000_000
 # Up to this many columns of blocks are joined by adding them up; if there are more, each is moved.
 MOST_COLUMNS = 8
-
-
 # A group of at least this many members is split at places that the compiler does not know.
 MANY = 4
 
