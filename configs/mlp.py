@@ -27,13 +27,15 @@ def get_config() -> ConfigDict:
         dict(digits, hidden=(64,), batch_size=64, distinct=(0.25, 1.0)),
     )
     config.augmentations = ()
-    # A rate far too low to begin with. Unlike `lstm` it has no brake: here low training losses are
-    # wanted as well.
+    # A rate far too low to begin with. Unlike `lstm` it goes on where gradients fall: here low
+    # training losses are wanted as well.
     config.optimizer = dict(
         name="per_tensor",
         hidden_size=16,
         learning_rate=0.01,
         weight_decay=0.5,
+        decay_fall=0.0,
+        fall_power=0.0,
         quiet=0.0,
         reach=0.7,
         learn="all",

@@ -16,7 +16,7 @@ from l2l.estimators.autodiff import truncated
 from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import Objective
 from l2l.optimizers import soap
-from l2l.optimizers.per_tensor import FAST, FEATURES, RAMP, per_tensor
+from l2l.optimizers.per_tensor import FAST, FEATURES, RAMP, SLOW, per_tensor
 from l2l.storage import exports
 from l2l.training import meta_step
 
@@ -52,7 +52,10 @@ PLAIN = dict(
     size_power=0.0,
     depth_power=0.0,
     horizon_power=0.0,
+    decay_fall=0.0,
+    fall_power=0.0,
     quiet=0.0,
+    agreement=0.0,
     second_power=0.0,
 )
 
@@ -91,7 +94,7 @@ def test_decay_acts_where_the_step_goes_towards_zero_too():
     plain, decayed = (run(bound(weight_decay=x, bound=0.0, quiet=0.0), 1)[0] for x in (0.0, 2.0))
     for name, p in PARAMS.items():
         # There are two matrices, whose number leaves the rate as it is.
-        rate = 0.021 * (64 / p.size**0.5) ** 0.75
+        rate = 0.025 * (64 / p.size**0.5) ** 0.75
         towards = jnp.clip(-plain[name] / rate * jnp.sign(p) / RAMP, 0, 1) * (p.ndim > 1)
         assert bool(jnp.any(towards == 0)) and (p.ndim == 1 or bool(jnp.any(towards == 1)))
         wanted = -rate * 2.0 * 0.5**2 * towards * p
@@ -143,6 +146,48 @@ def test_steps_shrink_where_gradients_have_all_but_gone():
     assert factor < 0.95
     np.testing.assert_allclose(steps[1e-2, 7], factor * steps[0.0, 7], rtol=1e-3)
     np.testing.assert_allclose(steps[1e-2, 0], (1 + 1e-2) ** -0.5 * steps[0.0, 0], rtol=1e-3)
+
+
+def fallen(**settings):
+    """The eighth step of gradients that agree in all but size, of which six are a hundredth."""
+    transform = bound(**PLAIN | settings)
+    state = transform.init(PARAMS)
+    for i in range(8):
+        scale = 1.0 if i < 2 else 1e-2
+        gradients = jax.tree.map(lambda x, s=scale: s * x, noisy(PARAMS, 0))
+        updates, state = transform.update(gradients, state, PARAMS)
+    return updates["w"]
+
+
+# f of `fallen`: log |g| falls to log 1e-2 with decay FAST, the mean of squares is that of all steps.
+FALLEN = 1e-2 ** (1 - FAST**6) / ((2 + 6 * 1e-4) / 8) ** 0.5
+
+
+def test_rates_fall_and_decay_grows_with_gradients():
+    """f^v on the rate, and f^(−z), at most ten, on the decay relative to it."""
+    plain = fallen()
+    assert 0.01 < FALLEN < 0.3
+    np.testing.assert_allclose(fallen(fall_power=0.5), FALLEN**0.5 * plain, rtol=1e-3)
+    decayed = {z: fallen(weight_decay=0.1, decay_fall=z) - plain for z in (0.0, 0.5, 3.0)}
+    acts = np.abs(decayed[0.0]) > 1e-5
+    assert acts.any()
+    for z, factor in {0.5: FALLEN**-0.5, 3.0: 10.0}.items():
+        np.testing.assert_allclose(decayed[z][acts] / decayed[0.0][acts], factor, rtol=0.02)
+
+
+def test_a_fall_counts_as_far_as_gradients_are_noise():
+    """In steps 2 to 8 they agree with the momentum: cosines of 1, averaged from 0 on."""
+    fast, slow = 1 - FAST**7, 1 - SLOW**7
+    share = (1 - 3 * slow) * (1 - fast**2) ** 3
+    assert 0.1 < share < 0.6
+    ours = fallen(fall_power=0.5, agreement=3.0)
+    np.testing.assert_allclose(ours, FALLEN ** (0.5 * share) * fallen(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("agreement", [-1.0, float("nan")])
+def test_an_agreement_out_of_range_is_refused(agreement):
+    with pytest.raises(l2l.UserError, match="agreement"):
+        per_tensor(agreement=agreement)
 
 
 def test_the_second_moment_remembers_a_shrinking_part_of_a_run():
@@ -299,7 +344,7 @@ def test_knobs(exported):
         1,
     )[0]
     # The nominal rate, in a run as short as that of the shortest horizon that counts, 100 steps.
-    rate = 0.021 * (500 / 100) ** 0.4
+    rate = 0.025 * (500 / 100) ** 0.4
     np.testing.assert_allclose(
         decayed["w"] - plain["w"], -0.1 * rate * PARAMS["w"], rtol=1e-3, atol=1e-7
     )
@@ -327,13 +372,16 @@ def test_old_knobs_of_other_optimizers():
 @pytest.mark.parametrize("learn", ["network", "numbers", "all"])
 def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
     """Through the coefficients of a step in a run that is told its length, and of a late one in a
-    run that is not; of two matrices, their number would not matter."""
+    run that is not; of two matrices, their number would not matter, nor one gradient's fall."""
     params = PARAMS | {"w2": PARAMS["w"]}
     learned = per_tensor(hidden_size=2, warm_up=3.0, learn=learn)
     theta = learned.init(jax.random.key(0))
     theta["network"]["out"]["w"] += 0.1
     rule = learned.rule
-    _, rows, _ = rule.observe(noisy(params, 0), params, rule.accumulators(params))
+    past = rule.accumulators(params)
+    for i in range(12):  # Smaller from the second on.
+        gradient = jax.tree.map(lambda x, s=0.1 if i else 1.0: s * x, noisy(params, i))
+        _, rows, past = rule.observe(gradient, params, past)
     hidden = rule.hidden(theta, len(params))
 
     def total(theta):

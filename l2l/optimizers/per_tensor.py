@@ -26,6 +26,7 @@ from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # Decays, per step, of the averages over time of what is pooled over a tensor.
 FAST, SLOW = 0.9, 0.99
+TRAILS = ("fast", "slow")
 # Weight decay is at its full strength where the nominal direction goes this far towards zero (its
 # entries have size 1 where gradients agree). It grows from 0 to here: a sudden switch would have no
 # derivative.
@@ -36,6 +37,8 @@ ANNEALED = 1e-3
 # The horizon, in steps, at which a rate is the nominal one, and the shortest: rates do not grow
 # any further below it.
 USUAL, SHORTEST = 500, 100
+# The largest factor on a decay as gradients fall.
+STRONGEST = 10.0
 FEATURES = (
     *("signal", "alignment, fast", "alignment, slow", "trend of |g|", "fall of |g|"),
     *("growth of |θ|", "all tensors: signal", "all tensors: alignment, fast"),
@@ -75,7 +78,7 @@ class PerTensorState(NamedTuple):
 def per_tensor(
     *,
     hidden_size: int = 0,
-    learning_rate: float = 0.021,
+    learning_rate: float = 0.025,
     vector_rate: float = 1.0,
     size_power: float = 0.75,
     depth_power: float = 0.5,
@@ -86,7 +89,10 @@ def per_tensor(
     weight_decay: float = 1.5,
     decay_anneal: float = 2.0,
     decay_power: float = 0.3,
+    decay_fall: float = 0.5,
+    fall_power: float = 0.5,
     quiet: float = 3e-4,
+    agreement: float = 3.0,
     warm_up: float = 0.0,
     anneal: float = 0.7,
     horizon_power: float = 0.4,
@@ -104,21 +110,26 @@ def per_tensor(
     The coefficient of a tensor's nominal direction d₀, Nesterov's momentum over √ν in the basis, is
 
         c₀ = −exp(λ) · (64/n)^q · (2/L)^d · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
-              · (1 + κ/f²)^(−1/2) · exp(r · tanh(a/r)),    s = (1 + cos πt/T)/2,
+              · min(f, 1)^v · (1 + κ/f²)^(−1/2) · exp(r · tanh(a/r)),    s = (1 + cos πt/T)/2,
 
     with T the horizon (if none is known, s is 1, and T counts as 500 · max(1, t/250)^u), n the
     square root of a matrix's rows times its columns, L the number of matrices (a model's output
-    moves with each of them), f the root mean square of recent gradients over that of all so far, r
-    the `reach`, and a the network's output, zero at first: untrained, or with `hidden_size` 0,
+    moves with each of them), f how far gradients have fallen (see below), r the `reach`, and a the network's output, zero at first: untrained, or with `hidden_size` 0,
     the rule is SOAP with a schedule. With `mixture`, the further directions (one for each further
     decay, and the gradient's) have the coefficients c₀ · tanh(bⱼ). Weight decay adds
-    c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · θ to the update (here s is ½ if no horizon is
-    known), only where the nominal step goes towards zero as well: it is cautious (Chen et al. 2025,
-    arXiv 2510.12402), and does not hold back weights that the loss wants to grow.
+    c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · min(max(f^(−z), 1), 10) · θ to the update (here
+    s is ½ if no horizon is known), only where the nominal step goes towards zero as well: it is
+    cautious (Chen et al. 2025, arXiv 2510.12402), and does not hold back weights that the loss
+    wants to grow.
 
     Directions do not get shorter as gradients do, so learning goes on where gradients are small.
     What ends it is f: where gradients have all but vanished, the data has been memorised, and
-    learning more of it costs more in validation than it gains.
+    learning more of it costs more in validation than it gains. But a loss without noise, such as
+    that of a differential equation, is to be learned to its last digit. There the gradients of
+    successive steps agree, or alternate where the rate is high, and with g and G their cosines with
+    the momentum before them, averaged over some ten and a hundred steps and all tensors,
+
+        log f = max(0, 1 − e|G|) · (1 − g²)^e · log(rms of recent gradients / rms of all so far).
 
     Args:
       hidden_size: of the LSTM; 0 for none, so that theta is the numbers alone.
@@ -131,7 +142,10 @@ def per_tensor(
       weight_decay: exp(δ) at the start, times the schedule's rate; not for vectors. 0 for none.
       decay_anneal: k: decay fades before the rate does, and the end of a run fits what is left.
       decay_power: j: longer runs do better with less decay.
+      decay_fall: z: data that is all but memorised takes more decay; 0 for none.
+      fall_power: v; 0 for none.
       quiet: κ; 0 for none.
+      agreement: e; 0 counts every fall of gradients in full.
       warm_up: w, steps; 0 for none.
       anneal: p.
       horizon_power: h: longer runs do better with lower rates. T counts as at least 100.
@@ -148,8 +162,11 @@ def per_tensor(
     """
     nominal = Numbers(
         *(learning_rate, vector_rate, size_power, depth_power, anneal, horizon_power),
-        *(assumed_power, warm_up, bound, weight_decay, decay_anneal, decay_power, quiet),
+        *(assumed_power, warm_up, bound, weight_decay, decay_anneal, decay_power, decay_fall),
+        *(fall_power, quiet),
     ).checked()
+    if not 0 <= agreement < math.inf:
+        raise UserError(f"agreement={agreement} is out of range.")
     if learn == "network" and not hidden_size:
         raise UserError(
             "learn='network' with hidden_size=0 leaves nothing to learn: set hidden_size=16."
@@ -186,6 +203,13 @@ def per_tensor(
         log_rate = log_rate - theta["size_power"] * log_size
         if "depth_power" in theta:
             log_rate = log_rate - theta["depth_power"] * log_depth
+        if agreement:
+            fast, slow = (seen[FEATURES.index(f"all tensors: alignment, {x}")] for x in TRAILS)
+            noise = jnp.maximum(1 - agreement * jnp.abs(slow), 0)
+            fall = fall * noise * (1 - jnp.square(fast)) ** agreement
+        fallen = jnp.minimum(fall, 0)
+        if "fall_power" in theta:
+            log_rate = log_rate + theta["fall_power"] * fallen
         rate = jnp.exp(log_rate + reach * jnp.tanh(out[0] / reach))
         rate = rate * _schedule(theta, step, num_steps)
         if "log_quiet" in theta:
@@ -204,6 +228,9 @@ def per_tensor(
             if "decay_power" in theta:
                 shorter = _log_shorter(theta, step, num_steps, rate.dtype)
                 log_decay = log_decay + theta["decay_power"] * shorter
+            if "decay_fall" in theta:
+                stronger = -theta["decay_fall"] * fallen
+                log_decay = log_decay + jnp.minimum(stronger, math.log(STRONGEST))
             decay = -rate * jnp.exp(log_decay) * (1 - vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
         return coefficients, state
@@ -270,6 +297,8 @@ class Numbers(NamedTuple):
     weight_decay: float
     decay_anneal: float
     decay_power: float
+    decay_fall: float
+    fall_power: float
     quiet: float
 
     def checked(self) -> "Numbers":
@@ -290,6 +319,7 @@ class Numbers(NamedTuple):
             "anneal": self.anneal,
         }
         powers = ("depth_power", "horizon_power", "assumed_power", "decay_anneal", "decay_power")
+        powers += ("decay_fall", "fall_power")
         for name in powers:
             if getattr(self, name):
                 numbers[name] = getattr(self, name)
