@@ -212,6 +212,44 @@ def test_equals_autodiff_over_a_window_of_several_segments():
         )
 
 
+@pytest.mark.parametrize("name", quickly(["dm", "lstm"], ["dm"]))
+def test_one_coordinate_in_three_has_the_whole_gradient_as_its_mean(name, monkeypatch):
+    """44 parameters: the last of 15 coordinates is beyond the end for one offset of three."""
+    optimizer = OPTIMIZERS[name]()
+    keys = jax.vmap(jax.random.key)(jnp.arange(NUM_PROBLEMS))
+
+    def gradients(inner, theta, every):
+        return rows(
+            windows(lambda o: first_order(inner, PLAIN, block=8, every=every), optimizer)(
+                theta, keys
+            )[0]
+        )
+
+    with jax.enable_x64(True):
+        inner, theta = Inner(ragged(), optimizer, LENGTH), thetas(optimizer, jnp.float64)
+        thirds = []
+        for offset in range(3):
+            monkeypatch.setattr(jax.random, "randint", lambda *_, at=offset: jnp.asarray(at))
+            thirds.append(gradients(inner, theta, 3))
+        monkeypatch.undo()
+        whole, drawn = gradients(inner, theta, 1), gradients(inner, theta, 3)
+    np.testing.assert_allclose(np.mean(thirds, 0), whole, rtol=1e-10, atol=1e-12)
+    # Each window draws one of them, and not all the same.
+    which = [[np.allclose(row, third[i]) for third in thirds] for i, row in enumerate(drawn)]
+    assert np.all(np.sum(which, 1) == 1) and np.all(np.sum(which, 0) > 0)
+
+
+def test_whole_tensors_need_every_coordinate():
+    inner = Inner(ragged(), OPTIMIZERS["per_tensor"](), LENGTH)
+    with pytest.raises(ValueError, match=r"every=2 leaves out .*whole tensors: set it to 1"):
+        first_order(inner, PLAIN, every=2)
+    inner = Inner(ragged(), OPTIMIZERS["dm"](), LENGTH)
+    with pytest.raises(ValueError, match=r"every=2 leaves out .*imitated: set it to 1"):
+        first_order(inner, PLAIN, Teacher(), every=2)
+    with pytest.raises(ValueError, match=r"every=0: give a positive integer"):
+        first_order(inner, PLAIN, every=0)
+
+
 def test_an_optimizer_without_a_rule_is_refused():
     inner = Inner(ragged(), base.fixed(optax.sgd(0.1)), LENGTH)
     with pytest.raises(ValueError, match=r"no rule.*\n?.*use the estimator autodiff"):

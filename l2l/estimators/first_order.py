@@ -23,7 +23,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.core.unroll import TRAIN, VALIDATION, Inner, batch_at, first, renew
+from l2l.core.unroll import EVERY, TRAIN, VALIDATION, Inner, batch_at, first, renew
 from l2l.estimators.first_order_per_tensor import first_order_per_tensor
 from l2l.estimators.objective import Objective
 from l2l.optimizers import blocks, coordinates, features
@@ -54,6 +54,10 @@ class Teacher(NamedTuple):
 SEGMENT = 10
 
 
+# Fields of `Seen` with a number for each coordinate.
+OF_EACH = ("gradient", "params", "directions", "held_out", "last")
+
+
 class FirstOrderState(NamedTuple):
     """teacher: the moments of the imitated Adam, or ()."""
 
@@ -81,8 +85,7 @@ class Seen(NamedTuple):
 
     def on(self, cut: blocks.Blocks, i) -> "Seen":
         """What was seen of the coordinates of block i."""
-        own = ("gradient", "params", "directions", "held_out", "last")
-        return self._replace(**{name: cut.cut(getattr(self, name), i) for name in own})
+        return self._replace(**{name: cut.cut(getattr(self, name), i) for name in OF_EACH})
 
     def pulls(self):
         """∂L/∂θ after each step, [K, P]: the loss that follows update t is met at step t + 1."""
@@ -94,25 +97,39 @@ class Seen(NamedTuple):
 
 
 def first_order(
-    inner: Inner, objective: Objective, teacher: Teacher | None = None, block: int | None = None
+    inner: Inner,
+    objective: Objective,
+    teacher: Teacher | None = None,
+    block: int | None = None,
+    every: int = 1,
 ) -> base.MetaGradient:
     """Truncated first-order meta-gradients of an optimizer that has a `rule`.
 
     Args:
       block: coordinates in a block; by default what suits the machine.
+      every: the way back takes one coordinate in this many, from an offset that is drawn for each
+        window, and counts it as often. The meta-gradient is a sum over coordinates, so its mean
+        over the offsets is the whole one. The way back is some four fifths of the time.
 
     Raises:
-      UserError: the optimizer has no rule.
+      UserError: the optimizer has no rule; `every` is no positive integer, or not 1 where a network
+        reads whole tensors or Adam is imitated, which take all coordinates.
     """
     rule = inner.optimizer.rule
+    if every != int(every) or every < 1:
+        raise UserError(f"estimator.every={every!r}: give a positive integer; 1 is every one.")
     if rule is None:
         raise UserError(
             "This optimizer has no rule that acts coordinate by coordinate, which the first-order "
             "engine needs: use the estimator autodiff.truncated."
         )
-    if isinstance(rule, base.PerTensorRule):
+    whole = isinstance(rule, base.PerTensorRule)
+    if every > 1 and (whole or rule.tensors is not None or teacher is not None):
+        reason = "Adam is imitated" if teacher is not None else "the optimizer reads whole tensors"
+        raise UserError(f"estimator.every={every} leaves out coordinates, but {reason}: set it to 1.")
+    if whole:
         return first_order_per_tensor(inner, objective, teacher, over_problems)
-    engine = _Engine(inner, rule, objective, teacher, block)
+    engine = _Engine(inner, rule, objective, teacher, block, every)
 
     def init(keys, theta, stage):
         return jax.vmap(lambda key: engine.begin(key, theta, stage))(keys)
@@ -131,6 +148,7 @@ class _Engine(NamedTuple):
     objective: Objective
     teacher: Teacher | None
     block: int | None
+    every: int = 1
 
     def begin(self, key, theta, stage) -> FirstOrderState:
         state, moments = first(self.inner, key, theta, stage), ()
@@ -146,7 +164,12 @@ class _Engine(NamedTuple):
         if self.teacher is not None:
             moments = jax.tree.map(lambda x: jnp.where(run.step == 0, 0, x), moments)
         after, seen, metrics = self.forward(theta, run, data)
-        gradient, moments = self.backward(theta, run, seen, moments, stage.imitation)
+        if self.every > 1:
+            key = jax.random.fold_in(jax.random.fold_in(run.key, EVERY), run.step)
+            offset = jax.random.randint(key, (), 0, self.every)
+            gradient = self.thinned(theta, run, seen, offset)
+        else:
+            gradient, moments = self.backward(theta, run, seen, moments, stage.imitation)
         return gradient, FirstOrderState(after, moments), metrics
 
     def forward(self, theta, state: base.InnerState, data):
@@ -200,6 +223,24 @@ class _Engine(NamedTuple):
             value, pull = gradient_of(params, state.problem, batch)
             pull = coordinates.flatten(pull, dtype)
         return state, (loss, g, p, value, pull, seen)
+
+    def thinned(self, theta, run: base.InnerState, seen: Seen, offset):
+        """The window's meta-gradient from coordinates offset, offset + every … alone, times every.
+
+        Zeros fill the last of them up: where nothing pulls, nothing is added.
+        """
+
+        def thin(x):
+            padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % self.every)])
+            rows = padded.reshape(*x.shape[:-1], -1, self.every)
+            return jax.lax.dynamic_index_in_dim(rows, offset, -1, keepdims=False)
+
+        state = run.opt_state
+        arrays = jax.tree.map(thin, (state.accumulators, state.hidden))
+        state = state._replace(accumulators=arrays[0], hidden=arrays[1])
+        seen = seen._replace(**{name: jax.tree.map(thin, getattr(seen, name)) for name in OF_EACH})
+        gradient, _ = self.backward(theta, run._replace(opt_state=state), seen, (), 0.0)
+        return jax.tree.map(lambda x: self.every * x, gradient)
 
     def backward(self, theta, run: base.InnerState, seen: Seen, moments, imitation):
         """(the window's meta-gradient, the teacher's moments after it), block by block.

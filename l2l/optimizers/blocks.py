@@ -78,7 +78,7 @@ class Blocks(NamedTuple):
 
 def blocks_of(size: int, block: int | None) -> Blocks:
     """`size` coordinates in blocks of at most `block`; None for one block."""
-    if block is None or size <= block:
+    if block is None or size <= max(block, LANES):
         return Blocks(size, 1, size)
     # Spread evenly, so that the last block is not mostly the one before.
     count = math.ceil(size / block)
