@@ -125,8 +125,10 @@ def first_order(
         )
     whole = isinstance(rule, base.PerTensorRule)
     if every > 1 and (whole or rule.tensors is not None or teacher is not None):
-        reason = "Adam is imitated" if teacher is not None else "the optimizer reads whole tensors"
-        raise UserError(f"estimator.every={every} leaves out coordinates, but {reason}: set it to 1.")
+        reason = "the optimizer reads whole tensors" if teacher is None else "Adam is imitated"
+        raise UserError(
+            f"estimator.every={every} leaves out coordinates, but {reason}: set it to 1."
+        )
     if whole:
         return first_order_per_tensor(inner, objective, teacher, over_problems)
     engine = _Engine(inner, rule, objective, teacher, block, every)

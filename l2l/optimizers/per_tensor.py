@@ -37,8 +37,8 @@ ANNEALED = 1e-3
 # The horizon, in steps, at which a rate is the nominal one, and the shortest: rates do not grow
 # any further below it.
 USUAL, SHORTEST = 500, 100
-# The largest factor on a decay as gradients fall.
-STRONGEST = 10.0
+# As rates and decay see it, gradients fall no further than to this part.
+LOWEST = 0.1
 FEATURES = (
     *("signal", "alignment, fast", "alignment, slow", "trend of |g|", "fall of |g|"),
     *("growth of |θ|", "all tensors: signal", "all tensors: alignment, fast"),
@@ -110,26 +110,27 @@ def per_tensor(
     The coefficient of a tensor's nominal direction d₀, Nesterov's momentum over √ν in the basis, is
 
         c₀ = −exp(λ) · (64/n)^q · (2/L)^d · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
-              · min(f, 1)^v · (1 + κ/f²)^(−1/2) · exp(r · tanh(a/r)),    s = (1 + cos πt/T)/2,
+              · φ^v · (1 + κ/f²)^(−1/2) · exp(r · tanh(a/r)),    s = (1 + cos πt/T)/2,
 
     with T the horizon (if none is known, s is 1, and T counts as 500 · max(1, t/250)^u), n the
     square root of a matrix's rows times its columns, L the number of matrices (a model's output
-    moves with each of them), f how far gradients have fallen (see below), r the `reach`, and a the network's output, zero at first: untrained, or with `hidden_size` 0,
-    the rule is SOAP with a schedule. With `mixture`, the further directions (one for each further
-    decay, and the gradient's) have the coefficients c₀ · tanh(bⱼ). Weight decay adds
-    c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · min(max(f^(−z), 1), 10) · θ to the update (here
-    s is ½ if no horizon is known), only where the nominal step goes towards zero as well: it is
-    cautious (Chen et al. 2025, arXiv 2510.12402), and does not hold back weights that the loss
-    wants to grow.
+    moves with each of them), f how far gradients have fallen (see below) and φ the same between 0.1
+    and 1, r the `reach`, and a the network's output, zero at first: untrained, or with
+    `hidden_size` 0, the rule is SOAP with a schedule. With `mixture`, the further directions (one
+    for each further decay, and the gradient's) have the coefficients c₀ · tanh(bⱼ). Weight decay
+    adds c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · φ^(−z) · θ to the update (here s is ½ if no
+    horizon is known), only where the nominal step goes towards zero as well: it is cautious (Chen
+    et al. 2025, arXiv 2510.12402), and does not hold back weights that the loss wants to grow.
 
     Directions do not get shorter as gradients do, so learning goes on where gradients are small.
-    What ends it is f: where gradients have all but vanished, the data has been memorised, and
-    learning more of it costs more in validation than it gains. But a loss without noise, such as
-    that of a differential equation, is to be learned to its last digit. There the gradients of
-    successive steps agree, or alternate where the rate is high, and with g and G their cosines with
-    the momentum before them, averaged over some ten and a hundred steps and all tensors,
+    What slows it down, and in the end stops it, is f: where gradients have fallen far the data is
+    being memorised, and learning more of it costs more in validation than it gains. But a loss
+    without noise, such as that of a differential equation, is to be learned to its last digit.
+    There the gradients of successive steps agree, or alternate where the rate is high, and with g
+    and G their cosines with the momentum before them, averaged over some ten and a hundred steps
+    and over all tensors,
 
-        log f = max(0, 1 − e|G|) · (1 − g²)^e · log(rms of recent gradients / rms of all so far).
+        log f = max(0, 1 − η|G|) · (1 − g²)^η · log(rms of recent gradients / rms of all so far).
 
     Args:
       hidden_size: of the LSTM; 0 for none, so that theta is the numbers alone.
@@ -145,7 +146,7 @@ def per_tensor(
       decay_fall: z: data that is all but memorised takes more decay; 0 for none.
       fall_power: v; 0 for none.
       quiet: κ; 0 for none.
-      agreement: e; 0 counts every fall of gradients in full.
+      agreement: η; 0 counts every fall of gradients in full.
       warm_up: w, steps; 0 for none.
       anneal: p.
       horizon_power: h: longer runs do better with lower rates. T counts as at least 100.
@@ -207,7 +208,7 @@ def per_tensor(
             fast, slow = (seen[FEATURES.index(f"all tensors: alignment, {x}")] for x in TRAILS)
             noise = jnp.maximum(1 - agreement * jnp.abs(slow), 0)
             fall = fall * noise * (1 - jnp.square(fast)) ** agreement
-        fallen = jnp.minimum(fall, 0)
+        fallen = jnp.clip(fall, math.log(LOWEST), 0)
         if "fall_power" in theta:
             log_rate = log_rate + theta["fall_power"] * fallen
         rate = jnp.exp(log_rate + reach * jnp.tanh(out[0] / reach))
@@ -229,8 +230,7 @@ def per_tensor(
                 shorter = _log_shorter(theta, step, num_steps, rate.dtype)
                 log_decay = log_decay + theta["decay_power"] * shorter
             if "decay_fall" in theta:
-                stronger = -theta["decay_fall"] * fallen
-                log_decay = log_decay + jnp.minimum(stronger, math.log(STRONGEST))
+                log_decay = log_decay - theta["decay_fall"] * fallen
             decay = -rate * jnp.exp(log_decay) * (1 - vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
         return coefficients, state
