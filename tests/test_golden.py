@@ -5,7 +5,8 @@ that is meant, see `l2l/optimizers/versions.py`, and then write the file anew:
 
     python tests/test_golden.py
 
-It refuses to record other updates under the versions of before.
+It refuses to record other updates under the versions of before. Where the rule is as it was and the
+weights are new, take the optimizer out of golden.json first.
 """
 
 import json
