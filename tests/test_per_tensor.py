@@ -184,6 +184,27 @@ def test_a_fall_counts_as_far_as_gradients_are_noise():
     np.testing.assert_allclose(ours, FALLEN ** (0.5 * share) * fallen(), rtol=1e-3)
 
 
+def test_gradients_that_never_change_are_no_fall():
+    """Cosines of 1, and by rounding of more, have no broken power; nor have those of −1."""
+    learned = per_tensor(agreement=2.5)
+    theta = learned.init(jax.random.key(0))
+    zeros = jnp.zeros((), jnp.int32)
+
+    def coefficient(cosine, fall):
+        rows = jnp.zeros((len(FEATURES) + 6, 1))
+        for name in ("fast", "slow"):
+            rows = rows.at[FEATURES.index(f"all tensors: alignment, {name}")].set(cosine)
+        rows = rows.at[len(FEATURES) + 4].set(fall)
+        return learned.rule.propose(theta, rows, zeros, zeros, ())[0][0, 0]
+
+    both = jax.jit(jax.value_and_grad(coefficient))
+    unfallen, _ = both(1.0, 0.0)
+    for cosine in (1.0, 1.0000002, -1.0, -1.0000002):
+        found, slope = both(cosine, -3.0)
+        assert found == unfallen and jnp.isfinite(slope)
+    assert both(0.0, -3.0)[0] != unfallen
+
+
 @pytest.mark.parametrize("agreement", [-1.0, float("nan")])
 def test_an_agreement_out_of_range_is_refused(agreement):
     with pytest.raises(l2l.UserError, match="agreement"):

@@ -207,7 +207,8 @@ def per_tensor(
         if agreement:
             fast, slow = (seen[FEATURES.index(f"all tensors: alignment, {x}")] for x in TRAILS)
             noise = jnp.maximum(1 - agreement * jnp.abs(slow), 0)
-            fall = fall * noise * (1 - jnp.square(fast)) ** agreement
+            # Rounding makes cosines of 1 larger, and a negative base has no broken power.
+            fall = fall * noise * jnp.maximum(1 - jnp.square(fast), 0) ** agreement
         fallen = jnp.clip(fall, math.log(LOWEST), 0)
         if "fall_power" in theta:
             log_rate = log_rate + theta["fall_power"] * fallen
