@@ -52,22 +52,23 @@ def trained(optimizer, start, data):
     return jax.device_get(run(start, *data))
 
 
-# Of the way. The second moment of `lstm` and `mlp` forgets, so that they go on at whole length
-# where the data is all but memorised, and there a step is as sensitive as it is useless: what ends
-# apart in the parameters has the same loss.
-APART = {"lstm": 0.25, "mlp": 0.05}
+# Multiples of the rate. At its own, `lstm` memorises 128 examples in 20 steps and wanders on, where
+# a step is as sensitive as it is useless: it ends half of the way apart.
+RATES = {"lstm": 0.1, "mlp": 0.1}
 
 
 @pytest.mark.parametrize("name", exports.released())
 def test_splitting_the_batch_moves_the_end_by_little_of_the_way(name):
     """Adam's end moves by 2e-7 of it. What sums of another order add to a gradient, 1e-7 of it, a
     preconditioner divides by the small root of a direction that has little of the gradient."""
-    optimizer, start, data = l2l.load(name, num_steps=STEPS), network(), digits()
+    rate = RATES.get(name, 1.0)
+    optimizer = l2l.load(name, num_steps=STEPS, learning_rate=rate)
+    start, data = network(), digits()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     split = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in data]
     one = trained(optimizer, start, data)
     other = trained(optimizer, jax.device_put(start, NamedSharding(mesh, P())), split)
     for key, begin in start.items():
         way = np.linalg.norm(one[key] - begin)
-        assert 0 < np.linalg.norm(one[key] - other[key]) < APART.get(name, 1e-2) * way, key
-    assert float(loss(other, *data)) == pytest.approx(float(loss(one, *data)), rel=0.1)
+        assert 0 < np.linalg.norm(one[key] - other[key]) < 1e-2 * way, key
+    assert float(loss(other, *data)) == pytest.approx(float(loss(one, *data)), rel=1e-3)
