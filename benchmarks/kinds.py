@@ -26,7 +26,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 # One thread: sums are then taken in the same order on every CPU, however many cores it has.
@@ -39,6 +39,7 @@ import optax
 
 import l2l
 from l2l.data import datasets
+from l2l.evaluation import statistics
 
 RIVALS = {
     "AdamW": (
@@ -524,12 +525,7 @@ def run(optimizer, task: Task, seeds: int) -> dict[str, float]:
 
 def best(runs: dict[float, dict], measure: str) -> float:
     """The rate of the lowest loss; one that diverged comes last."""
-
-    def order(rate):
-        loss = runs[rate][measure]
-        return loss if math.isfinite(loss) else math.inf
-
-    return min(runs, key=order)
+    return min(runs, key=lambda rate: statistics.or_infinite(runs[rate][measure]))
 
 
 def compare(optimizer: str, name: str, task: Task, seeds: int) -> dict:
@@ -565,13 +561,10 @@ def line(row: dict, optimizer: str) -> str:
 def means(rows: list[dict]) -> dict:
     """Geometric means of the ratios, by measure and rival."""
 
-    def mean(ratios: Iterable[float]) -> float:
-        return float(np.exp(np.mean(np.log(list(ratios)))))
+    def mean(measure: str, rival: str) -> float:
+        return statistics.geometric_mean([row[rival][measure]["ratio"] for row in rows])
 
-    return {
-        measure: {rival: mean(row[rival][measure]["ratio"] for row in rows) for rival in RIVALS}
-        for measure in MEASURES
-    }
+    return {measure: {rival: mean(measure, rival) for rival in RIVALS} for measure in MEASURES}
 
 
 def summary(rows: list[dict]) -> dict[str, dict]:

@@ -128,39 +128,34 @@ def test_decay_goes_before_the_rate():
     np.testing.assert_allclose(shares[1][acts] / shares[0][acts], left**2, rtol=0.02)
 
 
-def test_steps_shrink_where_gradients_have_all_but_gone():
-    """(1 + κ/f²)^(−½), f the rms of recent gradients over that of all so far."""
-    steps = {}
-    for quiet in (0.0, 1e-2):
-        transform = bound(**PLAIN | {"quiet": quiet})
-        state = transform.init(PARAMS)
-        for i in range(8):
-            scale = 1.0 if i < 2 else 1e-2
-            gradients = jax.tree.map(lambda x: scale * x, noisy(PARAMS, 0))
-            updates, state = transform.update(gradients, state, PARAMS)
-            steps[quiet, i] = updates["w"]
-    # log |g| falls to log 1e-2 with decay FAST, the mean of squares is that of all steps.
-    recent = 1e-2 ** (2 * (1 - FAST**6))
-    mean = (2 + 6 * 1e-4) / 8
-    factor = (1 + 1e-2 * mean / recent) ** -0.5
-    assert factor < 0.95
-    np.testing.assert_allclose(steps[1e-2, 7], factor * steps[0.0, 7], rtol=1e-3)
-    np.testing.assert_allclose(steps[1e-2, 0], (1 + 1e-2) ** -0.5 * steps[0.0, 0], rtol=1e-3)
-
-
-def fallen(size=1e-2, **settings):
-    """The eighth step of gradients that agree in all but size, which is 1 in two of them."""
+def falling(size=1e-2, **settings):
+    """Eight steps [8, 6, 5] of gradients that agree in all but size, which is 1 in two of them."""
     transform = bound(**PLAIN | settings)
-    state = transform.init(PARAMS)
+    state, steps = transform.init(PARAMS), []
     for i in range(8):
         scale = 1.0 if i < 2 else size
         gradients = jax.tree.map(lambda x, s=scale: s * x, noisy(PARAMS, 0))
         updates, state = transform.update(gradients, state, PARAMS)
-    return updates["w"]
+        steps.append(updates["w"])
+    return np.stack(steps)
+
+
+def fallen(size=1e-2, **settings):
+    """The last of them."""
+    return falling(size, **settings)[-1]
 
 
 # Its f: log |g| falls to log 1e-2 with decay FAST, the mean of squares is that of all steps.
 FALLEN = 1e-2 ** (1 - FAST**6) / ((2 + 6 * 1e-4) / 8) ** 0.5
+
+
+def test_steps_shrink_where_gradients_have_all_but_gone():
+    """(1 + κ/f²)^(−½), f the rms of recent gradients over that of all so far."""
+    braked, free = falling(quiet=1e-2), falling(quiet=0.0)
+    factor = (1 + 1e-2 / FALLEN**2) ** -0.5
+    assert factor < 0.95
+    np.testing.assert_allclose(braked[7], factor * free[7], rtol=1e-3)
+    np.testing.assert_allclose(braked[0], (1 + 1e-2) ** -0.5 * free[0], rtol=1e-3)
 
 
 def test_rates_fall_and_decay_grows_with_gradients():

@@ -52,8 +52,6 @@ class Teacher(NamedTuple):
 # Measured over 200 steps, M coordinate-steps a second without segments and with those of 50, 20,
 # 10, 5 steps: 2xLSTM-20 0.80, 0.81, 1.04, 1.07, 1.09; 1xLSTM-8 4.3, 5.6, 6.4, 6.7, 6.8.
 SEGMENT = 10
-
-
 # Fields of `Seen` with a number for each coordinate.
 OF_EACH = ("gradient", "params", "directions", "held_out", "last")
 
@@ -150,7 +148,7 @@ class _Engine(NamedTuple):
     objective: Objective
     teacher: Teacher | None
     block: int | None
-    every: int = 1
+    every: int
 
     def begin(self, key, theta, stage) -> FirstOrderState:
         state, moments = first(self.inner, key, theta, stage), ()

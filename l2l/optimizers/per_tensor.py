@@ -26,7 +26,6 @@ from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # Decays, per step, of the averages over time of what is pooled over a tensor.
 FAST, SLOW = 0.9, 0.99
-TRAILS = ("fast", "slow")
 # Weight decay is at its full strength where the nominal direction goes this far towards zero (its
 # entries have size 1 where gradients agree). It grows from 0 to here: a sudden switch would have no
 # derivative.
@@ -205,7 +204,8 @@ def per_tensor(
         if "depth_power" in theta:
             log_rate = log_rate - theta["depth_power"] * log_depth
         if agreement:
-            fast, slow = (seen[FEATURES.index(f"all tensors: alignment, {x}")] for x in TRAILS)
+            fast = seen[FEATURES.index("all tensors: alignment, fast")]
+            slow = seen[FEATURES.index("all tensors: alignment, slow")]
             noise = jnp.maximum(1 - agreement * jnp.abs(slow), 0)
             # Rounding makes cosines of 1 larger, and a negative base has no broken power.
             fall = fall * noise * jnp.maximum(1 - jnp.square(fast), 0) ** agreement
@@ -319,8 +319,10 @@ class Numbers(NamedTuple):
             "size_power": self.size_power,
             "anneal": self.anneal,
         }
-        powers = ("depth_power", "horizon_power", "assumed_power", "decay_anneal", "decay_power")
-        powers += ("decay_fall", "fall_power")
+        powers = (
+            *("depth_power", "horizon_power", "assumed_power", "decay_anneal", "decay_power"),
+            *("decay_fall", "fall_power"),
+        )
         for name in powers:
             if getattr(self, name):
                 numbers[name] = getattr(self, name)
