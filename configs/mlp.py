@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
         decay_fall=0.0,
         fall_power=0.0,
         quiet=0.0,
+        overshoot=0.0,
         reach=0.7,
         learn="all",
     )

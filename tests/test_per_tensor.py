@@ -56,6 +56,7 @@ PLAIN = dict(
     fall_power=0.0,
     quiet=0.0,
     agreement=0.0,
+    overshoot=0.0,
     second_power=0.0,
 )
 
@@ -91,10 +92,11 @@ def test_large_matrices_have_lower_rates_and_rows_of_embeddings_do_not_count():
 
 def test_decay_acts_where_the_step_goes_towards_zero_too():
     """Times ½^k where no horizon is known."""
-    plain, decayed = (run(bound(weight_decay=x, bound=0.0, quiet=0.0), 1)[0] for x in (0.0, 2.0))
+    given = dict(learning_rate=0.02, bound=0.0, quiet=0.0)
+    plain, decayed = (run(bound(weight_decay=x, **given), 1)[0] for x in (0.0, 2.0))
     for name, p in PARAMS.items():
         # There are two matrices, whose number leaves the rate as it is.
-        rate = 0.025 * (64 / p.size**0.5) ** 0.75
+        rate = 0.02 * (64 / p.size**0.5) ** 0.75
         towards = jnp.clip(-plain[name] / rate * jnp.sign(p) / RAMP, 0, 1) * (p.ndim > 1)
         assert bool(jnp.any(towards == 0)) and (p.ndim == 1 or bool(jnp.any(towards == 1)))
         wanted = -rate * 2.0 * 0.5**2 * towards * p
@@ -179,25 +181,61 @@ def test_a_fall_counts_as_far_as_gradients_are_noise():
     np.testing.assert_allclose(ours, FALLEN ** (0.5 * share) * fallen(), rtol=1e-3)
 
 
-def test_gradients_that_never_change_are_no_fall():
-    """Cosines of 1, and by rounding of more, have no broken power; nor have those of −1."""
-    learned = per_tensor(agreement=2.5)
+def proposed(cosine, fall, **settings):
+    """(coefficient of the nominal direction, its slope in the cosine) at its first step, where all
+    gradients had this cosine with the momentum before them and have fallen to exp(fall)."""
+    learned = per_tensor(**settings)
     theta = learned.init(jax.random.key(0))
     zeros = jnp.zeros((), jnp.int32)
 
-    def coefficient(cosine, fall):
+    def coefficient(cosine):
         rows = jnp.zeros((len(FEATURES) + 6, 1))
         for name in ("fast", "slow"):
             rows = rows.at[FEATURES.index(f"all tensors: alignment, {name}")].set(cosine)
         rows = rows.at[len(FEATURES) + 4].set(fall)
         return learned.rule.propose(theta, rows, zeros, zeros, ())[0][0, 0]
 
-    both = jax.jit(jax.value_and_grad(coefficient))
-    unfallen, _ = both(1.0, 0.0)
+    return jax.value_and_grad(coefficient)(cosine)
+
+
+def test_gradients_that_never_change_are_no_fall():
+    """Cosines of 1, and by rounding of more, have no broken power; nor have those of −1."""
+    settings = dict(agreement=2.5, overshoot=0.0)
+    unfallen, _ = proposed(1.0, 0.0, **settings)
     for cosine in (1.0, 1.0000002, -1.0, -1.0000002):
-        found, slope = both(cosine, -3.0)
+        found, slope = proposed(cosine, -3.0, **settings)
         assert found == unfallen and jnp.isfinite(slope)
-    assert both(0.0, -3.0)[0] != unfallen
+    assert proposed(0.0, -3.0, **settings)[0] != unfallen
+
+
+def test_rates_fall_where_gradients_turn_against_the_momentum():
+    """exp(−o · max(−g, 0)): nothing where they agree with it."""
+    at = {g: proposed(g, 0.0, **PLAIN | {"overshoot": 5.0})[0] for g in (-0.3, -0.1, 0.0, 0.4)}
+    for g, factor in {-0.3: np.exp(-1.5), -0.1: np.exp(-0.5), 0.4: 1.0}.items():
+        np.testing.assert_allclose(at[g], factor * at[0.0], rtol=1e-5)
+
+
+def test_a_rate_is_found_where_it_is_far_too_high():
+    """A quadratic without noise: steps of a constant rate that do not fall with the gradients go to
+    and fro across its minimum, and with `overshoot` they get shorter."""
+
+    def ends(**settings):
+        transform = bound(**PLAIN | {"learning_rate": 0.1, "second_power": 0.6} | settings)
+        params = {"w": jnp.linspace(-1.0, 1.0, 30).reshape(6, 5)}
+        state = transform.init(params)
+
+        @jax.jit
+        def step(params, state):
+            updates, state = transform.update(params, state, params)
+            return optax.apply_updates(params, updates), state
+
+        losses = []
+        for _ in range(200):
+            params, state = step(params, state)
+            losses.append(float(jnp.sum(params["w"] ** 2)))
+        return np.mean(losses[-50:])
+
+    assert ends(overshoot=5.0) < 0.01 * ends()
 
 
 @pytest.mark.parametrize("agreement", [-1.0, float("nan")])
@@ -360,7 +398,7 @@ def test_knobs(exported):
         1,
     )[0]
     # The nominal rate, in a run as short as that of the shortest horizon that counts, 100 steps.
-    rate = 0.025 * (500 / 100) ** 0.4
+    rate = np.exp(exports.read(exported)[1]["log_rate"]) * (500 / 100) ** 0.4
     np.testing.assert_allclose(
         decayed["w"] - plain["w"], -0.1 * rate * PARAMS["w"], rtol=1e-3, atol=1e-7
     )
@@ -388,7 +426,8 @@ def test_old_knobs_of_other_optimizers():
 @pytest.mark.parametrize("learn", ["network", "numbers", "all"])
 def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
     """Through the coefficients of a step in a run that is told its length, and of a late one in a
-    run that is not; of two matrices, their number would not matter, nor one gradient's fall."""
+    run that is not; of two matrices, their number would not matter, nor one gradient's fall, nor
+    where it points if that is ahead."""
     params = PARAMS | {"w2": PARAMS["w"]}
     learned = per_tensor(hidden_size=2, warm_up=3.0, learn=learn)
     theta = learned.init(jax.random.key(0))
@@ -398,6 +437,7 @@ def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
     for i in range(12):  # Smaller from the second on.
         gradient = jax.tree.map(lambda x, s=0.1 if i else 1.0: s * x, noisy(params, i))
         _, rows, past = rule.observe(gradient, params, past)
+    rows = rows.at[FEATURES.index("all tensors: alignment, fast")].set(-0.2)
     hidden = rule.hidden(theta, len(params))
 
     def total(theta):

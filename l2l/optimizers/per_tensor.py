@@ -22,6 +22,7 @@ import optax
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.optimizers import binding, coordinates, meshes, soap
+from l2l.optimizers import per_tensor_numbers as numbers
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
 
 # Decays, per step, of the averages over time of what is pooled over a tensor.
@@ -31,13 +32,6 @@ FAST, SLOW = 0.9, 0.99
 # derivative.
 RAMP = 0.1
 LEARN = ("network", "numbers", "all")
-# What is left of the rate at the horizon, before the power.
-ANNEALED = 1e-3
-# The horizon, in steps, at which a rate is the nominal one, and the shortest: rates do not grow
-# any further below it.
-USUAL, SHORTEST = 500, 100
-# As rates and decay see it, gradients fall no further than to this part.
-LOWEST = 0.1
 FEATURES = (
     *("signal", "alignment, fast", "alignment, slow", "trend of |g|", "fall of |g|"),
     *("growth of |θ|", "all tensors: signal", "all tensors: alignment, fast"),
@@ -77,7 +71,7 @@ class PerTensorState(NamedTuple):
 def per_tensor(
     *,
     hidden_size: int = 0,
-    learning_rate: float = 0.025,
+    learning_rate: float = 0.03,
     vector_rate: float = 1.0,
     size_power: float = 0.75,
     depth_power: float = 0.5,
@@ -92,6 +86,7 @@ def per_tensor(
     fall_power: float = 0.5,
     quiet: float = 3e-4,
     agreement: float = 3.0,
+    overshoot: float = 5.0,
     warm_up: float = 0.0,
     anneal: float = 0.7,
     horizon_power: float = 0.4,
@@ -109,25 +104,30 @@ def per_tensor(
     The coefficient of a tensor's nominal direction d₀, Nesterov's momentum over √ν in the basis, is
 
         c₀ = −exp(λ) · (64/n)^q · (2/L)^d · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
-              · φ^v · (1 + κ/f²)^(−1/2) · exp(r · tanh(a/r)),    s = (1 + cos πt/T)/2,
+              · exp(−o · max(−g, 0)) · φ^v · (1 + κ/f²)^(−1/2) · exp(r · tanh(a/r)),
+        s = (1 + cos πt/T)/2,
 
     with T the horizon (if none is known, s is 1, and T counts as 500 · max(1, t/250)^u), n the
     square root of a matrix's rows times its columns, L the number of matrices (a model's output
-    moves with each of them), f how far gradients have fallen (see below) and φ the same between 0.1
-    and 1, r the `reach`, and a the network's output, zero at first: untrained, or with
+    moves with each of them), g the cosine between gradients and the momentum before them, averaged
+    over some ten steps and all tensors, f how far gradients have fallen (see below) and φ the same
+    between 0.1 and 1, r the `reach`, and a the network's output, zero at first: untrained, or with
     `hidden_size` 0, the rule is SOAP with a schedule. With `mixture`, the further directions (one
     for each further decay, and the gradient's) have the coefficients c₀ · tanh(bⱼ). Weight decay
     adds c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · φ^(−z) · θ to the update (here s is ½ if no
     horizon is known), only where the nominal step goes towards zero as well: it is cautious (Chen
     et al. 2025, arXiv 2510.12402), and does not hold back weights that the loss wants to grow.
 
+    Where the rate is too high, steps overshoot, and gradients turn against the momentum that led to
+    them: g is negative, and the rate is lowered until g is nearly zero. This finds the rate of
+    losses with little noise, such as that of a differential equation, of large batches, and of wide
+    layers.
+
     Directions do not get shorter as gradients do, so learning goes on where gradients are small.
     What slows it down, and in the end stops it, is f: where gradients have fallen far the data is
     being memorised, and learning more of it costs more in validation than it gains. But a loss
-    without noise, such as that of a differential equation, is to be learned to its last digit.
-    There the gradients of successive steps agree, or alternate where the rate is high, and with g
-    and G their cosines with the momentum before them, averaged over some ten and a hundred steps
-    and over all tensors,
+    without noise is to be learned to its last digit. There the gradients of successive steps agree
+    or alternate, and with G the cosine averaged over a hundred steps,
 
         log f = max(0, 1 − η|G|) · (1 − g²)^η · log(rms of recent gradients / rms of all so far).
 
@@ -146,6 +146,7 @@ def per_tensor(
       fall_power: v; 0 for none.
       quiet: κ; 0 for none.
       agreement: η; 0 counts every fall of gradients in full.
+      overshoot: o; 0 for none.
       warm_up: w, steps; 0 for none.
       anneal: p.
       horizon_power: h: longer runs do better with lower rates. T counts as at least 100.
@@ -160,10 +161,10 @@ def per_tensor(
     Raises:
       UserError: a setting is out of range.
     """
-    nominal = Numbers(
+    nominal = numbers.Numbers(
         *(learning_rate, vector_rate, size_power, depth_power, anneal, horizon_power),
         *(assumed_power, warm_up, bound, weight_decay, decay_anneal, decay_power, decay_fall),
-        *(fall_power, quiet),
+        *(fall_power, quiet, overshoot),
     ).checked()
     if not 0 <= agreement < math.inf:
         raise UserError(f"agreement={agreement} is out of range.")
@@ -198,24 +199,13 @@ def per_tensor(
             }
         seen, plain = rows[: len(FEATURES)], rows[len(FEATURES) :]
         vector, log_weights, log_size, log_depth, fall, lengths = *plain[:5], plain[5:]
+        fast = seen[FEATURES.index("all tensors: alignment, fast")]
+        slow = seen[FEATURES.index("all tensors: alignment, slow")]
+        fall = numbers.counted(fall, fast, slow, agreement)
         out, state = network.apply(theta, seen, state)
-        log_rate = theta["log_rate"] + vector * theta["log_vector_rate"]
-        log_rate = log_rate - theta["size_power"] * log_size
-        if "depth_power" in theta:
-            log_rate = log_rate - theta["depth_power"] * log_depth
-        if agreement:
-            fast = seen[FEATURES.index("all tensors: alignment, fast")]
-            slow = seen[FEATURES.index("all tensors: alignment, slow")]
-            noise = jnp.maximum(1 - agreement * jnp.abs(slow), 0)
-            # Rounding makes cosines of 1 larger, and a negative base has no broken power.
-            fall = fall * noise * jnp.maximum(1 - jnp.square(fast), 0) ** agreement
-        fallen = jnp.clip(fall, math.log(LOWEST), 0)
-        if "fall_power" in theta:
-            log_rate = log_rate + theta["fall_power"] * fallen
+        log_rate = numbers.log_rate(theta, vector, log_size, log_depth, fast, fall)
         rate = jnp.exp(log_rate + reach * jnp.tanh(out[0] / reach))
-        rate = rate * _schedule(theta, step, num_steps)
-        if "log_quiet" in theta:
-            rate = rate / jnp.sqrt(1 + jnp.exp(theta["log_quiet"] - 2 * fall))
+        rate = rate * numbers.schedule(theta, step, num_steps)
         shares = jnp.concatenate([jnp.ones_like(out[:1]), jnp.tanh(out[1 : 1 + further])])
         if bound:
             largest = jnp.maximum(jnp.exp(log_weights), smallest)
@@ -223,15 +213,8 @@ def per_tensor(
             rate = rate / jnp.sqrt(1 + jnp.square(part * jnp.exp(-theta["log_bound"])))
         coefficients = -rate[None] * shares
         if weight_decay:
-            log_decay = theta["log_weight_decay"] + reach * jnp.tanh(out[-1] / reach)
-            if "decay_anneal" in theta:
-                left = _log_left(step, num_steps, rate.dtype, unknown=0.5)
-                log_decay = log_decay + theta["decay_anneal"] * left
-            if "decay_power" in theta:
-                shorter = _log_shorter(theta, step, num_steps, rate.dtype)
-                log_decay = log_decay + theta["decay_power"] * shorter
-            if "decay_fall" in theta:
-                log_decay = log_decay - theta["decay_fall"] * fallen
+            log_decay = numbers.log_decay(theta, step, num_steps, fall)
+            log_decay = log_decay + reach * jnp.tanh(out[-1] / reach)
             decay = -rate * jnp.exp(log_decay) * (1 - vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
         return coefficients, state
@@ -242,7 +225,7 @@ def per_tensor(
         hidden=network.hidden,
         propose=propose,
         combine=partial(_combine, settings, weight_decay > 0),
-        rate=lambda theta, *clock: jnp.exp(theta["log_rate"]) * _schedule(theta, *clock),
+        rate=lambda theta, *clock: jnp.exp(theta["log_rate"]) * numbers.schedule(theta, *clock),
         features=FEATURES,
     )
     return base.LearnedOptimizer(init, lambda theta: bind(rule, theta), rule)
@@ -283,55 +266,6 @@ class _Network:
         return self._network.apply(theta["network"], rows, state)
 
 
-class Numbers(NamedTuple):
-    """What theta holds besides the network; it starts as these settings of `per_tensor`."""
-
-    learning_rate: float
-    vector_rate: float
-    size_power: float
-    depth_power: float
-    anneal: float
-    horizon_power: float
-    assumed_power: float
-    warm_up: float
-    bound: float
-    weight_decay: float
-    decay_anneal: float
-    decay_power: float
-    decay_fall: float
-    fall_power: float
-    quiet: float
-
-    def checked(self) -> "Numbers":
-        for name, value in self._asdict().items():
-            rate = name in ("learning_rate", "vector_rate")
-            if not 0 <= value < math.inf or (rate and not value):
-                meant = "takes no steps: use a positive number" if rate else "is out of range"
-                raise UserError(f"{name}={value} {meant}.")
-        return self
-
-    def theta(self) -> dict[str, jax.Array]:
-        """Those that multiply something are held as logarithms; what is switched off by 0 has no
-        entry."""
-        numbers = {
-            "log_rate": math.log(self.learning_rate),
-            "log_vector_rate": math.log(self.vector_rate),
-            "size_power": self.size_power,
-            "anneal": self.anneal,
-        }
-        powers = (
-            *("depth_power", "horizon_power", "assumed_power", "decay_anneal", "decay_power"),
-            *("decay_fall", "fall_power"),
-        )
-        for name in powers:
-            if getattr(self, name):
-                numbers[name] = getattr(self, name)
-        for name in ("warm_up", "bound", "weight_decay", "quiet"):
-            if getattr(self, name):
-                numbers[f"log_{name}"] = math.log(getattr(self, name))
-        return {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
-
-
 def _combine(settings, decayed: bool, seen, coefficients, params):
     """Updates like params; if `decayed`, the last coefficient is that of the decay.
 
@@ -351,38 +285,6 @@ def _combine(settings, decayed: bool, seen, coefficients, params):
         towards = jnp.clip(jnp.sign(p) * nominal / RAMP, 0, 1)
         updates |= group.scatter(moved + decay * towards * p, seen.places)
     return treedef.unflatten([updates[i].astype(x.dtype) for i, x in enumerate(leaves)])
-
-
-def _schedule(theta, step, num_steps) -> jax.Array:
-    """The factor on every rate at a step."""
-    dtype = theta["log_rate"].dtype
-    factor = jnp.exp(theta["anneal"] * _log_left(step, num_steps, dtype, unknown=1.0))
-    if "horizon_power" in theta:
-        shorter = _log_shorter(theta, step, num_steps, dtype)
-        factor = factor * jnp.exp(theta["horizon_power"] * shorter)
-    if "log_warm_up" in theta:
-        factor = factor * -jnp.expm1(-(step.astype(dtype) + 1) * jnp.exp(-theta["log_warm_up"]))
-    return factor
-
-
-def _log_shorter(theta, step, num_steps, dtype) -> jax.Array:
-    """log of `USUAL` over the horizon. Where there is none, over one that recedes: it is `USUAL`
-    for the first `USUAL` / 2 steps, and grows with a power of t from there on."""
-    horizon = jnp.maximum(num_steps.astype(dtype), SHORTEST)
-    told = math.log(USUAL) - jnp.log(horizon)
-    if "assumed_power" not in theta:
-        return jnp.where(num_steps > 0, told, 0)
-    ahead = jnp.log(jnp.maximum(2 / USUAL * step.astype(dtype), 1))
-    return jnp.where(num_steps > 0, told, -theta["assumed_power"] * ahead)
-
-
-def _log_left(step, num_steps, dtype, unknown: float) -> jax.Array:
-    """log of half a cosine, from 1 at the first step to `ANNEALED` at the horizon; of `unknown`
-    where there is no horizon."""
-    t, horizon = step.astype(dtype), num_steps.astype(dtype)
-    done = jnp.minimum(t / jnp.maximum(horizon, 1), 1)
-    left = (0.5 * (1 + jnp.cos(jnp.pi * done)) + ANNEALED) / (1 + ANNEALED)
-    return jnp.log(jnp.where(num_steps > 0, left, unknown))
 
 
 def _start(settings, params) -> Accumulators:

@@ -82,6 +82,7 @@ EARLIER: dict[str, dict[str, Any]] = {
         "fall_power": 0.0,
         "quiet": 0.0,
         "agreement": 0.0,
+        "overshoot": 0.0,
         "warm_up": 0.0,
         "anneal": 1.0,
         "reach": 1.4,
