@@ -86,7 +86,7 @@ def per_tensor(
     fall_power: float = 0.5,
     quiet: float = 3e-4,
     agreement: float = 3.0,
-    overshoot: float = 5.0,
+    overshoot: float = 4.0,
     warm_up: float = 0.0,
     anneal: float = 0.7,
     horizon_power: float = 0.4,
