@@ -136,7 +136,7 @@ def test_dead_pixels_are_nan_without_eps_root_and_finite_with_it(optimizer):
         assert all(np.isfinite(x).all() for x in leaves) == finite
 
 
-@pytest.mark.parametrize("length", [1, 9, 13])
+@pytest.mark.parametrize("length", [1, 9, pytest.param(13, marks=pytest.mark.slow)])
 def test_segments_change_nothing(length):
     """Lengths with and without a remainder; the states after them too."""
     with jax.enable_x64(True):

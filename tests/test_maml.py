@@ -70,7 +70,7 @@ def test_a_run_ends_with_table_figures_and_export(whole, capsys, config):
     assert any("comparison/query_loss_2" in row for row in rows)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_the_same_theta_on_any_number_of_devices(whole, config, tmp_path, devices):
     assert train(build_experiment(config), tmp_path / "run", jax.devices()[:devices]) == DONE
     one, two = (exports.read(d / exports.EXPORT)[1] for d in (whole, tmp_path / "run"))

@@ -48,7 +48,11 @@ def optimizers():
 LEARNED = sorted(exports.released())
 
 
-@pytest.fixture(scope="module", params=optimizers(), ids=str)
+# What `mlp` does, it does guarded as well.
+CASES = [pytest.param(x, marks=pytest.mark.slow if x == "mlp" else ()) for x in optimizers()]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def optimizer(request):
     return optimizers()[request.param]()
 

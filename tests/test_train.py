@@ -111,7 +111,9 @@ def test_a_callback_ends_a_run(tiny, tmp_path):
     assert met == [(3, (3, 8)), (6, (3, 8))]
 
 
-@pytest.mark.parametrize("saved, resumed", [(8, 1), (1, 8), (4, 2)])
+@pytest.mark.parametrize(
+    "saved, resumed", [(8, 1), (1, 8), pytest.param(4, 2, marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_with_other_devices(tiny, whole, tmp_path, saved, resumed):
     """And ends as one that had eight throughout. The pairs with two processes, which are equal to
     the bit, are in `test_cluster.py`."""
