@@ -8,7 +8,6 @@ After a change that is meant, see `l2l/optimizers/versions.py`, and then write t
 It refuses to record other updates of the same weights under the versions of before.
 """
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -57,15 +56,9 @@ def updates(name: str, told: bool) -> np.ndarray:
 
 
 def origin(name: str) -> dict:
-    """The versions of its rules, and a digest of its settings and weights."""
-    _, theta, about = exports.read(l2l.released()[name])
-    digest = hashlib.sha256(json.dumps(exports.specification_of(about), sort_keys=True).encode())
-    for path, leaf in jax.tree.leaves_with_path(theta):
-        digest.update(
-            f"{jax.tree_util.keystr(path)}{leaf.dtype}{leaf.shape}".encode()
-            + np.asarray(leaf).tobytes()
-        )
-    return {"rules": about["optimizer"]["rules"], "digest": digest.hexdigest()}
+    """The versions of its rules, and the digest of its weights that its file holds."""
+    about = exports.read(l2l.released()[name])[2]
+    return {"rules": about["optimizer"]["rules"], "sha256": about["sha256"]}
 
 
 def apart(ours: np.ndarray, recorded) -> float:
@@ -78,7 +71,7 @@ def apart(ours: np.ndarray, recorded) -> float:
 @pytest.mark.parametrize("name", sorted(l2l.released()))
 def test_first_updates_are_those_recorded(name, told):
     golden = json.loads(FILE.read_text())[name]
-    assert {key: golden[key] for key in origin(name)} == origin(name), (
+    assert golden.items() >= origin(name).items(), (
         "recorded for other weights or another version: python tests/test_golden.py"
     )
     ours = updates(name, told == "told")
@@ -99,9 +92,8 @@ def record() -> int:
     before = json.loads(FILE.read_text()) if FILE.exists() else {}
     golden = {}
     for name in sorted(l2l.released()):
-        made, old = origin(name), before.get(name)
-        same = old and all(old.get(key) == x for key, x in made.items())
-        golden[name] = dict(made)
+        golden[name], old = origin(name), before.get(name, {})
+        same = old.items() >= golden[name].items()
         for told in ("untold", "told"):
             ours = updates(name, told == "told")
             golden[name][told] = [[float(f"{x:.6g}") for x in row] for row in ours]

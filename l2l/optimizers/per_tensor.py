@@ -119,9 +119,9 @@ def per_tensor(
     et al. 2025, arXiv 2510.12402), and does not hold back weights that the loss wants to grow.
 
     Where the rate is too high, steps overshoot, and gradients turn against the momentum that led to
-    them: g is negative, and the rate is lowered until g is nearly zero. This finds the rate of
-    losses with little noise, such as that of a differential equation, of large batches, and of wide
-    layers.
+    them: g is negative, and the rate is the lower the more it is so. Losses with little noise, such
+    as that of a differential equation, need this; models that are far from learned when their run
+    ends lose a little by it.
 
     Directions do not get shorter as gradients do, so learning goes on where gradients are small.
     What slows it down, and in the end stops it, is f: where gradients have fallen far the data is

@@ -98,9 +98,9 @@ def log_rate(theta, vector, log_size, log_depth, fast, fall) -> jax.Array:
 
 
 def log_decay(theta, step, num_steps, fall) -> jax.Array:
-    """[G]: log of the weight decay, relative to the rate."""
+    """[G], or a scalar where gradients have no say: log of the weight decay over the rate."""
     dtype = theta["log_rate"].dtype
-    log = theta["log_weight_decay"] + jnp.zeros_like(fall)
+    log = theta["log_weight_decay"]
     if "decay_anneal" in theta:
         log = log + theta["decay_anneal"] * _log_left(step, num_steps, dtype, unknown=0.5)
     if "decay_power" in theta:
