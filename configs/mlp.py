@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
         learning_rate=0.01,
         weight_decay=0.5,
         decay_fall=0.0,
+        decay_noise=0.0,
         fall_power=0.0,
         quiet=0.0,
         overshoot=0.0,

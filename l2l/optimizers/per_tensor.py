@@ -41,10 +41,11 @@ FEATURES = (
 
 class Trail(NamedTuple):
     """What is remembered of each of G tensors. alignment, log_gradient: [2, G], averaged fast and
-    slow. log_start: [G], log rms θ before the first step. mean_square: [G], of the gradients of
-    all steps so far."""
+    slow. steadiness: [G], |alignment| of single steps, averaged fast from 1 on. log_start: [G], log
+    rms θ before the first step. mean_square: [G], of the gradients of all steps so far."""
 
     alignment: jax.Array
+    steadiness: jax.Array
     log_gradient: jax.Array
     log_start: jax.Array
     mean_square: jax.Array
@@ -79,10 +80,11 @@ def per_tensor(
     second_decay: float = 0.999,
     second_power: float = 0.6,
     mixture: bool = False,
-    weight_decay: float = 1.5,
+    weight_decay: float = 0.7,
     decay_anneal: float = 2.0,
     decay_power: float = 0.3,
-    decay_fall: float = 0.5,
+    decay_fall: float = 1.0,
+    decay_noise: float = 3.5,
     fall_power: float = 0.5,
     quiet: float = 3e-4,
     agreement: float = 3.0,
@@ -114,9 +116,12 @@ def per_tensor(
     between 0.1 and 1, r the `reach`, and a the network's output, zero at first: untrained, or with
     `hidden_size` 0, the rule is SOAP with a schedule. With `mixture`, the further directions (one
     for each further decay, and the gradient's) have the coefficients c₀ · tanh(bⱼ). Weight decay
-    adds c₀ · exp(δ + r · tanh(e/r)) · (500/T)^j · s^k · φ^(−z) · θ to the update (here s is ½ if no
-    horizon is known), only where the nominal step goes towards zero as well: it is cautious (Chen
-    et al. 2025, arXiv 2510.12402), and does not hold back weights that the loss wants to grow.
+    adds c₀ · exp(δ + m · max(0, 1 − 3A) + r · tanh(e/r)) · (500/T)^j · s^k · φ^(−z) · θ to the
+    update (here s is ½ if no horizon is known), only where the nominal step goes towards zero as
+    well: it is cautious (Chen et al. 2025, arXiv 2510.12402), and does not hold back weights that
+    the loss wants to grow. A is |g| of single steps, averaged over some ten of them: where it is
+    small, most of a gradient is noise, and noise is what gets memorised. Losses without noise, such
+    as that of a differential equation, have an A of 0.3 and more, and want little decay.
 
     Where the rate is too high, steps overshoot, and gradients turn against the momentum that led to
     them: g is negative, and the rate is the lower the more it is so. Losses with little noise, such
@@ -143,6 +148,7 @@ def per_tensor(
       decay_anneal: k: decay fades before the rate does, and the end of a run fits what is left.
       decay_power: j: longer runs do better with less decay.
       decay_fall: z: data that is all but memorised takes more decay; 0 for none.
+      decay_noise: m: gradients that are mostly noise take more decay; 0 for none.
       fall_power: v; 0 for none.
       quiet: κ; 0 for none.
       agreement: η; 0 counts every fall of gradients in full.
@@ -164,7 +170,7 @@ def per_tensor(
     nominal = numbers.Numbers(
         *(learning_rate, vector_rate, size_power, depth_power, anneal, horizon_power),
         *(assumed_power, warm_up, bound, weight_decay, decay_anneal, decay_power, decay_fall),
-        *(fall_power, quiet, overshoot),
+        *(decay_noise, fall_power, quiet, overshoot),
     ).checked()
     if not 0 <= agreement < math.inf:
         raise UserError(f"agreement={agreement} is out of range.")
@@ -198,7 +204,8 @@ def per_tensor(
                 for name, part in theta.items()
             }
         seen, plain = rows[: len(FEATURES)], rows[len(FEATURES) :]
-        vector, log_weights, log_size, log_depth, fall, lengths = *plain[:5], plain[5:]
+        vector, log_weights, log_size, log_depth, fall, steady = plain[:6]
+        lengths = plain[6:]
         fast = seen[FEATURES.index("all tensors: alignment, fast")]
         slow = seen[FEATURES.index("all tensors: alignment, slow")]
         fall = numbers.counted(fall, fast, slow, agreement)
@@ -213,7 +220,7 @@ def per_tensor(
             rate = rate / jnp.sqrt(1 + jnp.square(part * jnp.exp(-theta["log_bound"])))
         coefficients = -rate[None] * shares
         if weight_decay:
-            log_decay = numbers.log_decay(theta, step, num_steps, fall)
+            log_decay = numbers.log_decay(theta, step, num_steps, fall, steady)
             log_decay = log_decay + reach * jnp.tanh(out[-1] / reach)
             decay = -rate * jnp.exp(log_decay) * (1 - vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
@@ -294,7 +301,13 @@ def _start(settings, params) -> Accumulators:
     log_start = _log_rms(settings, meshes.together(params), dtype) if leaves else zeros[0]
     return Accumulators(
         soap.start(settings, params),
-        Trail(zeros, jnp.zeros_like(zeros), log_start, jnp.zeros_like(log_start)),
+        Trail(
+            alignment=zeros,
+            steadiness=jnp.ones_like(log_start),
+            log_gradient=jnp.zeros_like(zeros),
+            log_start=log_start,
+            mean_square=jnp.zeros_like(log_start),
+        ),
     )
 
 
@@ -310,7 +323,8 @@ def _log_rms(settings, params, dtype) -> jax.Array:
 def _observe(settings, gradient, params, past: Accumulators):
     """(directions, features [S, G], accumulators). Features are `FEATURES`; then, hidden from the
     network, whether a tensor is a vector, log rms θ, log of its size (`_sizes`), log of half the
-    number of matrices, log f, and the root mean squares of the directions."""
+    number of matrices, log f, the steadiness of all tensors, and the root mean squares of the
+    directions."""
     began = past.soap.count > 0
     seen, now = soap.observe(settings, gradient, past.soap)
     leaves = jax.tree.leaves(params)
@@ -328,6 +342,7 @@ def _observe(settings, gradient, params, past: Accumulators):
 
     trail = Trail(
         alignment=average(past.trail.alignment, cosine),
+        steadiness=FAST * past.trail.steadiness + (1 - FAST) * jnp.where(began, jnp.abs(cosine), 1),
         log_gradient=average(
             jnp.where(began, past.trail.log_gradient, log_gradient[None]), log_gradient
         ),
@@ -353,8 +368,9 @@ def _observe(settings, gradient, params, past: Accumulators):
     vector = jnp.asarray([float(i in vectors) for i in range(len(leaves))], dtype)
     log_size = jnp.asarray([math.log(x) for x in _sizes(leaves, vectors, settings.longest)], dtype)
     log_depth = jnp.full_like(log_size, math.log(max(len(leaves) - len(vectors), 1) / 2))
-    rows = [*dynamic, growth, *together, vector, log_weights, log_size, log_depth, fall, *lengths]
-    return seen, jnp.stack(rows), Accumulators(now, trail)
+    steady = jnp.broadcast_to(trail.steadiness @ share, fall.shape)
+    rows = [*dynamic, growth, *together, vector, log_weights, log_size, log_depth, fall, steady]
+    return seen, jnp.stack([*rows, *lengths]), Accumulators(now, trail)
 
 
 def _sizes(leaves, vectors: frozenset[int], longest: int) -> list[float]:

@@ -18,6 +18,8 @@ ANNEALED = 1e-3
 USUAL, SHORTEST = 500, 100
 # As rates and decay see it, gradients fall no further than to this part.
 LOWEST = 0.1
+# 1 over the steadiness of gradients from which on no decay is added: those with next to no noise.
+STEADY = 3.0
 
 
 class Numbers(NamedTuple):
@@ -36,6 +38,7 @@ class Numbers(NamedTuple):
     decay_anneal: float
     decay_power: float
     decay_fall: float
+    decay_noise: float
     fall_power: float
     quiet: float
     overshoot: float
@@ -59,7 +62,7 @@ class Numbers(NamedTuple):
         }
         powers = (
             *("depth_power", "horizon_power", "assumed_power", "decay_anneal", "decay_power"),
-            *("decay_fall", "fall_power", "overshoot"),
+            *("decay_fall", "decay_noise", "fall_power", "overshoot"),
         )
         for name in powers:
             if getattr(self, name):
@@ -97,8 +100,9 @@ def log_rate(theta, vector, log_size, log_depth, fast, fall) -> jax.Array:
     return log
 
 
-def log_decay(theta, step, num_steps, fall) -> jax.Array:
-    """[G], or a scalar where gradients have no say: log of the weight decay over the rate."""
+def log_decay(theta, step, num_steps, fall, steady) -> jax.Array:
+    """[G], or a scalar where gradients have no say: log of the weight decay over the rate. steady:
+    [G], |cosine| of gradients with the momentum before them, averaged over some ten steps."""
     dtype = theta["log_rate"].dtype
     log = theta["log_weight_decay"]
     if "decay_anneal" in theta:
@@ -107,6 +111,8 @@ def log_decay(theta, step, num_steps, fall) -> jax.Array:
         log = log + theta["decay_power"] * _log_shorter(theta, step, num_steps, dtype)
     if "decay_fall" in theta:
         log = log - theta["decay_fall"] * _clipped(fall)
+    if "decay_noise" in theta:
+        log = log + theta["decay_noise"] * jnp.maximum(1 - STEADY * steady, 0)
     return log
 
 
