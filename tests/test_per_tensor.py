@@ -53,6 +53,7 @@ PLAIN = dict(
     depth_power=0.0,
     horizon_power=0.0,
     decay_fall=0.0,
+    decay_noise=0.0,
     fall_power=0.0,
     quiet=0.0,
     agreement=0.0,
@@ -189,7 +190,7 @@ def proposed(cosine, fall, **settings):
     zeros = jnp.zeros((), jnp.int32)
 
     def coefficient(cosine):
-        rows = jnp.zeros((len(FEATURES) + 6, 1))
+        rows = jnp.zeros((len(FEATURES) + 7, 1))
         for name in ("fast", "slow"):
             rows = rows.at[FEATURES.index(f"all tensors: alignment, {name}")].set(cosine)
         rows = rows.at[len(FEATURES) + 4].set(fall)
@@ -213,6 +214,40 @@ def test_rates_fall_where_gradients_turn_against_the_momentum():
     at = {g: proposed(g, 0.0, **PLAIN | {"overshoot": 5.0})[0] for g in (-0.3, -0.1, 0.0, 0.4)}
     for g, factor in {-0.3: np.exp(-1.5), -0.1: np.exp(-0.5), 0.4: 1.0}.items():
         np.testing.assert_allclose(at[g], factor * at[0.0], rtol=1e-5)
+
+
+def test_decay_grows_where_gradients_are_noise():
+    """exp(m · max(0, 1 − 3A)) on the decay relative to the rate, and nothing on the rate."""
+    learned = per_tensor(decay_noise=2.0, bound=0.0)
+    theta, zeros = learned.init(jax.random.key(0)), jnp.zeros((), jnp.int32)
+
+    def coefficients(steadiness):
+        rows = jnp.zeros((len(FEATURES) + 7, 1)).at[len(FEATURES) + 5].set(steadiness)
+        return learned.rule.propose(theta, rows, zeros, zeros, ())[0][:, 0]
+
+    calm = coefficients(1.0)
+    for steadiness, wanted in {0.0: 2.0, 0.1: 1.4, 0.3: 0.2, 0.34: 0.0}.items():
+        found = coefficients(steadiness)
+        np.testing.assert_allclose(found / calm, [1.0, np.exp(wanted)], rtol=1e-5)
+
+
+def test_steadiness_is_the_mean_size_of_the_cosines_whose_mean_is_the_alignment():
+    """From 1 on: before there is evidence of noise no decay is added."""
+    transform = bound()
+    params, state = PARAMS, transform.init(PARAMS)
+    wanted, before, signs = np.ones(len(PARAMS)), np.zeros(len(PARAMS)), set()
+    for i in range(12):
+        # Every third gradient points back, so that cosines of both signs occur.
+        gradients = jax.tree.map(lambda x, i=i: -x if i % 3 == 2 else x, noisy(params, 0))
+        updates, state = transform.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        now = np.asarray(state.accumulators.trail.alignment[0])
+        cosines = (now - FAST * before) / (1 - FAST)
+        wanted = FAST * wanted + (1 - FAST) * (np.abs(cosines) if i else 1.0)
+        before = now
+        signs |= set(np.sign(cosines.round(3)))
+        np.testing.assert_allclose(state.accumulators.trail.steadiness, wanted, rtol=1e-4)
+    assert signs == {-1.0, 0.0, 1.0} and (wanted > np.abs(before) + 0.1).all()
 
 
 def test_a_rate_is_found_where_it_is_far_too_high():
