@@ -16,7 +16,8 @@ from l2l.estimators.autodiff import truncated
 from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import Objective
 from l2l.optimizers import soap
-from l2l.optimizers.per_tensor import FAST, FEATURES, RAMP, SLOW, per_tensor
+from l2l.optimizers.per_tensor import RAMP, per_tensor
+from l2l.optimizers.per_tensor_evidence import FAST, FEATURES, SLOW, Plain
 from l2l.storage import exports
 from l2l.training import meta_step
 
@@ -190,10 +191,10 @@ def proposed(cosine, fall, **settings):
     zeros = jnp.zeros((), jnp.int32)
 
     def coefficient(cosine):
-        rows = jnp.zeros((len(FEATURES) + 7, 1))
+        rows = jnp.zeros((len(FEATURES) + len(Plain._fields) + 1, 1))
         for name in ("fast", "slow"):
             rows = rows.at[FEATURES.index(f"all tensors: alignment, {name}")].set(cosine)
-        rows = rows.at[len(FEATURES) + 4].set(fall)
+        rows = rows.at[len(FEATURES) + Plain._fields.index("fall")].set(fall)
         return learned.rule.propose(theta, rows, zeros, zeros, ())[0][0, 0]
 
     return jax.value_and_grad(coefficient)(cosine)
@@ -222,7 +223,8 @@ def test_decay_grows_where_gradients_are_noise():
     theta, zeros = learned.init(jax.random.key(0)), jnp.zeros((), jnp.int32)
 
     def coefficients(steadiness):
-        rows = jnp.zeros((len(FEATURES) + 7, 1)).at[len(FEATURES) + 5].set(steadiness)
+        rows = jnp.zeros((len(FEATURES) + len(Plain._fields) + 1, 1))
+        rows = rows.at[len(FEATURES) + Plain._fields.index("steadiness")].set(steadiness)
         return learned.rule.propose(theta, rows, zeros, zeros, ())[0][:, 0]
 
     calm = coefficients(1.0)
@@ -462,7 +464,7 @@ def test_old_knobs_of_other_optimizers():
 def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
     """Through the coefficients of a step in a run that is told its length, and of a late one in a
     run that is not; of two matrices, their number would not matter, nor one gradient's fall, nor
-    where it points if that is ahead."""
+    where it points if that is ahead, nor its noise before there is evidence of it."""
     params = PARAMS | {"w2": PARAMS["w"]}
     learned = per_tensor(hidden_size=2, warm_up=3.0, learn=learn)
     theta = learned.init(jax.random.key(0))
@@ -473,6 +475,7 @@ def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
         gradient = jax.tree.map(lambda x, s=0.1 if i else 1.0: s * x, noisy(params, i))
         _, rows, past = rule.observe(gradient, params, past)
     rows = rows.at[FEATURES.index("all tensors: alignment, fast")].set(-0.2)
+    rows = rows.at[len(FEATURES) + Plain._fields.index("steadiness")].set(0.1)
     hidden = rule.hidden(theta, len(params))
 
     def total(theta):

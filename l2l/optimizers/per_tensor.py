@@ -21,47 +21,23 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import binding, coordinates, meshes, soap
+from l2l.optimizers import binding, coordinates, soap
+from l2l.optimizers import per_tensor_evidence as evidence
 from l2l.optimizers import per_tensor_numbers as numbers
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
+from l2l.optimizers.per_tensor_evidence import FEATURES
 
-# Decays, per step, of the averages over time of what is pooled over a tensor.
-FAST, SLOW = 0.9, 0.99
 # Weight decay is at its full strength where the nominal direction goes this far towards zero (its
 # entries have size 1 where gradients agree). It grows from 0 to here: a sudden switch would have no
 # derivative.
 RAMP = 0.1
 LEARN = ("network", "numbers", "all")
-FEATURES = (
-    *("signal", "alignment, fast", "alignment, slow", "trend of |g|", "fall of |g|"),
-    *("growth of |θ|", "all tensors: signal", "all tensors: alignment, fast"),
-    *("all tensors: alignment, slow", "all tensors: trend of |g|", "all tensors: fall of |g|"),
-)
-
-
-class Trail(NamedTuple):
-    """What is remembered of each of G tensors. alignment, log_gradient: [2, G], averaged fast and
-    slow. steadiness: [G], |alignment| of single steps, averaged fast from 1 on. log_start: [G], log
-    rms θ before the first step. mean_square: [G], of the gradients of all steps so far."""
-
-    alignment: jax.Array
-    steadiness: jax.Array
-    log_gradient: jax.Array
-    log_start: jax.Array
-    mean_square: jax.Array
-
-
-class Accumulators(NamedTuple):
-    """soap: the moments, in the shapes and shardings of the parameters, and the bases."""
-
-    soap: soap.SoapState
-    trail: Trail
 
 
 class PerTensorState(NamedTuple):
     """The optax state of a bound rule."""
 
-    accumulators: Accumulators
+    accumulators: evidence.Accumulators
     hidden: Any
 
     @property
@@ -203,32 +179,30 @@ def per_tensor(
                 name: part if (name == "network") == (learn == "network") else _held(part)
                 for name, part in theta.items()
             }
-        seen, plain = rows[: len(FEATURES)], rows[len(FEATURES) :]
-        vector, log_weights, log_size, log_depth, fall, steady = plain[:6]
-        lengths = plain[6:]
+        seen, plain, lengths = evidence.parts(rows)
         fast = seen[FEATURES.index("all tensors: alignment, fast")]
         slow = seen[FEATURES.index("all tensors: alignment, slow")]
-        fall = numbers.counted(fall, fast, slow, agreement)
+        fall = numbers.counted(plain.fall, fast, slow, agreement)
         out, state = network.apply(theta, seen, state)
-        log_rate = numbers.log_rate(theta, vector, log_size, log_depth, fast, fall)
+        log_rate = numbers.log_rate(theta, plain, fast, fall)
         rate = jnp.exp(log_rate + reach * jnp.tanh(out[0] / reach))
         rate = rate * numbers.schedule(theta, step, num_steps)
         shares = jnp.concatenate([jnp.ones_like(out[:1]), jnp.tanh(out[1 : 1 + further])])
         if bound:
-            largest = jnp.maximum(jnp.exp(log_weights), smallest)
+            largest = jnp.maximum(jnp.exp(plain.log_weights), smallest)
             part = rate * jnp.sum(jnp.abs(shares) * lengths, 0) / largest
             rate = rate / jnp.sqrt(1 + jnp.square(part * jnp.exp(-theta["log_bound"])))
         coefficients = -rate[None] * shares
         if weight_decay:
-            log_decay = numbers.log_decay(theta, step, num_steps, fall, steady)
+            log_decay = numbers.log_decay(theta, step, num_steps, fall, plain.steadiness)
             log_decay = log_decay + reach * jnp.tanh(out[-1] / reach)
-            decay = -rate * jnp.exp(log_decay) * (1 - vector)
+            decay = -rate * jnp.exp(log_decay) * (1 - plain.vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
         return coefficients, state
 
     rule = base.PerTensorRule(
-        accumulators=lambda params: _start(settings, params),
-        observe=partial(_observe, settings),
+        accumulators=partial(evidence.start, settings),
+        observe=partial(evidence.observe, settings),
         hidden=network.hidden,
         propose=propose,
         combine=partial(_combine, settings, weight_decay > 0),
@@ -292,95 +266,6 @@ def _combine(settings, decayed: bool, seen, coefficients, params):
         towards = jnp.clip(jnp.sign(p) * nominal / RAMP, 0, 1)
         updates |= group.scatter(moved + decay * towards * p, seen.places)
     return treedef.unflatten([updates[i].astype(x.dtype) for i, x in enumerate(leaves)])
-
-
-def _start(settings, params) -> Accumulators:
-    leaves = jax.tree.leaves(params)
-    dtype = jnp.result_type(jnp.float32, *map(soap.accumulator_dtype, leaves))
-    zeros = jnp.zeros((2, len(leaves)), dtype)
-    log_start = _log_rms(settings, meshes.together(params), dtype) if leaves else zeros[0]
-    return Accumulators(
-        soap.start(settings, params),
-        Trail(
-            alignment=zeros,
-            steadiness=jnp.ones_like(log_start),
-            log_gradient=jnp.zeros_like(zeros),
-            log_start=log_start,
-            mean_square=jnp.zeros_like(log_start),
-        ),
-    )
-
-
-def _log_rms(settings, params, dtype) -> jax.Array:
-    """[G]: log of the root mean square of each tensor, and at least log of a thousandth."""
-    leaves, plan = jax.tree.leaves(params), settings.plan(params)
-    grouped = [group.gather(leaves).astype(dtype) for group in plan.groups]
-    squares = plan.per_leaf([jnp.sum(x * x, tuple(range(1, x.ndim))) for x in grouped])
-    sizes = jnp.asarray([max(jnp.size(x), 1) for x in leaves], dtype)
-    return 0.5 * jnp.log(squares / sizes + 1e-6)
-
-
-def _observe(settings, gradient, params, past: Accumulators):
-    """(directions, features [S, G], accumulators). Features are `FEATURES`; then, hidden from the
-    network, whether a tensor is a vector, log rms θ, log of its size (`_sizes`), log of half the
-    number of matrices, log f, the steadiness of all tensors, and the root mean squares of the
-    directions."""
-    began = past.soap.count > 0
-    seen, now = soap.observe(settings, gradient, past.soap)
-    leaves = jax.tree.leaves(params)
-    dtype = past.trail.log_start.dtype
-    along, ahead, square, numerator, second = seen.pooled[: len(soap.POOLED)].astype(dtype)
-    lengths = jnp.sqrt(seen.pooled[len(soap.POOLED) :].astype(dtype) + soap.TINY)
-    log_gradient = 0.5 * jnp.log(square + 1e-20)
-    # Where there is nothing to compare, neither the root nor its derivative is taken.
-    there = began & (ahead * square > 1e-24)
-    cosine = jnp.where(there, along * jax.lax.rsqrt(jnp.where(there, ahead * square, 1)), 0)
-
-    def average(past, new):
-        decays = jnp.asarray([[FAST], [SLOW]], dtype)
-        return decays * past + (1 - decays) * new[None]
-
-    trail = Trail(
-        alignment=average(past.trail.alignment, cosine),
-        steadiness=FAST * past.trail.steadiness + (1 - FAST) * jnp.where(began, jnp.abs(cosine), 1),
-        log_gradient=average(
-            jnp.where(began, past.trail.log_gradient, log_gradient[None]), log_gradient
-        ),
-        log_start=past.trail.log_start,
-        mean_square=past.trail.mean_square
-        + (square - past.trail.mean_square) / now.count.astype(dtype),
-    )
-    log_weights = _log_rms(settings, params, dtype)
-    fall = trail.log_gradient[0] - 0.5 * jnp.log(trail.mean_square + 1e-20)
-    dynamic = jnp.stack(
-        [
-            jnp.sqrt(numerator / (second + soap.TINY) + soap.TINY),
-            *trail.alignment,
-            jnp.tanh(trail.log_gradient[0] - trail.log_gradient[1]),
-            jnp.tanh(0.3 * fall),
-        ]
-    )
-    sizes = [x.size for x in leaves]
-    share = jnp.asarray(sizes, dtype) / max(sum(sizes), 1)
-    together = jnp.broadcast_to((dynamic @ share)[:, None], dynamic.shape)
-    growth = jnp.tanh(log_weights - trail.log_start)
-    vectors = settings.plan(params).vectors
-    vector = jnp.asarray([float(i in vectors) for i in range(len(leaves))], dtype)
-    log_size = jnp.asarray([math.log(x) for x in _sizes(leaves, vectors, settings.longest)], dtype)
-    log_depth = jnp.full_like(log_size, math.log(max(len(leaves) - len(vectors), 1) / 2))
-    steady = jnp.broadcast_to(trail.steadiness @ share, fall.shape)
-    rows = [*dynamic, growth, *together, vector, log_weights, log_size, log_depth, fall, steady]
-    return seen, jnp.stack([*rows, *lengths]), Accumulators(now, trail)
-
-
-def _sizes(leaves, vectors: frozenset[int], longest: int) -> list[float]:
-    """For each matrix (all axes but the last by the last), the square root of its rows times its
-    columns, over 64; sides without a basis, like the rows of an embedding, do not count. For
-    vectors, 1."""
-    sides = [(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1) for x in leaves]
-    whole = [[n for n in side if n <= longest] or [longest] for side in sides]
-    means = [math.prod(side) ** (1 / len(side)) for side in whole]
-    return [1.0 if i in vectors else n / 64 for i, n in enumerate(means)]
 
 
 def advance(rule: base.PerTensorRule, theta, gradient, params, state: PerTensorState, num_steps):

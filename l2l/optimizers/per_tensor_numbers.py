@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from l2l.console.errors import UserError
+from l2l.optimizers.per_tensor_evidence import Plain
 
 # What is left of the rate at the horizon, before the power.
 ANNEALED = 1e-3
@@ -86,11 +87,12 @@ def counted(fall, fast, slow, agreement: float) -> jax.Array:
     return fall * noise * jnp.maximum(1 - jnp.square(fast), 0) ** agreement
 
 
-def log_rate(theta, vector, log_size, log_depth, fast, fall) -> jax.Array:
-    """[G]: log of each tensor's rate, schedule aside. vector: 1 for vectors, 0 for matrices."""
-    log = theta["log_rate"] + vector * theta["log_vector_rate"] - theta["size_power"] * log_size
+def log_rate(theta, plain: Plain, fast, fall) -> jax.Array:
+    """[G]: log of each tensor's rate, schedule aside. fast, fall: as of `counted`."""
+    log = theta["log_rate"] + plain.vector * theta["log_vector_rate"]
+    log = log - theta["size_power"] * plain.log_size
     if "depth_power" in theta:
-        log = log - theta["depth_power"] * log_depth
+        log = log - theta["depth_power"] * plain.log_depth
     if "overshoot" in theta:
         log = log - theta["overshoot"] * jnp.maximum(-fast, 0)
     if "fall_power" in theta:
@@ -100,9 +102,10 @@ def log_rate(theta, vector, log_size, log_depth, fast, fall) -> jax.Array:
     return log
 
 
-def log_decay(theta, step, num_steps, fall, steady) -> jax.Array:
-    """[G], or a scalar where gradients have no say: log of the weight decay over the rate. steady:
-    [G], |cosine| of gradients with the momentum before them, averaged over some ten steps."""
+def log_decay(theta, step, num_steps, fall, steadiness) -> jax.Array:
+    """[G], or a scalar where gradients have no say: log of the weight decay over the
+    rate. steadiness: |cosine| of gradients with the momentum before them, averaged over some ten
+    steps and all tensors."""
     dtype = theta["log_rate"].dtype
     log = theta["log_weight_decay"]
     if "decay_anneal" in theta:
@@ -112,7 +115,7 @@ def log_decay(theta, step, num_steps, fall, steady) -> jax.Array:
     if "decay_fall" in theta:
         log = log - theta["decay_fall"] * _clipped(fall)
     if "decay_noise" in theta:
-        log = log + theta["decay_noise"] * jnp.maximum(1 - STEADY * steady, 0)
+        log = log + theta["decay_noise"] * jnp.maximum(1 - STEADY * steadiness, 0)
     return log
 
 

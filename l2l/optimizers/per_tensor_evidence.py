@@ -1,0 +1,151 @@
+"""What `per_tensor` sees of G whole tensors: evidence pooled over each, and over all of them."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from l2l.optimizers import meshes, soap
+
+# Decays, per step, of the averages over time of what is pooled over a tensor.
+FAST, SLOW = 0.9, 0.99
+FEATURES = (
+    *("signal", "alignment, fast", "alignment, slow", "trend of |g|", "fall of |g|"),
+    *("growth of |θ|", "all tensors: signal", "all tensors: alignment, fast"),
+    *("all tensors: alignment, slow", "all tensors: trend of |g|", "all tensors: fall of |g|"),
+)
+
+
+class Plain(NamedTuple):
+    """The rows [G] that are hidden from the network. vector: 1 for vectors, 0 for matrices.
+    log_weights: log rms θ. log_size: of `_sizes`. log_depth: log of half the number of matrices.
+    fall: log f. steadiness: that of all tensors."""
+
+    vector: jax.Array
+    log_weights: jax.Array
+    log_size: jax.Array
+    log_depth: jax.Array
+    fall: jax.Array
+    steadiness: jax.Array
+
+
+class Trail(NamedTuple):
+    """What is remembered of each of G tensors. alignment, log_gradient: [2, G], averaged fast and
+    slow. steadiness: [G], |alignment| of single steps, averaged fast from 1 on. log_start: [G], log
+    rms θ before the first step. mean_square: [G], of the gradients of all steps so far."""
+
+    alignment: jax.Array
+    steadiness: jax.Array
+    log_gradient: jax.Array
+    log_start: jax.Array
+    mean_square: jax.Array
+
+
+class Accumulators(NamedTuple):
+    """soap: the moments, in the shapes and shardings of the parameters, and the bases."""
+
+    soap: soap.SoapState
+    trail: Trail
+
+
+def start(settings, params) -> Accumulators:
+    """Those before the first step."""
+    leaves = jax.tree.leaves(params)
+    dtype = jnp.result_type(jnp.float32, *map(soap.accumulator_dtype, leaves))
+    zeros = jnp.zeros((2, len(leaves)), dtype)
+    log_start = _log_rms(settings, meshes.together(params), dtype) if leaves else zeros[0]
+    return Accumulators(
+        soap.start(settings, params),
+        Trail(
+            alignment=zeros,
+            steadiness=jnp.ones_like(log_start),
+            log_gradient=jnp.zeros_like(zeros),
+            log_start=log_start,
+            mean_square=jnp.zeros_like(log_start),
+        ),
+    )
+
+
+def _log_rms(settings, params, dtype) -> jax.Array:
+    """[G]: log of the root mean square of each tensor, and at least log of a thousandth."""
+    leaves, plan = jax.tree.leaves(params), settings.plan(params)
+    grouped = [group.gather(leaves).astype(dtype) for group in plan.groups]
+    squares = plan.per_leaf([jnp.sum(x * x, tuple(range(1, x.ndim))) for x in grouped])
+    sizes = jnp.asarray([max(jnp.size(x), 1) for x in leaves], dtype)
+    return 0.5 * jnp.log(squares / sizes + 1e-6)
+
+
+def observe(settings, gradient, params, past: Accumulators):
+    """(directions, rows [S, G], accumulators). The rows are `FEATURES`, `Plain` and the root mean
+    squares of the directions; `parts` takes them apart."""
+    began = past.soap.count > 0
+    seen, now = soap.observe(settings, gradient, past.soap)
+    leaves = jax.tree.leaves(params)
+    dtype = past.trail.log_start.dtype
+    along, ahead, square, numerator, second = seen.pooled[: len(soap.POOLED)].astype(dtype)
+    lengths = jnp.sqrt(seen.pooled[len(soap.POOLED) :].astype(dtype) + soap.TINY)
+    log_gradient = 0.5 * jnp.log(square + 1e-20)
+    # Where there is nothing to compare, neither the root nor its derivative is taken.
+    there = began & (ahead * square > 1e-24)
+    cosine = jnp.where(there, along * jax.lax.rsqrt(jnp.where(there, ahead * square, 1)), 0)
+
+    def average(past, new):
+        decays = jnp.asarray([[FAST], [SLOW]], dtype)
+        return decays * past + (1 - decays) * new[None]
+
+    trail = Trail(
+        alignment=average(past.trail.alignment, cosine),
+        steadiness=FAST * past.trail.steadiness + (1 - FAST) * jnp.where(began, jnp.abs(cosine), 1),
+        log_gradient=average(
+            jnp.where(began, past.trail.log_gradient, log_gradient[None]), log_gradient
+        ),
+        log_start=past.trail.log_start,
+        mean_square=past.trail.mean_square
+        + (square - past.trail.mean_square) / now.count.astype(dtype),
+    )
+    log_weights = _log_rms(settings, params, dtype)
+    fall = trail.log_gradient[0] - 0.5 * jnp.log(trail.mean_square + 1e-20)
+    dynamic = jnp.stack(
+        [
+            jnp.sqrt(numerator / (second + soap.TINY) + soap.TINY),
+            *trail.alignment,
+            jnp.tanh(trail.log_gradient[0] - trail.log_gradient[1]),
+            jnp.tanh(0.3 * fall),
+        ]
+    )
+    sizes = [x.size for x in leaves]
+    share = jnp.asarray(sizes, dtype) / max(sum(sizes), 1)
+    together = jnp.broadcast_to((dynamic @ share)[:, None], dynamic.shape)
+    growth = jnp.tanh(log_weights - trail.log_start)
+    vectors = settings.plan(params).vectors
+    vector = jnp.asarray([float(i in vectors) for i in range(len(leaves))], dtype)
+    log_size = jnp.asarray([math.log(x) for x in _sizes(leaves, vectors, settings.longest)], dtype)
+    log_depth = jnp.full_like(log_size, math.log(max(len(leaves) - len(vectors), 1) / 2))
+    plain = Plain(
+        vector=vector,
+        log_weights=log_weights,
+        log_size=log_size,
+        log_depth=log_depth,
+        fall=fall,
+        steadiness=jnp.broadcast_to(trail.steadiness @ share, fall.shape),
+    )
+    rows = jnp.stack([*dynamic, growth, *together, *plain, *lengths])
+    return seen, rows, Accumulators(now, trail)
+
+
+def parts(rows) -> tuple[jax.Array, Plain, jax.Array]:
+    """Of the rows of `observe`: (what the network reads, what it does not, [J, G]: the root mean
+    squares of the directions)."""
+    ends = len(FEATURES), len(FEATURES) + len(Plain._fields)
+    return rows[: ends[0]], Plain(*rows[ends[0] : ends[1]]), rows[ends[1] :]
+
+
+def _sizes(leaves, vectors: frozenset[int], longest: int) -> list[float]:
+    """For each matrix (all axes but the last by the last), the square root of its rows times its
+    columns, over 64; sides without a basis, like the rows of an embedding, do not count. For
+    vectors, 1."""
+    sides = [(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1) for x in leaves]
+    whole = [[n for n in side if n <= longest] or [longest] for side in sides]
+    means = [math.prod(side) ** (1 / len(side)) for side in whole]
+    return [1.0 if i in vectors else n / 64 for i, n in enumerate(means)]
