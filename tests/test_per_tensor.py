@@ -21,6 +21,8 @@ from l2l.optimizers.per_tensor_evidence import FAST, FEATURES, SLOW, Plain
 from l2l.storage import exports
 from l2l.training import meta_step
 
+# What a tensor's coefficients are made of, where there is one direction.
+ROWS = (*FEATURES, *Plain._fields, "length")
 PARAMS = {
     "w": jnp.linspace(-1.0, 1.0, 30).reshape(6, 5),
     "k": jnp.linspace(-0.5, 0.5, 24).reshape(2, 3, 4),
@@ -191,10 +193,10 @@ def proposed(cosine, fall, **settings):
     zeros = jnp.zeros((), jnp.int32)
 
     def coefficient(cosine):
-        rows = jnp.zeros((len(FEATURES) + len(Plain._fields) + 1, 1))
+        rows = jnp.zeros((len(ROWS), 1))
         for name in ("fast", "slow"):
-            rows = rows.at[FEATURES.index(f"all tensors: alignment, {name}")].set(cosine)
-        rows = rows.at[len(FEATURES) + Plain._fields.index("fall")].set(fall)
+            rows = rows.at[ROWS.index(f"all tensors: alignment, {name}")].set(cosine)
+        rows = rows.at[ROWS.index("fall")].set(fall)
         return learned.rule.propose(theta, rows, zeros, zeros, ())[0][0, 0]
 
     return jax.value_and_grad(coefficient)(cosine)
@@ -223,8 +225,7 @@ def test_decay_grows_where_gradients_are_noise():
     theta, zeros = learned.init(jax.random.key(0)), jnp.zeros((), jnp.int32)
 
     def coefficients(steadiness):
-        rows = jnp.zeros((len(FEATURES) + len(Plain._fields) + 1, 1))
-        rows = rows.at[len(FEATURES) + Plain._fields.index("steadiness")].set(steadiness)
+        rows = jnp.zeros((len(ROWS), 1)).at[ROWS.index("steadiness")].set(steadiness)
         return learned.rule.propose(theta, rows, zeros, zeros, ())[0][:, 0]
 
     calm = coefficients(1.0)
@@ -474,8 +475,8 @@ def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
     for i in range(12):  # Smaller from the second on.
         gradient = jax.tree.map(lambda x, s=0.1 if i else 1.0: s * x, noisy(params, i))
         _, rows, past = rule.observe(gradient, params, past)
-    rows = rows.at[FEATURES.index("all tensors: alignment, fast")].set(-0.2)
-    rows = rows.at[len(FEATURES) + Plain._fields.index("steadiness")].set(0.1)
+    rows = rows.at[ROWS.index("all tensors: alignment, fast")].set(-0.2)
+    rows = rows.at[ROWS.index("steadiness")].set(0.1)
     hidden = rule.hidden(theta, len(params))
 
     def total(theta):

@@ -25,7 +25,6 @@ from l2l.optimizers import binding, coordinates, soap
 from l2l.optimizers import per_tensor_evidence as evidence
 from l2l.optimizers import per_tensor_numbers as numbers
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
-from l2l.optimizers.per_tensor_evidence import FEATURES
 
 # Weight decay is at its full strength where the nominal direction goes this far towards zero (its
 # entries have size 1 where gradients agree). It grows from 0 to here: a sudden switch would have no
@@ -180,8 +179,8 @@ def per_tensor(
                 for name, part in theta.items()
             }
         seen, plain, lengths = evidence.parts(rows)
-        fast = seen[FEATURES.index("all tensors: alignment, fast")]
-        slow = seen[FEATURES.index("all tensors: alignment, slow")]
+        fast = seen[evidence.FEATURES.index("all tensors: alignment, fast")]
+        slow = seen[evidence.FEATURES.index("all tensors: alignment, slow")]
         fall = numbers.counted(plain.fall, fast, slow, agreement)
         out, state = network.apply(theta, seen, state)
         log_rate = numbers.log_rate(theta, plain, fast, fall)
@@ -207,7 +206,7 @@ def per_tensor(
         propose=propose,
         combine=partial(_combine, settings, weight_decay > 0),
         rate=lambda theta, *clock: jnp.exp(theta["log_rate"]) * numbers.schedule(theta, *clock),
-        features=FEATURES,
+        features=evidence.FEATURES,
     )
     return base.LearnedOptimizer(init, lambda theta: bind(rule, theta), rule)
 
@@ -232,7 +231,7 @@ class _Network:
 
     def init(self, key):
         zeros = jnp.zeros((self._size, 1), jnp.float32)
-        rows = jnp.zeros((len(FEATURES), 1), jnp.float32)
+        rows = jnp.zeros((len(evidence.FEATURES), 1), jnp.float32)
         return self._network.init(key, rows, hk.LSTMState(zeros, zeros))
 
     def hidden(self, theta, num_tensors: int):
