@@ -62,7 +62,7 @@ class Running(NamedTuple):
     steps:        meta-steps of the whole run.
     num_problems: inner problems, split over the devices.
     group:        meta-steps in one call of the compiled program (and between lines of progress).
-    clip:         the largest norm of one problem's meta-gradient.
+    clip:         the largest norm of one problem's meta-gradient; inf for none.
     max_bad:      training stops after so many meta-steps in a row in which a family has no finite
                   meta-gradient.
     blend:        how far the result lies from the first theta to the trained one, 1 for all the
@@ -205,6 +205,11 @@ def build_experiment(config: Mapping) -> Experiment:
         raise UserError(
             f"meta.blend={running.blend} is not a share of the way from the first theta to the "
             "trained one: use a number above 0 and at most 1."
+        )
+    if not running.clip > 0.0:
+        raise UserError(
+            f"meta.clip={running.clip} is no length that a meta-gradient can be cut to: use a "
+            "number above 0, or inf to leave them as long as they are."
         )
     specification = whole["optimizer"]
     imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"])
