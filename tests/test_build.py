@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from l2l.console.errors import UserError
 from l2l.data import datasets
 from l2l.optimizers import registry
 from l2l.storage import exports
@@ -24,7 +25,21 @@ MISTAKES = [
     ({"optimizer": {"name": "lstm", "decays": 0.9}}, "decays=0.9"),
     ({"optimizer": {"hidden_size": 3}}, "has no name"),
     ({"optimizer": "lstm"}, "has no name"),
+    ({"optimizer": {}, "evaluation": {"against": "random_search"}}, "optimizer {} has no name"),
+    ({"optimizer": {"name": 3}}, "has no name"),
     ({"task": ()}, "nothing to train on"),
+    ({"task": "mlp"}, "task 'mlp' has no name: write dict.*autoencoder"),
+    ({"task": ("mlp", "conv")}, "task 'mlp' has no name"),
+    ({"task": None}, "task None has no name"),
+    ({"augmentations": "flip"}, "augmentation 'flip' has no name"),
+    ({"task": {"name": "mlp", "augmentations": "flip"}}, "augmentation 'flip' has no name"),
+    ({"evaluation": {"tasks": "mlp"}}, "evaluation.tasks='mlp' is no change"),
+    ({"evaluation": {"tasks": ({}, "mlp")}}, "evaluation.tasks='mlp' is no change"),
+    ({"meta": {"optimizer": "adam"}}, "meta-optimizer 'adam' has no name"),
+    ({"meta": {"optimizer": ("clip", "adam")}}, "meta-optimizer 'clip' has no name"),
+    ({"meta": {"optimizer": ()}}, r"meta.optimizer=\(\) takes no step"),
+    ({"meta": {"optimizer": {"name": "sgd", "learning_rate": {"value": 1}}}}, "schedule .* no name"),
+    ({"theta": {"loss": "l2"}}, "loss 'l2' has no name"),
     ({"task": {"name": "mlp", "augmentation": 1}}, "Unknown setting 'augmentation'"),
     ({"task": {"name": "nothing:here"}}, "could not be imported"),
     ({"task": {"name": "no/such/file.py:family"}}, "could not be imported"),
@@ -56,7 +71,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("config, sentence", MISTAKES, ids=[m[1][:25] for m in MISTAKES])
 def test_a_mistake_is_one_sentence(config, sentence):
-    with pytest.raises(ValueError, match=sentence) as error:
+    with pytest.raises(UserError, match=sentence) as error:
         build_experiment(config)
     assert "\n" not in str(error.value)
 

@@ -84,21 +84,28 @@ def complete(kind: str, table: Mapping[str, Callable], section: Mapping) -> dict
 
 def factory_of(kind: str, table: Mapping[str, Callable], settings: Mapping):
     """(table[settings["name"]], the other settings)."""
-    if not isinstance(settings, Mapping) or "name" not in settings:
-        raise UserError(
-            f"The {kind} {settings!r} has no name: write dict(name=…, …) with one of "
-            f"{', '.join(sorted(table))}."
-        )
-    settings = dict(settings)
+    settings = named(kind, table, settings)
     name = settings.pop("name")
     if name not in table:
         raise UserError(unknown(kind, name, table))
     return table[name], settings
 
 
+def named(kind: str, table: Mapping[str, Callable], settings) -> dict:
+    """A section that has a name, as a dict."""
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("name"), str):
+        raise UserError(
+            f"The {kind} {settings!r} has no name: write dict(name=…, …) with one of "
+            f"{', '.join(sorted(table))}."
+        )
+    return dict(settings)
+
+
 def several(sections) -> tuple:
-    """One section, or a sequence of them, as a tuple of sections."""
-    return (sections,) if isinstance(sections, Mapping) else tuple(sections)
+    """One section, or a sequence of them, as a tuple of sections. What is neither, like a name that
+    was written in place of a section, counts as one, so that the sentence about it names all of
+    it."""
+    return tuple(sections) if isinstance(sections, list | tuple) else (sections,)
 
 
 def _least(factory, parameter, hint) -> int | None:

@@ -212,11 +212,12 @@ def build_experiment(config: Mapping) -> Experiment:
             "number above 0, or inf to leave them as long as they are."
         )
     specification = whole["optimizer"]
+    built = optimizer(specification)
     imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"])
     evaluation = schema.fill("evaluation", Evaluation, whole["evaluation"])
     _check_against(evaluation.against, specification)
     families, weights = _mixture(whole)
-    learned = _learner(optimizer(specification), whole["theta"], families)
+    learned = _learner(built, whole["theta"], families)
     losses = objective.objective(
         **schema.check("objective", objective.objective, whole["objective"])
     )
@@ -299,13 +300,12 @@ def _alike(one, other) -> bool:
 
 def _mixture(config):
     """(families, weights) of section `task`: one family, or a tuple of them."""
-    sections = config["task"]
-    sections = (sections,) if isinstance(sections, Mapping) else sections
+    sections = schema.several(config["task"])
     if not sections:
         raise UserError("task=() leaves nothing to train on: name at least one family.")
     families, weights = [], []
     for section in sections:
-        section = dict(section)
+        section = schema.named("task", tasks.TASKS, section)
         weights.append(schema.fits("task", "weight", section.pop("weight", 1.0), float))
         own = section.pop("augmentations", ())
         families.append(
@@ -349,16 +349,22 @@ def _array(x):
 
 def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
     """The plain families of section `task`, each with each of the changes of settings."""
-    sections = config["task"]
+    changes = schema.several(changes)
+    for change in changes:
+        if not isinstance(change, Mapping):
+            raise UserError(
+                f"evaluation.tasks={change!r} is no change of section task: write settings that "
+                "replace some of it, like dict(hidden=(64,)), or {} for the task as it is."
+            )
     out = []
-    for section in schema.several(sections):
+    for section in schema.several(config["task"]):
         plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
-        for change in schema.several(changes):
+        for change in changes:
             family = task({**plain, **change})
             values = " ".join(
                 "-".join(map(str, v if isinstance(v, tuple | list) else [v]))
                 for k, v in change.items()
-                if sum(change[k] != other.get(k) for other in schema.several(changes))
+                if sum(change[k] != other.get(k) for other in changes)
             )
             out.append((" ".join(filter(None, (family.name, values))), family))
     return tuple(out)
@@ -400,22 +406,24 @@ def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGra
 def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
     """One optax transformation from a section, or a chain from several. Schedules that need to know
     how long they last are told `steps` unless they say otherwise."""
-    if not isinstance(settings, Mapping):
+    if isinstance(settings, list | tuple):
+        if not settings:
+            raise UserError(
+                "meta.optimizer=() takes no step: name at least one transformation, like "
+                'dict(name="adam", learning_rate=1e-3).'
+            )
         return optax.chain(*(meta_optimizer(one, steps) for one in settings))
 
     def resolve(value):
         if not isinstance(value, Mapping):
             return value
-        length = next((k for k in ("decay_steps", "transition_steps") if _has(value, k)), None)
+        known = inspect.signature(schema.factory_of("schedule", SCHEDULES, value)[0]).parameters
+        length = next((k for k in ("decay_steps", "transition_steps") if k in known), None)
         return schema.make("schedule", SCHEDULES, {**({length: steps} if length else {}), **value})
 
+    settings = schema.named("meta-optimizer", META_OPTIMIZERS, settings)
     settings = {key: resolve(value) for key, value in settings.items()}
     return schema.make("meta-optimizer", META_OPTIMIZERS, settings)
-
-
-def _has(settings: Mapping, key: str) -> bool:
-    factory = SCHEDULES.get(settings.get("name", ""))
-    return factory is not None and key in inspect.signature(factory).parameters
 
 
 def settings_of(path: tuple[str, ...], config: Mapping) -> Mapping[str, Any] | None:
