@@ -55,6 +55,11 @@ MISTAKES = [
         {"optimizer": {"name": "dm", "layers": 0}},
         "layers=0 in optimizer 'dm' is too small: 1 or more",
     ),
+    ({"optimizer": {"name": "adam"}}, "'adam' has nothing to learn.* set learned=True"),
+    (
+        {"optimizer": {"name": "sgd"}, "estimator": {"name": "truncated"}},
+        "'sgd' has nothing to learn.* theta.start=True",
+    ),
     ({"inner": {"length": 0}}, "length=0 in inner is too small"),
     ({"task": {"name": "mlp", "hidden": (8, 0)}}, r"hidden=\(8, 0\) .* 1 or more"),
     ({"checkpoint": {"every": -1}}, "every=-1 .* 0 or more"),
@@ -103,6 +108,18 @@ def test_chains_and_schedules_of_the_meta_optimizer():
         seen.append(float(update))
     # Clipped to 1, and the cosine lasts for `steps` where its config does not say for how many.
     assert seen[0] == -1.0 and seen[5] == pytest.approx(-0.5) and seen[10] == 0.0
+
+
+@pytest.mark.parametrize("beside", [{"start": True}, {"loss": {"name": "l2"}}])
+def test_a_fixed_optimizer_trains_a_start_or_a_loss(beside):
+    exact = {"estimator": {"name": "pes"}, "objective": {"on": "validation"}}
+    experiment = build_experiment({"optimizer": {"name": "sgd"}, "theta": beside, **exact})
+    theta = jax.eval_shape(experiment.optimizer.init, jax.random.key(0))
+    assert jax.tree.leaves(theta) and not jax.tree.leaves(theta.optimizer)
+
+
+def test_no_meta_gradient_need_be_cut():
+    assert build_experiment({"meta": {"clip": float("inf")}}).meta.clip == float("inf")
 
 
 def test_groups_divide_the_steps():

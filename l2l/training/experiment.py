@@ -218,6 +218,11 @@ def build_experiment(config: Mapping) -> Experiment:
     _check_against(evaluation.against, specification)
     families, weights = _mixture(whole)
     learned = _learner(built, whole["theta"], families)
+    if not jax.tree.leaves(jax.eval_shape(learned.init, jax.random.key(0))):
+        raise UserError(
+            f"The optimizer {specification['name']!r} has nothing to learn, as all of its settings "
+            "are fixed: set learned=True in its section, or theta.start=True for a start of runs."
+        )
     losses = objective.objective(
         **schema.check("objective", objective.objective, whole["objective"])
     )
