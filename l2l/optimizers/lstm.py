@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, features, soap_coordinates
+from l2l.optimizers import coordinates, features, ranges, soap_coordinates
 from l2l.optimizers.network import FeatureMajorLinear, stack, zero_states
 from l2l.optimizers.per_tensor_signals import NUM_SIGNALS, tensor_signals
 
@@ -70,12 +70,23 @@ def lstm(
         it then is SOAP with Nesterov's momentum and the length of NAdam's step.
       anneal: the rate is times ((1 + cos(π t/T))/2 + ANNEALED)^p where the horizon T is known; p is
         learned from this on. 0 for a rate that only the network lowers.
+
+    Raises:
+      UserError: a setting is unknown or out of range.
     """
     if unknown := set(inputs) - set(INPUTS):
         raise UserError(f"Unknown inputs {sorted(unknown)}: choose from {', '.join(INPUTS)}.")
     if output not in OUTPUTS:
         raise UserError(f"Unknown output {output!r}: choose mixture, scale or residual.")
     decays = tuple(decays)
+    ranges.decays("decays", decays)
+    ranges.decay("second_decay", second_decay)
+    ranges.positive("learning_rate", learning_rate)
+    for name, value in dict(eps_root=eps_root, weight_decay=weight_decay, anneal=anneal).items():
+        ranges.not_negative(name, value)
+    hidden_size, layers = ranges.whole("hidden_size", hidden_size), ranges.whole("layers", layers)
+    tensor_size = ranges.whole("tensor_size", tensor_size, least=0)
+    matrix_size = ranges.whole("matrix_size", matrix_size, least=0)
     moments = dict(second_decay=second_decay, eps_root=eps_root)
     matrices, signals, init_signals = None, None, None
     if matrix_size:

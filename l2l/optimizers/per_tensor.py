@@ -8,7 +8,6 @@ belongs to a schedule of a few numbers. What the LSTM asks for stays within a fa
 schedule, and an update within a fraction of the weights it changes.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import binding, coordinates, soap
+from l2l.optimizers import binding, coordinates, ranges, soap
 from l2l.optimizers import per_tensor_evidence as evidence
 from l2l.optimizers import per_tensor_numbers as numbers
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
@@ -147,8 +146,10 @@ def per_tensor(
         *(assumed_power, warm_up, bound, weight_decay, decay_anneal, decay_power, decay_fall),
         *(decay_noise, fall_power, quiet, overshoot),
     ).checked()
-    if not 0 <= agreement < math.inf:
-        raise UserError(f"agreement={agreement} is out of range.")
+    ranges.not_negative("agreement", agreement)
+    ranges.not_negative("smallest", smallest)
+    ranges.positive("reach", reach)
+    hidden_size = ranges.whole("hidden_size", hidden_size, least=0)
     if learn == "network" and not hidden_size:
         raise UserError(
             "learn='network' with hidden_size=0 leaves nothing to learn: set hidden_size=16."
@@ -156,14 +157,18 @@ def per_tensor(
     if learn not in LEARN:
         raise UserError(f"There is no learn={learn!r}: choose {', '.join(LEARN[:-1])} or all.")
     decays = tuple(decays)
+    ranges.decays("decays", decays)
+    ranges.not_negative("second_power", second_power)
+    if not (second_power and second_decay == 1):  # The power alone then decides, and is below 1.
+        ranges.decay("second_decay", second_decay)
     settings = soap.Settings(
         decays=decays,
         second_decay=second_decay,
         second_power=second_power,
         gradient=mixture,
-        block_size=block_size,
-        average_every=average_every,
-        basis_every=basis_every,
+        block_size=ranges.whole("block_size", block_size),
+        average_every=ranges.whole("average_every", average_every),
+        basis_every=ranges.whole("basis_every", basis_every),
     )
     further = len(decays) if mixture else 0  # The other decays, and the gradient.
     network = _Network(hidden_size, 1 + further + (weight_decay > 0))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l.console.errors import UserError
+from l2l.optimizers import ranges
 from l2l.optimizers.per_tensor_evidence import Plain
 
 # What is left of the rate at the horizon, before the power.
@@ -47,9 +47,7 @@ class Numbers(NamedTuple):
     def checked(self) -> "Numbers":
         for name, value in self._asdict().items():
             rate = name in ("learning_rate", "vector_rate")
-            if not 0 <= value < math.inf or (rate and not value):
-                meant = "takes no steps: use a positive number" if rate else "is out of range"
-                raise UserError(f"{name}={value} {meant}.")
+            (ranges.positive if rate else ranges.not_negative)(name, value)
         return self
 
     def theta(self) -> dict[str, jax.Array]:
