@@ -152,7 +152,8 @@ def test_tensors_of_one_shape_are_taken_out_at_unknown_places(monkeypatch):
     gradients = [jax.tree.unflatten(jax.tree.structure(params), one) for one in scaled]
     (*_, plain), _ = run(soap.scale_by_soap(soap.Settings()), params, gradients)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    transform = soap.scale_by_soap(soap.Settings())
+    # Equal settings would share what was traced for eight devices; these say the same for 3 steps.
+    transform = soap.scale_by_soap(soap.Settings(often=11))
     (*_, ours), _ = run(transform, params, gradients)
     text = jax.jit(transform.update).lower(params, transform.init(params)).as_text()
     assert text.count("stablehlo.dynamic_slice") >= 3 * 9
@@ -257,12 +258,108 @@ def test_no_condition_copies_and_no_library_is_called(optimised):
 
 
 @pytest.mark.parametrize(
-    "settings, named",
-    [(dict(b1=1.0), "b1=1.0"), (dict(b2=-0.1), "b2=-0.1"), (dict(block_size=0), "block_size=0")],
+    "settings",
+    [
+        dict(b1=1.0),
+        dict(b2=-0.1),
+        dict(eps=-1.0),
+        dict(weight_decay=-1.0),
+        dict(learning_rate=-1.0),
+        dict(learning_rate=float("nan")),
+        dict(learning_rate="0.1"),
+        dict(block_size=0),
+        dict(block_size=True),
+        dict(block_size=2.5),
+        dict(longest=0),
+        dict(precondition_frequency=0),
+    ],
+    ids=str,
 )
-def test_settings_that_make_no_sense_are_one_sentence(settings, named):
-    with pytest.raises(l2l.UserError, match=named):
-        l2l.soap(0.1, **settings)
+def test_settings_that_make_no_sense_are_one_sentence(settings):
+    with pytest.raises(l2l.UserError, match=rf"{next(iter(settings))}=.*\.$"):
+        l2l.soap(**{"learning_rate": 0.1, **settings})
+
+
+def test_whole_numbers_may_be_numpys():
+    params = jnp.zeros((5, 4))
+    sizes = dict(block_size=np.int64(3), longest=np.int32(9), precondition_frequency=np.uint8(2))
+    (_, theirs), _ = run(l2l.soap(0.1, **sizes), params, gradients_like(params, 2))
+    sizes = {name: int(size) for name, size in sizes.items()}
+    (_, ours), _ = run(l2l.soap(0.1, **sizes), params, gradients_like(params, 2))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("compile", [jax.jit, lambda f: f], ids=["compiled", "eager"])
+def test_every_number_may_be_injected(compile):
+    """As with `optax.adamw`: without static arguments, and one program for all values."""
+    params = {"w": jnp.ones((5, 4)), "b": jnp.ones(3)}
+    gradients = gradients_like(params, 4)
+    plain = l2l.soap(1e-2, weight_decay=0.1)
+    injected = optax.inject_hyperparams(l2l.soap)(learning_rate=1e-2, weight_decay=0.1)
+    init, step = compile(injected.init), compile(injected.update)
+    wanted, _ = run(plain, params, gradients)
+    state = init(params)
+    sizes = set()
+    for gradient, update in zip(gradients, wanted, strict=True):
+        ours, state = step(gradient, state, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, update)
+        sizes.add(soap._advance._cache_size())
+    assert len(sizes) == 1
+    state.hyperparams.update(
+        {"learning_rate": jnp.float32(0), "precondition_frequency": jnp.int32(1)}
+    )
+    ours, _ = step(gradients[0], state, params)
+    assert not any(np.any(x) for x in jax.tree.leaves(ours))
+
+
+def test_frequencies_may_be_scheduled():
+    params = jnp.zeros((5, 4))
+    gradients = gradients_like(params, 5)
+    injected = optax.inject_hyperparams(l2l.soap)(1e-2, precondition_frequency=lambda step: 2)
+    ours, wanted = (
+        run(t, params, gradients)[0] for t in (injected, l2l.soap(1e-2, precondition_frequency=2))
+    )
+    np.testing.assert_allclose(jnp.stack(ours), jnp.stack(wanted), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["block_size", "longest"])
+def test_what_decides_shapes_is_no_number_to_inject(name):
+    params = jnp.ones((5, 4))
+    injected = optax.inject_hyperparams(l2l.soap)(1e-2, **{name: 4})
+    with pytest.raises(l2l.UserError, match=f"{name} is traced.* static_args"):
+        jax.jit(injected.init)(params)
+    injected = optax.inject_hyperparams(l2l.soap, static_args=name)(1e-2, **{name: 4})
+    (ours,), _ = run(injected, params, [params])
+    (wanted,), _ = run(l2l.soap(1e-2, **{name: 4}), params, [params])
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5)
+
+
+def test_shapes_make_a_state_of_shapes():
+    params = {"w": jnp.ones((5, 4), jnp.bfloat16), "b": jnp.ones(3)}
+    transform = l2l.soap(1e-2)
+    shapes = transform.init(jax.eval_shape(lambda: params))
+    assert shapes == jax.eval_shape(transform.init, params)
+
+
+def test_a_gradient_of_none_is_none_and_counts_as_zero():
+    params = {"w": jnp.ones((5, 4)), "v": jnp.ones((5, 4)), "b": jnp.ones(3), "n": None}
+    transform = l2l.soap(1e-2, weight_decay=0.1)
+    gradient = dict(params, v=None)
+    (ours,), state = run(transform, params, [gradient])
+    (wanted,), same = run(transform, params, [dict(params, v=jnp.zeros((5, 4)))])
+    assert ours["v"] is None and ours["n"] is None
+    for name in ("w", "b"):
+        np.testing.assert_array_equal(ours[name], wanted[name])
+    jax.tree.map(np.testing.assert_array_equal, state, same)
+
+
+def test_gradients_that_do_not_fit_are_one_sentence():
+    params = {"w": jnp.ones((5, 4)), "b": jnp.ones(3)}
+    transform = l2l.soap(1e-2)
+    state = transform.init(params)
+    for odd in ({"w": params["w"]}, dict(params, w=jnp.ones((4, 5)))):
+        with pytest.raises(l2l.UserError, match=r"gradients .*[;:] give `update` the gradients"):
+            transform.update(odd, state, params)
 
 
 def test_learns_faster_than_adam_where_coordinates_hide_the_curvature():

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l.console.errors import UserError
-from l2l.optimizers import matrices, meshes
+from l2l.optimizers import matrices, meshes, ranges
+from l2l.optimizers.leaves import abstract, matched
 from l2l.optimizers.matrices import Batch, Places, Plan, Stack, plan_of
 from l2l.optimizers.orthogonal import orthonormal
 
@@ -432,22 +432,55 @@ def back(settings: Settings, seen: Seen, coefficients, like) -> Any:
 def scale_by_soap(settings: Settings = PUBLISHED) -> optax.GradientTransformation:
     """The direction of SOAP, before the rate; its sign is that of the gradient."""
 
-    # One program each when called outside of `jax.jit`, since there are loops in them.
-    @partial(jax.jit, inline=True)
-    def init(params):
-        return start(settings, params)
+    fixed, arrays = _parted(settings)
 
-    @partial(jax.jit, inline=True)
-    def direction(updates, state):
-        seen, state = observe(settings, updates, state)
-        ones = jnp.ones((1, len(jax.tree.leaves(updates))))
-        return back(settings, seen, ones, updates), state
+    def init(params):
+        if abstract(params):
+            return jax.eval_shape(partial(_begin, fixed), params)
+        return _begin(fixed, params)
 
     def update(updates, state, params=None):
         del params
-        return direction(updates, state) if jax.tree.leaves(updates) else (updates, state)
+        if not jax.tree.leaves(state.nu):
+            return updates, state
+        return _advance(fixed, arrays, matched(updates, state.nu), state)
 
     return optax.GradientTransformation(init, update)
+
+
+def _parted(settings: Settings) -> tuple[Settings, Settings]:
+    """(the settings that are fixed, those that are arrays), None for the others: what is fixed is
+    the key of a compiled program."""
+
+    def arrays(x):
+        return isinstance(x, jax.Array | np.ndarray)
+
+    return (
+        jax.tree.map(lambda x: None if arrays(x) else x, settings),
+        jax.tree.map(lambda x: x if arrays(x) else None, settings),
+    )
+
+
+# One program each when called outside of `jax.jit`, since there are loops in them.
+@partial(jax.jit, static_argnums=0, inline=True)
+def _begin(fixed: Settings, params):
+    return start(fixed, params)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _advance(fixed: Settings, arrays: Settings, gradients: list, state: SoapState):
+    """(directions like the parameters, state). `gradients` are those of `leaves.matched`: None
+    counts as zero, and gets none."""
+    settings = jax.tree.map(
+        lambda x, array: array if x is None else x, fixed, arrays, is_leaf=lambda x: x is None
+    )
+    kept, treedef = jax.tree.flatten(state.nu)
+    pairs = zip(gradients, kept, strict=True)
+    given = treedef.unflatten([jnp.zeros_like(x) if g is None else g for g, x in pairs])
+    seen, state = observe(settings, given, state)
+    out = treedef.flatten_up_to(back(settings, seen, jnp.ones((1, len(kept))), given))
+    out = [None if g is None else d for g, d in zip(gradients, out, strict=True)]
+    return treedef.unflatten(out), state
 
 
 def soap(
@@ -458,8 +491,8 @@ def soap(
     weight_decay: float = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     *,
-    block_size: int = 256,
-    longest: int = 8192,
+    block_size: int | None = None,
+    longest: int | None = None,
     precondition_frequency: int = 10,
 ) -> optax.GradientTransformation:
     """SOAP (Vyas et al. 2024): Adam in the slowly turning eigenbasis of each matrix's gradients.
@@ -480,29 +513,35 @@ def soap(
       eps: added to the root of the second moment.
       weight_decay: decoupled, times the rate.
       mask: where weight decay applies, as in `optax.adamw`.
-      block_size: sides longer than this are cut into equal blocks, each with its own basis.
-      longest: sides longer than this (such as an embedding's rows) get no basis.
+      block_size: sides longer than this are cut into equal blocks, each with its own basis; None
+        for 256.
+      longest: sides longer than this (such as an embedding's rows) get no basis; None for 8192.
+      precondition_frequency: steps between two updates of the bases.
+
+    Under `optax.inject_hyperparams` every number may change from step to step but `block_size` and
+    `longest`, which decide shapes: where they are not left out, they belong in its `static_args`.
 
     Raises:
-      UserError: a setting is out of range.
+      UserError: a setting is out of range; from `update`, the gradients do not fit the parameters.
     """
-    for name, decay in (("b1", b1), ("b2", b2)):
-        if not 0.0 <= decay < 1.0:
-            raise UserError(f"{name}={decay} is not a decay: use a number from 0 to below 1.")
-    for name, size in (
-        ("block_size", block_size),
-        ("precondition_frequency", precondition_frequency),
-    ):
-        if not (isinstance(size, int) and size > 0):
-            raise UserError(f"{name}={size!r} is not a positive whole number.")
+    ranges.decay("b1", b1)
+    ranges.decay("b2", b2)
+    ranges.not_negative("eps", eps)
+    ranges.not_negative("weight_decay", weight_decay)
+    if not callable(learning_rate):
+        ranges.not_negative("learning_rate", learning_rate)
+    if not isinstance(precondition_frequency, jax.Array):
+        precondition_frequency = ranges.whole("precondition_frequency", precondition_frequency)
+    # Not their defaults: `optax.inject_hyperparams` would make arrays of them.
+    sizes = {"block_size": block_size, "longest": longest}
+    sizes = {name: ranges.whole(name, x) for name, x in sizes.items() if x is not None}
     settings = PUBLISHED._replace(
         decays=(b1,),
         second_decay=b2,
         basis_decay=b2,
         eps=eps,
-        block_size=block_size,
-        longest=longest,
         basis_every=precondition_frequency,
+        **sizes,
     )
     return optax.chain(
         scale_by_soap(settings),
