@@ -11,7 +11,7 @@ import pytest
 
 from l2l.console.errors import UserError
 from l2l.data import datasets
-from l2l.optimizers import registry
+from l2l.optimizers import adam, binding, registry
 from l2l.storage import exports
 from l2l.training.experiment import build_experiment, meta_optimizer
 
@@ -26,6 +26,11 @@ MISTAKES = [
     ({"optimizer": {"hidden_size": 3}}, "has no name"),
     ({"optimizer": "lstm"}, "has no name"),
     ({"optimizer": {}, "evaluation": {"against": "random_search"}}, "optimizer {} has no name"),
+    ({"optimizer": {"name": "by_parameter", "parts": "lstm", "labels": ()}}, "parts='lstm' of"),
+    (
+        {"optimizer": {"name": "by_parameter", "parts": {}, "labels": ("*", "net")}},
+        r"labels=\('\*', 'net'\) of .* are no pairs",
+    ),
     ({"optimizer": {"name": 3}}, "has no name"),
     ({"task": ()}, "nothing to train on"),
     ({"task": "mlp"}, "task 'mlp' has no name: write dict.*autoencoder"),
@@ -38,7 +43,10 @@ MISTAKES = [
     ({"meta": {"optimizer": "adam"}}, "meta-optimizer 'adam' has no name"),
     ({"meta": {"optimizer": ("clip", "adam")}}, "meta-optimizer 'clip' has no name"),
     ({"meta": {"optimizer": ()}}, r"meta.optimizer=\(\) takes no step"),
-    ({"meta": {"optimizer": {"name": "sgd", "learning_rate": {"value": 1}}}}, "schedule .* no name"),
+    (
+        {"meta": {"optimizer": {"name": "sgd", "learning_rate": {"value": 1}}}},
+        "schedule .* no name",
+    ),
     ({"theta": {"loss": "l2"}}, "loss 'l2' has no name"),
     ({"task": {"name": "mlp", "augmentation": 1}}, "Unknown setting 'augmentation'"),
     ({"task": {"name": "nothing:here"}}, "could not be imported"),
@@ -211,14 +219,63 @@ def unreachable(*arguments, **settings):
     raise OSError("no network here")
 
 
-def test_two_optimizers_by_parameter_survive_their_export(tmp_path):
-    section = {
-        "name": "by_parameter",
-        "parts": {"net": {"name": "dm", "hidden_size": 2}, "adam": {"name": "adam"}},
-        "labels": (("x_0", "net"), ("x_1", "adam")),
-    }
+BOTH = {
+    "name": "by_parameter",
+    "parts": {"net": {"name": "dm", "hidden_size": 2}, "adam": {"name": "adam"}},
+    "labels": (("x_0", "net"), ("x_1", "adam")),
+}
+
+
+@pytest.mark.parametrize("section", [{"name": "lstm", "decays": (0.9, 0.99)}, BOTH], ids=str)
+def test_two_loads_of_one_export_share_their_programs(tmp_path, section):
     theta = registry.optimizer(section).init(jax.random.key(0))
-    path = exports.export(tmp_path / "multi.safetensors", section, theta)
+    path = exports.export(tmp_path / "it.safetensors", section, theta)
+    params = {"x_0": jnp.ones(2), "x_1": jnp.ones(3)}
+    sizes = set()
+    for _ in range(2):
+        loaded = exports.load(path)
+        loaded.update(params, loaded.init(params), params)
+        sizes.add((binding._begin._cache_size(), binding._advance._cache_size()))
+    assert len(sizes) == 1
+
+
+def test_injected_knobs_compile_no_step_anew():
+    params = jnp.ones(3)
+    injected = optax.inject_hyperparams(exports.load)("dm", learning_rate=0.5)
+    state, sizes = injected.init(params), set()
+    for _ in range(3):
+        _, state = injected.update(params, state, params)
+        sizes.add(binding._advance._cache_size())
+    assert len(sizes) == 1
+
+
+def test_what_a_user_registers_is_made_as_it_is_now(monkeypatch):
+    """Also under a name of ours, and as a part."""
+    ours = registry.optimizer({"name": "adam"})
+    assert registry.optimizer({"name": "adam"}) is ours
+    assert registry.optimizer({"name": "adam", "learning_rate": 0.1}) is not ours
+    rate = [0.1]
+
+    def mine():
+        return adam.adam(rate[0])
+
+    def first_step(section):
+        transform = registry.optimizer(section).bind({"net": (), "adam": ()})
+        params = {"x_0": jnp.ones(2), "x_1": jnp.ones(3)}
+        return float(transform.update(params, transform.init(params), params)[0]["x_1"][0])
+
+    fixed = {**BOTH, "parts": {"net": {"name": "adam"}, "adam": {"name": "adam"}}}
+    steps = [first_step(fixed)]
+    monkeypatch.setitem(registry.OPTIMIZERS, "adam", mine)
+    steps.append(first_step(fixed))
+    rate[0] = 0.2
+    steps.append(first_step(fixed))
+    assert steps == pytest.approx([-1e-3, -0.1, -0.2], rel=1e-4)
+
+
+def test_two_optimizers_by_parameter_survive_their_export(tmp_path):
+    theta = registry.optimizer(BOTH).init(jax.random.key(0))
+    path = exports.export(tmp_path / "multi.safetensors", BOTH, theta)
     loaded = exports.load(path)
     params = {"x_0": jnp.ones(2), "x_1": jnp.ones(3)}
     updates, _ = loaded.update(params, loaded.init(params), params)

@@ -157,19 +157,15 @@ def per_tensor(
     if learn not in LEARN:
         raise UserError(f"There is no learn={learn!r}: choose {', '.join(LEARN[:-1])} or all.")
     decays = tuple(decays)
-    ranges.decays("decays", decays)
-    ranges.not_negative("second_power", second_power)
-    if not (second_power and second_decay == 1):  # The power alone then decides, and is below 1.
-        ranges.decay("second_decay", second_decay)
     settings = soap.Settings(
         decays=decays,
         second_decay=second_decay,
         second_power=second_power,
         gradient=mixture,
-        block_size=ranges.whole("block_size", block_size),
-        average_every=ranges.whole("average_every", average_every),
-        basis_every=ranges.whole("basis_every", basis_every),
-    )
+        block_size=block_size,
+        average_every=average_every,
+        basis_every=basis_every,
+    ).checked()
     further = len(decays) if mixture else 0  # The other decays, and the gradient.
     network = _Network(hidden_size, 1 + further + (weight_decay > 0))
 

@@ -80,6 +80,15 @@ class Settings(NamedTuple):
     gradient: bool = False
     graft: bool = True
 
+    def checked(self) -> "Settings":
+        """These, if those that `per_tensor` sets are in range."""
+        ranges.decays("decays", self.decays)
+        ranges.not_negative("second_power", self.second_power)
+        if not (self.second_power and self.second_decay == 1):  # The power is below 1 by itself.
+            ranges.decay("second_decay", self.second_decay)
+        whole = ("block_size", "average_every", "basis_every")
+        return self._replace(**{name: ranges.whole(name, getattr(self, name)) for name in whole})
+
     def plan(self, params) -> Plan:
         return plan_of(params, self.block_size, self.longest)
 

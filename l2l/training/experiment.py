@@ -198,19 +198,7 @@ def build_experiment(config: Mapping) -> Experiment:
         if key not in SECTIONS:
             raise UserError(schema.unknown("section", key, SECTIONS, "config"))
     whole = {**SECTIONS, **config}
-    running = schema.fill("meta", Running, whole["meta"])
-    # Every call of the compiled program takes the same number of meta-steps.
-    running = running._replace(group=math.gcd(running.steps, running.group))
-    if not 0.0 < running.blend <= 1.0:
-        raise UserError(
-            f"meta.blend={running.blend} is not a share of the way from the first theta to the "
-            "trained one: use a number above 0 and at most 1."
-        )
-    if not running.clip > 0.0:
-        raise UserError(
-            f"meta.clip={running.clip} is no length that a meta-gradient can be cut to: use a "
-            "number above 0, or inf to leave them as long as they are."
-        )
+    running = _running(whole["meta"])
     specification = whole["optimizer"]
     built = optimizer(specification)
     imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"])
@@ -259,6 +247,23 @@ def build_experiment(config: Mapping) -> Experiment:
         evaluation=evaluation,
         saving=schema.fill("checkpoint", Saving, whole["checkpoint"]),
     )
+
+
+def _running(section) -> Running:
+    running = schema.fill("meta", Running, section)
+    # Every call of the compiled program takes the same number of meta-steps.
+    running = running._replace(group=math.gcd(running.steps, running.group))
+    if not 0.0 < running.blend <= 1.0:
+        raise UserError(
+            f"meta.blend={running.blend} is not a share of the way from the first theta to the "
+            "trained one: use a number above 0 and at most 1."
+        )
+    if not running.clip > 0.0:
+        raise UserError(
+            f"meta.clip={running.clip} is no length that a meta-gradient can be cut to: use a "
+            "number above 0, or inf to leave them as long as they are."
+        )
+    return running
 
 
 def _check_against(against: str, specification: Mapping) -> None:
