@@ -11,7 +11,7 @@ import pytest
 
 from l2l.console.errors import UserError
 from l2l.optimizers import lstm, registry, versions
-from l2l.storage import exports, files
+from l2l.storage import export_header, exports, files
 
 SPECIFICATION = {"name": "lstm", "hidden_size": 3, "decays": (0.9, 0.99)}
 
@@ -233,6 +233,9 @@ HOSTILE = {
     "infinite": (lambda h: None, setting(learning_rate=float("inf"))),
     "wrong type": (lambda h: None, setting(hidden_size="3")),
     "long list": (lambda h: None, setting(decays=[0.9] * 1000)),
+    "large side": (lambda h: None, setting(matrix_size=1 << 15)),
+    "many keys": (lambda h: None, setting(inputs=dict.fromkeys(map(str, range(1000))))),
+    "a key twice": (lambda h: h["__metadata__"].update(l2l='{"a": 1, "a": 2}'), None),
     "deep": (lambda h: None, deep),
     "wrong sum": (lambda h: None, lambda a: a.update(sha256="0" * 64)),
     "huge shape": (lambda h: h["log_learning_rate"].update(shape=[2**40, 2**20]), None),
@@ -271,11 +274,77 @@ def test_truncated_and_mutated_exports(path, theta):
     assert refused > 120
 
 
-def test_numbers_that_are_not_finite_are_refused(tmp_path, theta):
-    broken = jax.tree.map(lambda x: x * jnp.nan, theta)
-    path = exports.export(tmp_path / "mine.safetensors", SPECIFICATION, broken)
-    with pytest.raises(ValueError, match="finite"):
+def test_numbers_that_are_not_finite_are_refused(path, theta, monkeypatch):
+    before = path.read_bytes()
+    broken = {**theta, "log_learning_rate": jnp.float32(jnp.nan)}
+    with pytest.raises(UserError, match="numbers in log_learning_rate that are not finite: export"):
+        exports.export(path, SPECIFICATION, broken)
+    assert path.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(exports, "_finite", lambda x: True)
+        exports.export(path, SPECIFICATION, broken)
+    with pytest.raises(UserError, match=r"not a complete export .* not all .* are finite"):
         exports.read(path)
+
+
+def test_what_could_not_be_read_back_is_not_written(path, theta):
+    """Whatever the reason: here one that nothing else looks for."""
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"cannot be read back .* the same key twice\. Mend"):
+        exports.export(path, SPECIFICATION, theta, {1: "one", "1": "another"})
+    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
+
+
+NESTED = {"name": "by_parameter", "parts": {"a": {"name": "lstm"}}, "labels": (("*", "a"),)}
+LEGITIMATE = {
+    "a long warm-up": {"name": "per_tensor", "warm_up": 5000.0},
+    "large blocks": {"name": "per_tensor", "block_size": 8192},
+    "large matrices": {"name": "lstm", "matrix_size": 8192},
+    "a rate for each of many": {"name": "sgd", "tensors": tuple(f"layer_{i}/w" for i in range(70))},
+    "no theta": {"name": "sgd"},
+    "no theta, with a rule": {"name": "adam"},
+    "a schedule": {"name": "learned_adamw", "knots": 3},
+    "many patterns": {**NESTED, "labels": tuple((f"layer_{i}/*", "a") for i in range(70))},
+    "parts of parts": {**NESTED, "parts": {"a": NESTED}},
+}
+
+
+@pytest.mark.parametrize("section", LEGITIMATE.values(), ids=LEGITIMATE)
+def test_every_legitimate_optimizer_comes_back(tmp_path, section):
+    theta = registry.optimizer(section).init(jax.random.key(0))
+    path = exports.export(tmp_path / "x.safetensors", section, theta)
+    jax.tree.map(np.testing.assert_array_equal, exports.read(path)[1], theta)
+    exports.load(path)
+
+
+@pytest.mark.parametrize(
+    "section, sentence",
+    [
+        ({"name": "per_tensor", "block_size": 10**6}, "1000000 is more than 16384"),
+        ({"name": "per_tensor", "decays": (0.9,) * 65}, "65 numbers in a setting are more than 64"),
+    ],
+)
+def test_settings_that_would_be_refused_are_not_written(tmp_path, section, sentence):
+    theta = registry.optimizer(section).init(jax.random.key(0))
+    with pytest.raises(UserError, match=f"'per_tensor' .* cannot be exported: {sentence}"):
+        exports.export(tmp_path / "x.safetensors", section, theta)
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_must_have_tensors_in_whatever_parts():
+    """One part with a layer for each tensor is possible, two are not."""
+    part = {"name": "dm", "layers": 40}
+    export_header.plausible({"parts": {"a": part}}, 40)
+    with pytest.raises(ValueError, match="80 layers are too many for 40 tensors"):
+        export_header.plausible({"parts": {"a": part, "b": part}}, 40)
+
+
+def test_an_export_made_under_x64_is_read_without(tmp_path):
+    section = {"name": "learned_adamw", "knots": 3}
+    with jax.enable_x64(True):
+        theta = registry.optimizer(section).init(jax.random.key(0))
+        path = exports.export(tmp_path / "x.safetensors", section, theta)
+    assert exports.read(path)[1]["schedule"].shape == (3,)
 
 
 def test_a_write_that_fails_leaves_what_was(path, monkeypatch):

@@ -59,7 +59,7 @@ def learned_adamw(
             "log_learning_rate": jnp.asarray(math.log(learning_rate), jnp.float32),
             "log_weight_decay": jnp.asarray(math.log(weight_decay), jnp.float32),
         }
-        return theta | ({"schedule": jnp.zeros(knots)} if knots else {})
+        return theta | ({"schedule": jnp.zeros(knots, jnp.float32)} if knots else {})
 
     def rate(theta, step, num_steps):
         log_rate = theta["log_learning_rate"]

@@ -1,12 +1,16 @@
 """A stranger's export is checked before anything is built from it or memory is allocated for it."""
 
 import json
+import math
 
 # No export of ours comes near: what is larger is not one, and is not read.
 LARGEST_HEADER = 1 << 20
-LARGEST_NUMBER = 4096
-LONGEST_LIST = 64
-DEEPEST = 6
+# A matrix with a side this long takes 1 GiB to precondition, in float32. Other sizes become shapes
+# of theta, which the tensors in the file must have.
+LARGEST_INTEGER = 1 << 14
+MOST_NUMBERS = 64
+MOST_KEYS = 64
+DEEPEST = 10
 
 
 def check(fine: bool, reason: str) -> None:
@@ -32,7 +36,7 @@ def table(text) -> dict:
 
     def once(pairs):
         found = dict(pairs)
-        check(len(found) == len(pairs), "a key stands in it twice")
+        check(len(found) == len(pairs), "its header has the same key twice")
         return found
 
     found = json.loads(text, object_pairs_hook=once)
@@ -41,21 +45,33 @@ def table(text) -> dict:
 
 
 def plausible(settings, num_tensors: int) -> None:
-    """ValueError where settings hold a number that takes long to build."""
+    """ValueError where settings ask for an optimizer that would take long to build, or much memory
+    for every parameter that it is then given."""
 
-    def visit(value, depth):
-        check(depth < DEEPEST, "its settings are too deep")
-        if isinstance(value, int | float):
-            check(abs(value) <= LARGEST_NUMBER, f"{value} is too large a setting")
+    def visit(value, depth) -> int:
+        """The number of layers in it."""
+        check(depth < DEEPEST, f"its settings are nested more than {DEEPEST} deep")
+        if isinstance(value, int):
+            check(abs(value) <= LARGEST_INTEGER, f"{value} is more than {LARGEST_INTEGER}")
+        if isinstance(value, float):
+            check(math.isfinite(value), f"{value} is not finite")
+        if not isinstance(value, dict | list):
+            return 0
         if isinstance(value, dict):
-            # Each layer and each part has tensors of its own.
-            layers = value.get("layers", 1)
-            small = not isinstance(layers, int) or layers <= num_tensors
-            check(small, f"layers={layers} is too many")
-        if isinstance(value, dict | list):
-            most = max(LONGEST_LIST, num_tensors) if isinstance(value, dict) else LONGEST_LIST
-            check(len(value) <= most, f"{len(value)} values are too many for a setting")
-            for child in value.values() if isinstance(value, dict) else value:
-                visit(child, depth + 1)
+            most = max(MOST_KEYS, num_tensors)  # Most parts have tensors of their own.
+            check(len(value) <= most, f"{len(value)} keys in a setting are more than {most}")
+            layers, children = value.get("layers", 0), [*value.values()]
+        else:
+            # Of decays, say, each of which is a moment more; names cost nothing.
+            numbers = sum(isinstance(x, int | float) for x in value)
+            check(
+                numbers <= MOST_NUMBERS,
+                f"{numbers} numbers in a setting are more than {MOST_NUMBERS}",
+            )
+            layers, children = 0, value
+        own = max(layers, 0) if isinstance(layers, int) else 0
+        return own + sum(visit(child, depth + 1) for child in children)
 
-    visit(settings, 0)
+    # Each layer has tensors of its own.
+    layers = visit(settings, 0)
+    check(layers <= num_tensors, f"{layers} layers are too many for {num_tensors} tensors")

@@ -27,11 +27,17 @@ EXPORT = "optimizer.safetensors"  # Its name in a run directory.
 # 3 is 2 with a start or a loss beside the optimizer, which older readers would not know of.
 FORMAT, WITH_PARTS = 2, 3
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PARTS = ("start", "loss")  # What `base.Parts` holds beside the optimizer.
+
+
+class NotExportable(UserError):
+    """`read` would refuse the file, so it is not written."""
 
 
 def export(path, specification: dict, theta, metadata: dict | None = None) -> Path:
     """Writes theta [pytree of arrays] and its optimizer's specification as one safetensors file.
-    Of `Parts` the start and the loss are written too, as dicts and lists.
+    Of `Parts` the start and the loss are written too, as dicts and lists. What was written is read
+    back before it replaces an earlier file.
 
     Args:
       specification: a section `optimizer` of a configuration: a name of `optimizers.registry`, and
@@ -44,20 +50,20 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
       The path.
 
     Raises:
-      UserError: the specification names no optimizer, or settings that it does not have; theta
-        does not belong to that optimizer; or the metadata are too long.
+      UserError: theta cannot be exported (`exportable`), or has numbers that are not finite; or the
+        metadata are too long, or cannot be read back. An earlier file then stays as it is.
     """
     from safetensors.numpy import save
 
+    exportable(specification, theta)
+    for name, x in _named(theta).items():
+        if not _finite(np.asarray(x)):
+            raise NotExportable(
+                f"This theta has numbers in {name or 'its one array'} that are not finite: export "
+                "an earlier one."
+            )
     parts = theta if isinstance(theta, base.Parts) else base.Parts(theta)
     tensors = {name: np.asarray(x) for name, x in _named(parts.optimizer).items()}
-    expected, _ = _like(registry.optimizer(specification))
-    if odd := _odd(tensors, expected):
-        name, have, want = odd
-        raise UserError(
-            f"This theta has {name}: {have}, where {specification['name']!r} with these settings "
-            f"has {want}: export it with the settings it was made with."
-        )
     settings = versions.complete(specification)
     rules = versions.rules_of(settings)
     header = {key: value for key, value in (metadata or {}).items() if key != trees.HELD}
@@ -73,9 +79,72 @@ def export(path, specification: dict, theta, metadata: dict | None = None) -> Pa
     content = save(tensors, {"l2l": json.dumps(header)})
     read_bytes = 8 + int.from_bytes(content[:8], "little")
     if read_bytes > export_header.LARGEST_HEADER:
-        raise UserError(f"The metadata of {path} take {read_bytes} bytes: leave some of it out.")
-    files.write(path, content)
+        raise NotExportable(
+            f"The metadata of {path} take {read_bytes} bytes: leave some of it out."
+        )
+    files.write(path, content, _read_back)
     return Path(path)
+
+
+def exportable(specification: dict, theta) -> None:
+    """Returns if a theta of these shapes and dtypes can be exported: a run asks before it begins,
+    not when hours of training are over.
+
+    Args:
+      specification, theta: as `export` takes them; shapes will do for arrays.
+
+    Raises:
+      UserError: the specification names no optimizer, or settings that it does not have or that
+        `read` would refuse; theta does not belong to that optimizer; or its start or loss has
+        other than floating-point numbers, or paths that `read` would refuse.
+    """
+    parts = theta if isinstance(theta, base.Parts) else base.Parts(theta)
+    expected, _ = _like(registry.optimizer(specification))
+    if odd := _odd(_named(parts.optimizer), expected):
+        name, have, want = odd
+        raise NotExportable(
+            f"This theta has {name}: {have}, where {specification['name']!r} with these settings "
+            f"has {want}: export it with the settings it was made with."
+        )
+    beside = _beside(parts)
+    for name, x in _named(beside).items():
+        if _dtype(x) not in _TYPES.values():
+            raise NotExportable(
+                f"This theta has {name}: {_dtype(x)}, and exports hold floating-point numbers only "
+                f"({', '.join(_TYPES.values())}): keep it out of the model's parameters."
+            )
+    held = {part: trees.paths(tree) for part, tree in beside.items()}
+    try:
+        for part, paths in trees.declared({trees.HELD: held}, _PARTS).items():
+            trees.tree(part, paths, dict.fromkeys(trees.names(part, paths)))
+    except ValueError as error:
+        raise NotExportable(
+            f"The model's parameters in this theta cannot be exported: {_reason(error)}. Nest or "
+            "name them otherwise."
+        ) from error
+    try:
+        settings = json.loads(json.dumps(versions.complete(specification)))
+        export_header.plausible(settings, len(jax.tree.leaves(theta)))
+    except ValueError as error:
+        raise NotExportable(
+            f"{specification['name']!r} with these settings cannot be exported: {_reason(error)}. "
+            "Every file that is read is held to this limit, as it may be a stranger's: choose "
+            "settings within it."
+        ) from error
+
+
+def _read_back(path) -> None:
+    """NotExportable if `read` would refuse the file."""
+    with open(path, "rb") as file:
+        try:
+            _whole(file, path)
+        except OSError:
+            raise
+        except Exception as error:
+            raise NotExportable(
+                f"An export of this theta cannot be read back and is not kept: {_reason(error)}. "
+                "Mend that in the theta, the settings or the metadata."
+            ) from error
 
 
 def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any, dict]:
@@ -97,17 +166,25 @@ def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any
     path = files.readable(path)
     with files.reached(path), files.copied(path) as local, open(local, "rb") as file:
         try:
-            metadata = _metadata(file)
-            if not other_rules:
-                versions.check_rules(specification_of(metadata), metadata["optimizer"]["rules"])
-            optimizer, theta = _read(local, metadata)
-            return optimizer, theta, metadata
+            return _whole(file, local, other_rules)
         except versions.OtherRule as error:
             raise UserError(f"{path} is not for this version of l2l: {error}.") from None
         except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-            reason = errors.printable(reason)[:300].rstrip(". ")
-            raise UserError(f"{path} is not a complete export of l2l: {reason}.") from error
+            raise UserError(f"{path} is not a complete export of l2l: {_reason(error)}.") from error
+
+
+def _whole(file, path, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any, dict]:
+    """What `read` returns, of a local file that is open; any exception where it is damaged."""
+    metadata = _metadata(file)
+    if not other_rules:
+        versions.check_rules(specification_of(metadata), metadata["optimizer"]["rules"])
+    return *_read(path, metadata), metadata
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, within a sentence."""
+    reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+    return errors.printable(reason)[:300].rstrip(". ")
 
 
 def _metadata(file) -> dict:
@@ -144,7 +221,7 @@ def _read(path, metadata) -> tuple[base.LearnedOptimizer, Any]:
         export_header.plausible(metadata["optimizer"]["settings"], len(shapes))
         optimizer = registry.optimizer(specification_of(metadata))
         expected, treedef = _like(optimizer)
-        held = trees.declared(metadata, ("start", "loss"))
+        held = trees.declared(metadata, _PARTS)
         beside = {tensor for name, paths in held.items() for tensor in trees.names(name, paths)}
         check({*expected, *beside} == set(shapes), f"it has the tensors {sorted(shapes)[:9]}")
         check(all(types[name] in _TYPES for name in beside), "its start is not of real numbers")
@@ -155,9 +232,8 @@ def _read(path, metadata) -> tuple[base.LearnedOptimizer, Any]:
             )
         found = {name: tensors.get_tensor(name) for name in (*expected, *sorted(beside))}
     check(_digest(found) == metadata["sha256"], "its numbers are not those written")
-    fine = all(np.isfinite(x.astype(np.float32)).all() for x in found.values())
-    check(fine, "not all of its numbers are finite")
-    # In one transfer, which a guard against those that nobody asked for lets pass.
+    check(all(map(_finite, found.values())), "not all of its numbers are finite")
+    # One explicit transfer, which `jax.transfer_guard` permits.
     there = dict(zip(found, jax.device_put([*found.values()]), strict=True))
     theta = jax.tree.unflatten(treedef, [there[name] for name in expected])
     if not held:
@@ -240,7 +316,8 @@ def start(path, *, like: Any = None) -> Any:
     Args:
       path: also at gs:// or s3://, where etils can read those.
       like: a pytree of arrays or shapes with the structure that you want. The default is one of
-        dicts and lists: that of the task's parameters, if they are made of those.
+        dicts and lists: that of the task's parameters, if they are made of those. A list in which
+        places hold no arrays comes back as a dict by place.
 
     Raises:
       UserError: there is no such file, it is damaged, or it holds no start (theta.start was not
@@ -276,18 +353,26 @@ def _named(tree) -> dict[str, Any]:
 def _odd(arrays, wanted) -> tuple[str, str, str] | None:
     """(name, its dtype and shape, those wanted) of the first array that is not as wanted."""
     have, want = (
-        {name: f"{x.dtype} {np.shape(x)}" for name, x in named.items()}
+        {name: f"{_dtype(x)} {np.shape(x)}" for name, x in named.items()}
         for named in (arrays, wanted)
     )
     for name in {**have, **want}:
         if have.get(name) != want.get(name):
-            return name, have.get(name, "none"), want.get(name, "none")
+            return name or "one array", have.get(name, "none"), want.get(name, "none")
     return None
+
+
+def _dtype(x) -> str:
+    return str(x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype)
+
+
+def _finite(x: np.ndarray) -> bool:
+    return bool(np.isfinite(x.astype(np.float64)).all())
 
 
 def _beside(parts: base.Parts) -> dict[str, Any]:
     """{name: tree} of what there is beside the theta of the optimizer."""
-    named = {"start": parts.start, "loss": parts.loss}
+    named = {part: getattr(parts, part) for part in _PARTS}
     return {name: tree for name, tree in named.items() if jax.tree.leaves(tree)}
 
 

@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from l2l.console.errors import UserError, about, naming, printable
 
@@ -13,8 +15,13 @@ from l2l.console.errors import UserError, about, naming, printable
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 
 
-def write(path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+def write(path, content: bytes, trial: Callable[[Path], Any] = lambda written: None) -> None:
+    """Writes a file whole or not at all.
+
+    Args:
+      trial: called with the new file before it replaces the old one; if it raises, the old one
+        stays.
+    """
     path = Path(path)
     with naming(path):
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -23,6 +30,7 @@ def write(path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            trial(Path(temporary))
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:

@@ -1,6 +1,7 @@
 """Pytrees of parameters in an export: their leaves as tensors, and the path of each in the header.
 
-What is read back is made of dicts and lists: an attribute of a node of another kind becomes a key.
+What is read back is made of dicts and lists: an attribute of a node of another kind becomes a key,
+and a list in which places are empty is a dict by place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,9 +38,10 @@ def declared(metadata: Mapping, known: Sequence[str]) -> dict[str, list[list]]:
     for of_tree in held.values():
         check(isinstance(of_tree, list) and bool(of_tree), "its trees are not lists of paths")
         for path in of_tree:
-            fine = isinstance(path, list) and 0 < len(path) <= DEEPEST
-            check(fine, "a path in it is no path")
-            check(all(type(key) in (str, int) for key in path), "a path in it has odd keys")
+            fine = isinstance(path, list) and len(path) <= DEEPEST
+            check(fine, f"the path of a tensor is not a list of at most {DEEPEST} keys")
+            fine = all(type(key) in (str, int) for key in path)
+            check(fine, "the path of a tensor has keys that are neither text nor integers")
     return held
 
 
@@ -47,24 +49,29 @@ def tree(name: str, paths: Sequence, arrays: Mapping[str, Any]):
     """The tree with those paths, of the arrays that `tensors` gave names to."""
     check, whole = export_header.check, {}
     for tensor, path in zip(names(name, paths), paths, strict=True):
+        # Below a key of its own, since the path of a tree that is a single array is empty.
+        *above, last = (name, *path)
         node = whole
-        for key in path[:-1]:
+        for key in above:
             node = node.setdefault(key, {})
-            check(isinstance(node, dict), "a path in it goes on from a leaf")
-        check(path[-1] not in node, "two paths in it are one")
-        node[path[-1]] = arrays[tensor]
-    return _lists(whole)
+            check(isinstance(node, dict), "the path of one tensor begins with that of another")
+        check(last not in node, "two tensors have the same path")
+        node[last] = arrays[tensor]
+    return _lists(whole[name])
 
 
 def _lists(node):
-    """Dicts with the keys 0 … n − 1 as lists."""
+    """Dicts with the keys 0 … n − 1 as lists; with gaps they stay dicts, so that each array keeps
+    its path."""
     if not isinstance(node, dict):
         return node
     children = {key: _lists(child) for key, child in node.items()}
     if set(children) == set(range(len(children))):
         return [children[i] for i in range(len(children))]
-    export_header.check(len({*map(type, children)}) == 1, "a list in it has gaps")
-    export_header.check(all(type(key) is str for key in children), "a list in it has gaps")
+    # JAX has no order for such keys.
+    export_header.check(
+        len({*map(type, children)}) == 1, "a node has both text and numbers as keys"
+    )
     return children
 
 
