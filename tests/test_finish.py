@@ -60,7 +60,7 @@ def test_tasks_are_judged_with_the_data_of_one_at_a_time(read):
 def test_inner_steps_are_counted_of_every_run(tiny, estimator, runs):
     """12 meta-steps of 8 problems in windows of 4; evolution strategies run each problem twice."""
     experiment = build_experiment(tiny | {"estimator": {"name": estimator}})
-    state = SimpleNamespace(skipped=0, dropped=3)
+    state = SimpleNamespace(step=jnp.int32(12), skipped=0, dropped=3)
     about = finish.about(experiment, SimpleNamespace(state=state, seconds=1.0))
     assert about["training"]["inner_steps"] == runs * 12 * 8 * 4
     assert about["dropped"] == 3

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +69,11 @@ def test_a_run_ends_with_table_figures_and_export(whole, capsys, config):
         assert (whole / figure).read_bytes()[1:4] == b"PNG"
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert any("comparison/query_loss_2" in row for row in rows)
+
+
+def test_an_export_tells_the_devices_of_its_run_not_those_there_are(whole):
+    assert len(jax.devices()) == 8
+    assert l2l.read_export(whole / exports.EXPORT)[2]["training"]["devices"] == 1
 
 
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
@@ -163,6 +169,83 @@ def test_trees_of_other_nodes_come_back_as_dicts_and_lists_or_as_they_were(tmp_p
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
+def _filtered():
+    layers = [eqx.nn.Linear(2, 3, key=jax.random.key(0)), eqx.nn.Lambda(jax.nn.relu)]
+    layers.append(eqx.nn.Linear(3, 1, key=jax.random.key(1)))
+    return eqx.filter(eqx.nn.Sequential(layers), eqx.is_array)
+
+
+W, B = jnp.ones((2, 3)), jnp.arange(3.0)
+STARTS = {
+    "layers without parameters": ([(W, B), (), (B, W)], {0: [W, B], 2: [B, W]}),
+    "None in a list": ([{"w": W}, None, {"w": B}], {0: {"w": W}, 2: {"w": B}}),
+    "two places": ({0: W, 2: B}, {0: W, 2: B}),
+    "integer keys": ({1: W, 2: B}, {1: W, 2: B}),
+    "equinox": (_filtered(), None),
+    "one array": (B, B),
+    "one number": (jnp.float32(3), jnp.float32(3)),
+}
+
+
+@pytest.mark.parametrize("start, plain", STARTS.values(), ids=STARTS)
+def test_a_start_comes_back_whatever_it_is_made_of(tmp_path, start, plain):
+    theta = l2l.core.base.Parts((), start)
+    path = l2l.export(tmp_path / "x.safetensors", {"name": "sgd"}, theta)
+    again = l2l.start(path, like=jax.tree.map(jnp.zeros_like, start))
+    assert jax.tree.structure(again) == jax.tree.structure(start)
+    jax.tree.map(np.testing.assert_array_equal, again, start)
+    if plain is not None:
+        found = l2l.start(path)
+        assert jax.tree.structure(found) == jax.tree.structure(plain)
+        jax.tree.map(np.testing.assert_array_equal, found, plain)
+    l2l.load(path)
+
+
+def _nested(depth, leaf):
+    return leaf if depth == 0 else {"a": _nested(depth - 1, leaf)}
+
+
+@pytest.mark.parametrize(
+    "start, sentence",
+    [
+        ({"a": W, "count": jnp.arange(3)}, r"has start/count: int32, and exports hold floating"),
+        ({"a": W, "activation": jax.nn.relu}, r"has start/activation: object, .* keep it out of"),
+        (_nested(33, W), r"parameters .* a list of at most 32 keys\. Nest or name"),
+    ],
+    ids=["integers", "a function", "deep"],
+)
+def test_a_start_that_could_not_be_read_back_is_not_written(tmp_path, start, sentence):
+    path, theta = tmp_path / "x.safetensors", l2l.core.base.Parts(())
+    before = l2l.export(path, {"name": "sgd"}, theta).read_bytes()
+    with pytest.raises(l2l.UserError, match=sentence):
+        l2l.export(path, {"name": "sgd"}, theta._replace(start=start))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_what_could_not_be_exported_is_said_before_training(config, tmp_path):
+    blocks = {"name": "per_tensor", "block_size": 10**6}
+    with pytest.raises(l2l.UserError, match="cannot be exported: 1000000 is more than"):
+        train(build_experiment({**config, "optimizer": blocks}), tmp_path / "run")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_run_whose_export_is_refused_keeps_its_checkpoints(
+    whole, config, tmp_path, monkeypatch, capsys
+):
+    def refuse(path):
+        raise exports.NotExportable("It cannot be read back. Mend that.")
+
+    there = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(exports, "_read_back", refuse)
+        with pytest.raises(l2l.UserError, match=r"Mend that\. .* checkpoints are kept, .* again"):
+            train(build_experiment(config), there, jax.devices()[:1])
+    assert not (there / exports.EXPORT).exists() and (there / "checkpoints/12").is_dir()
+    assert train(build_experiment(config), there, jax.devices()[:1]) == DONE
+    assert "Going on from meta-step 12 " in capsys.readouterr().err
+    assert_same_parts(whole, there)
+
+
 def test_meta_training_goes_on_from_an_export(whole, config, tmp_path):
     """Without a single meta-step of any size the export is handed on as it was."""
     still = {"steps": 3, "num_problems": 8, "group": 3, "optimizer": {"name": "sgd"}}
@@ -241,8 +324,7 @@ def test_tensors_with_rates_must_be_the_optimizees():
 HOSTILE = [
     {"start": [["a"], ["a", "b"]]},  # A leaf with children.
     {"start": [["a"], ["a"]]},  # Two leaves at one place.
-    {"start": [["a"], [3]]},  # A list with gaps.
-    {"start": [[0], [2]]},
+    {"start": [["a"], [3]]},  # Text and a number as keys of one node.
     {"start": [["a"]]},  # Fewer paths than tensors.
     {"start": [["a"], ["b"], ["c"]]},
     {"start": [["a"], []]},

@@ -75,9 +75,15 @@ def conclude(experiment: Experiment, theta, directory, key, snapshot) -> str:
     directory = Path(directory)
     theta = jax.device_get(theta)
     # First of all: whatever becomes of the comparison, the product is there.
-    path = exports.export(
-        directory / exports.EXPORT, experiment.specification, theta, about(experiment, snapshot)
-    )
+    try:
+        path = exports.export(
+            directory / exports.EXPORT, experiment.specification, theta, about(experiment, snapshot)
+        )
+    except exports.NotExportable as error:
+        raise UserError(
+            f"{error} Training is done and its checkpoints are kept, so that you can then "
+            f"{errors.AGAIN}."
+        ) from error
     if experiment.optimizer.start is not None:
         text = adapting.conclude(experiment, theta, directory, key, about(experiment, snapshot))
     elif experiment.evaluation.against == "random_search":
@@ -134,6 +140,7 @@ def about(experiment: Experiment, snapshot) -> dict:
     # Evolution strategies train every problem twice, by either sign of the noise.
     runs = 2 if experiment.config.get("estimator", {}).get("name") == "pes" else 1
     before = earlier(experiment)[1] if experiment.start else {}
+    devices = snapshot.state.step.devices()
     return {
         "config": experiment.config,
         "seed": experiment.seed,
@@ -142,8 +149,8 @@ def about(experiment: Experiment, snapshot) -> dict:
         "dropped": int(snapshot.state.dropped),
         "training": {
             "seconds": round(float(snapshot.seconds), 1),
-            "devices": jax.device_count(),
-            "platform": jax.devices()[0].device_kind,
+            "devices": len(devices),
+            "platform": min(devices, key=lambda device: device.id).device_kind,
             "inner_steps": runs * windows * inner.get("length", LENGTH),
             "data": [family.name for family in experiment.families],
         },

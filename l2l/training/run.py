@@ -10,7 +10,7 @@ import jax
 from l2l.cluster import collectives
 from l2l.console.progress import clock
 from l2l.core import base
-from l2l.storage import checkpoint, files
+from l2l.storage import checkpoint, exports, files
 from l2l.training import callbacks, finish
 from l2l.training.callbacks import DONE, NOT_FINITE, Callback
 from l2l.training.experiment import Experiment
@@ -41,7 +41,8 @@ def train(
       UserError: the directory holds another configuration, or a second run is at work in it, or
         the devices do not divide the problems; or the processes do not see the same files; or
         the directory cannot be written; or a task has a loss of which objective.form="log" cannot
-        take the logarithm, and then nothing is exported.
+        take the logarithm, and then nothing is exported; or what it would learn cannot be exported,
+        which is said before training, or if only its end can tell, with all checkpoints kept.
     """
     directory = files.local(directory)
     layout_of(experiment, devices)  # What is wrong with them is said before anything is made.
@@ -64,6 +65,7 @@ def train(
 def _run(experiment: Experiment, directory, devices, signals, extra) -> int:
     """Opens what a run needs, trains, and concludes."""
     layout, like = layout_of(experiment, devices), shapes(experiment)
+    exports.exportable(experiment.specification, like.state.theta)
     sentences: list[str] = []
     saver = checkpoint.Saver(directory / "checkpoints", experiment.saving.keep, sentences.append)
     with contextlib.closing(saver):
