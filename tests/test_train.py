@@ -75,6 +75,23 @@ def whole(make_tiny, no_comparison, tmp_path_factory):
     return directory
 
 
+@pytest.mark.parametrize(
+    "horizon",
+    [
+        {"name": "log_uniform", "shortest": 2, "longest": 3},
+        {"name": "stages", "horizons": (3, 16)},
+    ],
+    ids=["log_uniform", "stages"],
+)
+def test_runs_are_not_made_longer_than_asked_for_without_a_word(tiny, tmp_path, horizon):
+    sentence = (
+        r"inner.length=4 is longer than the runs of 3 steps .* to 3 or less, or .* of 4 steps"
+    )
+    with pytest.raises(UserError, match=sentence):
+        train(build_experiment({**tiny, "horizon": horizon}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 STAGES = {"name": "stages", "horizons": (4, 8, 16), "every": 3, "patience": 1, "num_problems": 2}
 
 

@@ -17,7 +17,8 @@ SAMPLE, INIT, HORIZON, STAGGER, NEXT, HIDE, TRAIN, VALIDATION, EVERY = range(9)
 class Inner(NamedTuple):
     """How inner runs are made.
 
-    length:   steps in a window (the truncation); horizons are rounded to multiples of it.
+    length:   steps in a window (the truncation); horizons are rounded to multiples of it, and to
+              one window at least.
     stagger:  begin with horizons cut at random, so that one meta-batch covers all ages.
     hide_horizon_probability: that the optimizer of a run does not know its horizon.
     """

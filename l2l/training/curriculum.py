@@ -40,6 +40,8 @@ class Curriculum(NamedTuple):
     judge:  (memory, theta, loss) -> (memory, theta, sentence or None), after a validation.
     finish: (memory, theta) -> the theta to keep at the end.
     num_problems: of a validation.
+    window: the longest that `inner.length` may be, in a run no longer than the plan says; None for
+            any.
     """
 
     start: Callable[[Any], Any]
@@ -53,6 +55,16 @@ class Curriculum(NamedTuple):
     )
     finish: Callable[[Any, Any], Any] = lambda memory, theta: theta
     num_problems: int = 0
+    window: int | None = None
+
+    def check(self, length: int) -> None:
+        """UserError where a single window is longer than the runs that are asked for."""
+        if self.window is not None and length > self.window:
+            raise UserError(
+                f"inner.length={length} is longer than the runs of {self.window} steps that "
+                "section `horizon` asks for, and a run is at least one window: set inner.length to "
+                f"{self.window} or less, or ask for runs of {length} steps or more."
+            )
 
 
 def log_uniform(
@@ -66,6 +78,7 @@ def log_uniform(
 ) -> Curriculum:
     """Horizons drawn log-uniformly between `shortest` and a limit, which grows geometrically from
     `start` (by default twice the shortest) to `longest` over the first `growth` of the meta-steps.
+    What is drawn is rounded to whole windows of `inner.length`, and to one at least.
 
     Raises:
       UserError: shortest, start, longest are not in this order.
@@ -82,7 +95,7 @@ def log_uniform(
         top = start * (longest / start) ** share
         return _stage(shortest, top, imitation, step / steps), f"{shortest}–{top:.0f}"
 
-    return Curriculum(lambda theta: (), stage)
+    return Curriculum(lambda theta: (), stage, window=longest)
 
 
 class Memory(NamedTuple):
@@ -151,7 +164,7 @@ def stages(
     def finish(memory, theta):
         return memory.theta if np.isfinite(memory.best) else theta
 
-    return Curriculum(begin, stage, every, test, judge, finish, num_problems)
+    return Curriculum(begin, stage, every, test, judge, finish, num_problems, horizons[0])
 
 
 def validation(

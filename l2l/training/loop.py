@@ -151,7 +151,8 @@ def start(
       snapshot: to resume from; by default training begins afresh.
 
     Raises:
-      UserError: the devices do not divide the problems, or the processes read different data.
+      UserError: the devices do not divide the problems, the processes read different data, or a
+        window is longer than the runs that training is to begin with.
     """
     layout = layout_of(experiment, devices)
     snapshot = _fresh(experiment, layout) if snapshot is None else snapshot
@@ -195,6 +196,8 @@ def placed(data, same):
 
 def _fresh(experiment: Experiment, layout: Layout) -> Snapshot:
     key, plan = jax.random.key(experiment.seed), experiment.curriculum
+    for inner in experiment.inners:
+        plan.check(inner.length)
     theta = experiment.optimizer.init(key)  # Only its shapes matter to the first stage.
     stage = _first_stage(experiment, plan.start(theta))
     state = meta_step.meta_init(jax.random.fold_in(key, TRAIN), experiment.meta, stage)
