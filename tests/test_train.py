@@ -161,7 +161,7 @@ def test_the_meta_step_is_compiled_once_and_told_of_before_it_runs(tiny, tmp_pat
     train(experiment._replace(meta=meta), tmp_path)
     assert len(traced) == 1
     compiled, first = capsys.readouterr().err.splitlines()[1:3]
-    assert re.search(r"Compiled in .* s. Estimated memory: \S+ [kM]B a device", compiled)
+    assert re.search(r"Compiled in .* s. Estimated memory: \S+ [kM]B per device", compiled)
     assert "meta-step 3/12" in first and first.endswith("left")
 
 

@@ -18,14 +18,14 @@ def mixture(
     """Σⱼ wⱼ ĝⱼ / Σⱼ wⱼ, each ĝⱼ over as many problems as there are keys.
 
     With m estimators and `num_problems` = n a meta-step trains m · n problems: estimator j has n
-    problems of its own, drawn from fold_in(key i, j), so that devices always divide what they
-    divide without a mixture. The state is a tuple of the estimators' states, leaves [n, ...].
+    problems of its own, drawn from fold_in(key i, j), so that any number of devices that divides n
+    will do, as without a mixture. The state is a tuple of the estimators' states, leaves [n, ...].
 
     Args:
       estimators: m of them, over one theta.
       weights: w, positive; equal by default. Gradients of estimator j come multiplied by
-        m wⱼ / Σ w, so that the plain mean over all m · n of them is the weighted one. The clipping
-        of `meta.Meta` comes after, so that it bounds what a problem weighs in the end.
+        m wⱼ / Σ w, so that the plain mean over all m · n of them is the weighted one. They are
+        clipped afterwards (`meta_step.Meta`), which bounds the final weight of a problem.
       reads: `data` is a tuple, and estimator j reads data[reads[j]]. By default it is the j-th;
         families on the same data set share an entry, and it is stored once.
 

@@ -26,8 +26,8 @@ class Objective(NamedTuple):
           2017). "log" is for losses that cannot be negative. Such a loss may be computed as
           slightly less than 0, and then counts as 0 (see `least`); a loss that is really negative
           has no logarithm, and its meta-loss is NaN.
-    floor: losses well below it are all the same under "log": nothing is gained by memorising
-          beyond.
+    floor: losses well below it all count the same under "log": there is nothing to gain from
+          memorising further.
     emphasis: e; a loss after step t of T counts (1 + e)(t/T)ᵉ. A window in the middle of a run is
           best served by a small rate, which the run pays for later (short-horizon bias; Wu et al.
           2018): with a positive e such windows weigh little, and the end of a run most.
@@ -79,7 +79,8 @@ class Objective(NamedTuple):
 
         For "log" it is −√ε, ε being the dtype's relative precision (−3.5e-4 in float32). A loss
         that is a difference of terms up to 1/√ε in size, and should be 0, can be computed as that;
-        a loss further below 0 is no rounding. With a floor of 0 even a loss of 0 has no logarithm.
+        a loss further below 0 is no rounding error. With a floor of 0 even a loss of 0 has no
+        logarithm.
         """
         if self.form != "log":
             return -float("inf")
@@ -99,7 +100,7 @@ class Objective(NamedTuple):
     def _log(self, losses, least):
         zero = (losses <= 0) & (losses >= least)
         logs = jnp.log(jnp.where(zero, 0, losses) + self.floor)
-        # By name: with a large floor a negative loss would have a logarithm.
+        # Explicitly NaN: with a large floor, a negative loss would have a finite logarithm.
         return jnp.where(losses < least, jnp.nan, logs)
 
     def metrics(
@@ -108,7 +109,8 @@ class Objective(NamedTuple):
         training: Float[Array, " K"],
         validation: Float[Array, " K"] | tuple,
     ) -> dict[str, Float[Array, ""]]:
-        """Scalars that every estimator tells of a window, from the losses [K] after each update."""
+        """What every estimator reports of a window: scalars, from the losses [K] after each
+        update."""
         return {
             "meta_loss": meta_loss,
             "loss": training[-1],

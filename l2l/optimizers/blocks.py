@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from l2l.core import base
 
 # Columns in a block on a CPU; an accelerator takes all of them at once, which is what fills the
-# chip. A step forward has the best of it at 512 (M coordinate-steps a second: 2xLSTM-20 4.8 at 128,
-# 5.1 at 256, 5.4 at 512; 1xLSTM-8 29.5 at 256, 31.8 at 512). The way back through a window stores
-# some seven times the recurrent state a step, and is fastest while that of one step of a block is
-# 8,192 numbers, 32 KB (2xLSTM-20 1.42 at 128, 1.13 at 256, 1.08 at 512; 1xLSTM-8 9.0 at 256, 9.1 at
-# 512).
+# chip. The forward step is fastest at 512 (M coordinate-steps a second: 2xLSTM-20 4.8 at 128, 5.1
+# at 256, 5.4 at 512; 1xLSTM-8 29.5 at 256, 31.8 at 512). The backward pass through a window stores
+# about seven times the recurrent state for each step, and is fastest while the state of one block
+# is 8,192 numbers, 32 KB (2xLSTM-20 1.42 at 128, 1.13 at 256, 1.08 at 512; 1xLSTM-8 9.0 at 256, 9.1
+# at 512).
 FORWARD_BLOCK = 512
 STATE_OF_A_BLOCK = 8192
 # Vector registers hold 16 float32.

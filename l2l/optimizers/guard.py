@@ -66,7 +66,7 @@ class GuardState(NamedTuple):
 LIKE_PARAMS = ("anchor", "adam", "learned")
 
 
-# Nine settings: each is one of the promises below, and none goes without saying.
+# Nine settings: each is part of one of the promises below, so none can be left out.
 def guard(
     optimizer: optax.GradientTransformation,
     *,

@@ -51,14 +51,14 @@ _FINE, _DAMAGED, _REFUSED, _FAILED = range(4)  # How a process fared with a read
 
 
 class Saver:
-    """The checkpoints of one directory, which is made if need be; the last `keep` are kept.
+    """The checkpoints of one directory, which is created if missing; the last `keep` are kept.
 
     Args:
-      say: takes a sentence on what was set aside.
+      say: called with a sentence about each checkpoint that was set aside.
 
     Raises:
-      UserError: the directory cannot be written; from `save` and `close` too, which is where it is
-        heard that an earlier checkpoint could not be written.
+      UserError: the directory cannot be written. `save` and `close` raise it too, where an earlier
+        checkpoint turns out not to have been written.
     """
 
     def __init__(self, directory, keep: int = 3, say: Callable[[str], None] = logging.warning):
@@ -74,36 +74,36 @@ class Saver:
             save_decision_policy=policies.FixedIntervalPolicy(1),  # The loop decides.
             preservation_policy=policies.LatestN(keep),
             enable_async_checkpointing=True,
-            # Else a thread of Orbax waits five minutes for a folder that could not be made.
+            # Otherwise a thread of Orbax waits five minutes for a folder that cannot be created.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         with contextlib.ExitStack() as silence:
-            # Orbax tells every file it writes, its threads every error that `_writing` tells too.
+            # Orbax logs every file it writes, and its threads every error that `_writing` reports.
             silence.enter_context(_silenced(str(Path(ocp.__file__).parent.parent)))
             try:
                 self.manager = ocp.CheckpointManager(self.directory, options=options)
             except OSError as error:
                 raise errors.about(self.directory, error) from error
-            except _FORMAT:  # Damaged times of steps, which Orbax can do without.
+            except _FORMAT:  # Orbax can do without the times of steps, which are damaged.
                 collectives.together(self._set_times_aside)
                 self.manager = ocp.CheckpointManager(self.directory, options=options)
             self.silence = silence.pop_all()  # Until it is closed.
 
     def save(self, step: int, tree) -> None:
-        """Returns once the arrays are copied; they are written behind."""
+        """Returns once the arrays are copied; they are written in the background."""
         tree = jax.tree.map(jnp.asarray, base.raw(tree))
         stored = _Stored(tree, checksum(tree))
         with _writing(self.directory):
-            # Orbax would make it anew, without what else the run had there.
+            # Orbax would create it again, without the run's other files.
             if not os.path.samestat(self.identity, os.stat(self.directory)):
                 place = str(self.directory)
-                raise FileNotFoundError(errno.ENOENT, "another is in its place", place)
+                raise FileNotFoundError(errno.ENOENT, "it was replaced by another", place)
             # Orbax knows a NamedTuple by its keys; a plain list needs no class to be read.
             self.manager.save(step, args=self.orbax.args.StandardSave(_leaves(stored)))
 
     def restore(self, like, shardings) -> tuple[Any, int] | None:
-        """(tree, step) of the last checkpoint, or None where there is none. A damaged one, that is
-        one whose format or checksum is wrong, is set aside (renamed), and the one before it taken.
+        """(tree, step) of the last checkpoint, or None where there is none. A damaged one
+        (its format or checksum is wrong) is set aside (renamed), and the one before it is taken.
 
         Args:
           like, shardings: pytrees of `jax.ShapeDtypeStruct` and of NamedShardings.
@@ -120,7 +120,7 @@ class Saver:
             except _Damaged as error:
                 failed[step] = error
                 continue
-            # Moved only now that another is found to be good: where none is, nothing is touched.
+            # Only now that a good one is found: where all are damaged, nothing is moved.
             collectives.together(lambda: [self._set_aside(step) for step in failed] and None)
             for bad, reason in failed.items():
                 self.say(f"Checkpoint {bad} is damaged ({reason}): set aside for that of {step}.")
@@ -152,7 +152,7 @@ class Saver:
         return base.typed(tree)
 
     def _read(self, folder: Path, target) -> dict[str, Any]:
-        # Not through the manager: its processes wait for one another, also for one that failed.
+        # Not through the manager, whose processes wait for one another, even for one that failed.
         handler = self.orbax.StandardCheckpointHandler()
         arguments = self.orbax.args.StandardRestore(target)
         for wait in (*WAITS, None):
@@ -189,7 +189,7 @@ class Saver:
             file.rename(file.with_name("damaged" + _TIMES))
 
     def close(self) -> None:
-        """Returns when all is on the disk; more than once if you like."""
+        """Returns when everything is on the disk. May be called more than once."""
         if self.closed:
             return
         try:
@@ -226,7 +226,7 @@ def _writing(directory):
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
-        # The error holds on to half-done writes, which would complain when the program ends.
+        # The traceback keeps half-done writes alive, which would complain when the program ends.
         error.__traceback__ = None
         number = _number(error)
         if number == errno.ENOENT or not directory.is_dir():

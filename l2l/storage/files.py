@@ -88,7 +88,7 @@ def readable(path):
             f"{path} cannot be read: remote paths begin with "
             f"{', '.join(f'{k}://' for k in PACKAGES)}. Download it and name the file."
         )
-    from etils import epath  # Of Orbax's own needs; local paths do without.
+    from etils import epath  # Orbax depends on it; local paths need no import.
 
     return epath.Path(re.sub(r"^[^:]+:/+", f"{kind}://", str(path)))
 

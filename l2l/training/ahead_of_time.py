@@ -18,13 +18,13 @@ def prepare(steps: Callable, *arguments) -> tuple[Callable, str]:
     compiled = steps.lower(*arguments).compile()
     took = time.monotonic() - began
     used = compiled.memory_analysis()
-    if used is None:  # Not every backend tells.
-        return compiled, f"Compiled in {took:.1f} s; this backend does not tell its memory."
-    # What comes out takes the place of what went in only where buffers are given away.
+    if used is None:  # Not every backend reports it.
+        return compiled, f"Compiled in {took:.1f} s; this backend does not report its memory."
+    # Outputs take the place of inputs only where buffers are donated.
     kept = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     total = kept + used.temp_size_in_bytes + used.generated_code_size_in_bytes
     said = (
-        f"Compiled in {took:.1f} s. Estimated memory: {_size(total)} a device "
+        f"Compiled in {took:.1f} s. Estimated memory: {_size(total)} per device "
         f"({_size(kept)} state and data, {_size(used.temp_size_in_bytes)} temporaries)"
     )
     room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -37,7 +37,7 @@ def prepare(steps: Callable, *arguments) -> tuple[Callable, str]:
 
 
 def remaining(seconds: float, step: int, steps: int) -> str:
-    """The time left by the pace of an earlier run of the same; nothing of what never ran."""
+    """The time left to a run that is resumed, at its pace so far; "" for one that begins."""
     if not step:
         return ""
     return f" {clock(seconds / step * (steps - step))} left at the pace so far."

@@ -22,12 +22,12 @@ DONE, NOT_FINITE, INTERRUPTED, TERMINATED = 0, 3, 130, 143
 
 
 class Watch:
-    """Logs the group, refuses losses that the meta-loss cannot take, and counts what was left out
-    as not finite; ends a run in which nothing else comes, and says where that began."""
+    """Logs the group, refuses losses that the meta-loss cannot take, and counts the problems left
+    out as not finite; ends a run in which all of them are, and says where that began."""
 
     def __init__(self, log):
         self.log = log
-        # Since when some family has no finite meta-gradient: the group, and which of its steps.
+        # The group, and the step in it, since which some family has no finite meta-gradient.
         self.since: tuple[Group, int] | None = None
 
     def __call__(self, loop: Loop, group: Group) -> int | None:
@@ -57,7 +57,7 @@ def beginning(loop: Loop, group: Group, index: int) -> str | None:
     fine = np.where(none.any(), fine | ~none, fine).ravel()
     if fine.all():
         return None
-    # All take part in that.
+    # A collective: every process must call it, though only the first explains.
     whole = collectives.whole((loop.gather(group.before), loop.data), loop.layout.same)
     return _explainer(loop.experiment)(*whole, index + 1, fine) if collectives.first() else None
 

@@ -1,8 +1,9 @@
 """Where a number that is not finite began: problem, inner step, tensor and feature.
 
-Nothing here runs while a run goes on: what it leaves out it only counts. A training loop that is
-about to stop has the state from before a call of the compiled steps (with its stage), and knows
-from metrics["finite"] which of those steps was the first to fail, and whose problems. It calls
+Nothing here runs while training goes on, which only counts the problems that it leaves out. A
+training loop that is about to stop has the state from before a call of the compiled steps (with its
+stage), and knows from metrics["finite"] which of those steps was the first to fail, and for which
+problems. It calls
 
     explain = explainer(meta, inners, order=…, objective=…, reads=…)
     explain(before, data, failing, fine)
@@ -32,7 +33,7 @@ _NOWHERE = (
     "through them: try a shorter inner.length or a first-order estimator."
 )
 _BY_GRADIENT = "the derivative, with respect to the gradient, of"
-# Said of those.
+# The end of the sentence about such a derivative.
 _NO_SLOPE = (
     ": a root has no derivative where its argument is zero, as at coordinates whose gradient has "
     "always been zero; set the optimizer's eps_root above zero, such as 1e-8"

@@ -80,11 +80,11 @@ def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x
     """One update of theta: (state, metrics). `mean` averages over devices.
 
     A problem whose meta-loss or meta-gradient is not finite is left out: its gradient counts as
-    zero in the mean over problems, as if it were clipped to that, so that the others weigh neither
-    more nor less for it. metrics["finite"] [problems] says whose, and `dropped` counts them. A step
+    zero in the mean over problems, as if it were clipped to that, so that the weight of the others
+    stays the same. metrics["finite"] [problems] says whose, and `dropped` counts them. A step
     in which no problem is left changes neither theta nor the meta-optimizer, and is counted in
-    `skipped`. In `bad` are counted in a row the steps of which that is true for some family, which
-    theta then learns nothing from.
+    `skipped`. `bad` counts the latest steps in a row in which some family had no problem left, so
+    that theta learned nothing from it.
     """
     gradients, estimator, metrics = meta.estimator.estimate(
         state.theta, state.estimator, data, state.stage
@@ -122,7 +122,7 @@ def meta_step(meta: Meta, state: base.MetaState, data, mean: Callable = lambda x
 
 def compile_steps(meta: Meta, group: int, devices: Sequence[base.Device]) -> Callable:
     """(state, data) -> (state, metrics [group, num_problems]): `group` meta-steps in one pmapped
-    call, the estimator's state split over `devices` and everything else replicated, metrics too.
+    call, with the estimator's state split over `devices` and all else replicated, metrics included.
     The state is in the layout of `spread`. Once compiled (`.lower(…).compile()`) the call takes
     global arrays and returns them, also where `devices` belong to several processes.
 
