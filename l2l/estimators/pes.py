@@ -99,7 +99,7 @@ def pes(
 
     def _renew(pair, theta, stage):
         alive = base.finite(pair.params)
-        # A run that is over by its step is renewed, its twin by the same step too.
+        # Where one of the pair is not finite, both are put at their end, and so renewed together.
         pair = pair._replace(step=jnp.where(alive, pair.step, pair.num_steps))
         return over_problems(lambda run: unroll.renew(inner, run, theta, stage), pair)
 

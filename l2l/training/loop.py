@@ -126,7 +126,7 @@ class Loop:
 
     def snapshot(self) -> Snapshot:
         """For a checkpoint."""
-        # Of a number that every process measures for itself, process 0's.
+        # Every process measures the time for itself: process 0's is saved.
         rest = (self.memory, np.float32(collectives.broadcast(self.seconds)))
         return Snapshot(self.gather(self.state), *collectives.place(rest, self.layout.same))
 

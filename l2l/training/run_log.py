@@ -11,7 +11,7 @@ from l2l.console.progress import Bar
 from l2l.evaluation import report
 from l2l.storage import files
 
-FLUSH = 10  # Seconds between writes of TensorBoard's file, which waits for the disk.
+FLUSH = 10  # Seconds between writes of TensorBoard's file, each of which waits for the disk.
 
 
 class RunLog:
@@ -51,7 +51,7 @@ class RunLog:
         self.bar.show(step, f"meta-loss {meta_loss:.4f}, horizon {stage}, {comparison}")
 
     def close(self) -> None:
-        """Puts everything on the disk; more than once if you like."""
+        """Puts everything on the disk. May be called more than once."""
         if self.rows.closed:
             return
         self.bar.close()
@@ -65,7 +65,7 @@ class RunLog:
 
 
 class Silence:
-    """The log of a process that has another to speak for it."""
+    """The log of all processes but the first, which speaks for them."""
 
     def __init__(self, directory, steps: int, begun: int = 0):
         del directory, steps, begun
