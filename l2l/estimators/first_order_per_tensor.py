@@ -7,7 +7,8 @@ window's losses meet theta only in the coefficients cₜⱼ, one a tensor and di
 
 so that the backward pass adds up λ from the window's end, takes one inner product a tensor,
 direction and step, and differentiates the network at [K, J, G] numbers: no array with a number for
-each coordinate goes back through the window. The result is that of `autodiff.truncated`, order "first".
+each coordinate goes back through the window. The result is that of `autodiff.truncated`, order
+"first".
 """
 
 from collections.abc import Callable
