@@ -1,4 +1,6 @@
-"""Every learned optimizer against every promise of an optax transformation: one table."""
+"""Every optimizer with a rule against every promise of an optax transformation: one table."""
+
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -13,12 +15,14 @@ from sklearn.datasets import load_digits
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.optimizers import per_tensor_signals
-from l2l.optimizers.adam import adam
+from l2l.optimizers.adam import adam, learned_adam
+from l2l.optimizers.adamw import learned_adamw
 from l2l.optimizers.by_parameter import by_parameter
 from l2l.optimizers.guard import GuardState, guard
 from l2l.optimizers.lstm import lstm
 from l2l.optimizers.per_tensor import PerTensorState, per_tensor
 from l2l.optimizers.published import dm, rnnprop
+from l2l.optimizers.sgd import sgd
 
 
 def guarded(learned):
@@ -45,6 +49,7 @@ LEARNED = {
         {"lstm": lstm(hidden_size=2), "adam": adam(1e-2)}, [("net", "lstm"), ("*", "adam")]
     ),
     "guarded": lambda: guarded(lstm(hidden_size=3)),
+    "adam": lambda: adam(1e-2, learned=True),
 }
 PARAMS = {
     "net": (
@@ -61,6 +66,16 @@ GRADIENTS = jax.tree.map(jnp.sin, PARAMS)
 def steps_taken(state) -> int:
     name = "count" if isinstance(state, PerTensorState) else "step"
     return int(optax.tree.get(state, name))
+
+
+@pytest.mark.parametrize("make", [learned_adam, learned_adamw, partial(sgd, learned=True)])
+def test_hand_written_ones_keep_half_precision(make):
+    """theta is float32, and would make updates of half precision so."""
+    learned = make()
+    transform = learned.bind(learned.init(jax.random.key(0)))
+    params = {"half": PARAMS["half"], "none": None}
+    updates, _ = transform.update(params, transform.init(params), params)
+    assert updates["half"].dtype == jnp.bfloat16
 
 
 @pytest.fixture(scope="module", params=LEARNED, ids=str)

@@ -1,4 +1,4 @@
-"""The rule of whole tensors: what it is untrained, its bounds, its knobs, and that it can learn."""
+"""The rule of whole tensors: what it is untrained, its bounds, and that it can learn."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from l2l.estimators.objective import Objective
 from l2l.optimizers import soap
 from l2l.optimizers.per_tensor import RAMP, per_tensor
 from l2l.optimizers.per_tensor_evidence import FAST, FEATURES, SLOW, Plain
-from l2l.storage import exports
 from l2l.training import meta_step
 
 # What a tensor's coefficients are made of, where there is one direction.
@@ -408,51 +407,6 @@ def test_map_params_reaches_the_moments():
     ones = optax.tree.map_params(transform, jnp.ones_like, state)
     assert all(bool(jnp.all(x == 1)) for x in jax.tree.leaves(ones.accumulators.soap.nu))
     jax.tree.map(np.testing.assert_array_equal, ones.hidden, state.hidden)
-
-
-@pytest.fixture
-def exported(tmp_path):
-    learned = per_tensor(hidden_size=2)
-    path = tmp_path / "rule.safetensors"
-    settings = {"name": "per_tensor", "hidden_size": 2}
-    exports.export(path, settings, learned.init(jax.random.key(0)))
-    return path
-
-
-def test_knobs(exported):
-    plain = run(l2l.load(exported, num_steps=9), 1)[0]
-    half = run(l2l.load(exported, num_steps=9, learning_rate=0.5), 1)[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 2, rtol=1e-6), half, plain)
-    scheduled = l2l.load(exported, learning_rate=optax.linear_schedule(0.0, 1.0, 2))
-    assert all(bool(jnp.all(x == 0)) for x in jax.tree.leaves(run(scheduled, 1)[0]))
-    decayed = run(
-        l2l.load(exported, num_steps=9, weight_decay=0.1, mask={"w": True, "k": False, "b": False}),
-        1,
-    )[0]
-    # The nominal rate, in a run as short as that of the shortest horizon that counts, 100 steps.
-    rate = np.exp(exports.read(exported)[1]["log_rate"]) * (500 / 100) ** 0.4
-    np.testing.assert_allclose(
-        decayed["w"] - plain["w"], -0.1 * rate * PARAMS["w"], rtol=1e-3, atol=1e-7
-    )
-    np.testing.assert_array_equal(decayed["k"], plain["k"])
-
-
-@pytest.mark.parametrize(
-    "knobs", [{"learning_rate": -1.0}, {"weight_decay": float("nan")}, {"learning_rate": "fast"}]
-)
-def test_a_knob_out_of_range_is_one_sentence(exported, knobs):
-    with pytest.raises(l2l.UserError, match=next(iter(knobs))):
-        l2l.load(exported, **knobs)
-
-
-def test_old_knobs_of_other_optimizers():
-    """`weight_decay` takes the rule's own nominal rate, which `lstm` anneals."""
-    plain, decayed = (run(l2l.load("lstm", num_steps=9, weight_decay=x), 1)[0] for x in (0.0, 0.5))
-    optimizer, theta, _ = exports.read(exports.locate("lstm"))
-    rate = float(optimizer.rule.rate(theta, jnp.int32(0), jnp.int32(9)))
-    np.testing.assert_allclose(
-        decayed["w"] - plain["w"], -0.5 * rate * PARAMS["w"], rtol=1e-3, atol=1e-7
-    )
 
 
 @pytest.mark.parametrize("learn", ["network", "numbers", "all"])

@@ -95,12 +95,6 @@ class Preconditioner(NamedTuple):
     names: tuple[str, ...]
 
 
-def usual_rate(theta, step, num_steps) -> float:
-    """The nominal rate of a rule that has none of its own."""
-    del theta, step, num_steps
-    return 0.01
-
-
 class Rule(NamedTuple):
     """An update rule that acts coordinate by coordinate, in two halves.
 
@@ -120,7 +114,7 @@ class Rule(NamedTuple):
     tensors:      what is seen of whole tensors, or None. With it the O signals of a coordinate's
                   tensor come below those.
     rate:         (theta, step, num_steps) -> the nominal learning rate, by which a decoupled weight
-                  decay is multiplied.
+                  decay is multiplied. None where there is no one rate for all coordinates.
     """
 
     accumulators: Callable[[PyTree, Any], PyTree]
@@ -131,7 +125,7 @@ class Rule(NamedTuple):
     features: tuple[str, ...]
     matrices: Preconditioner | None = None
     tensors: TensorSignals | None = None
-    rate: Callable[..., Any] = usual_rate
+    rate: Callable[..., Any] | None = None
 
 
 class PerTensorRule(NamedTuple):
@@ -274,9 +268,27 @@ def lift(
 ) -> LearnedOptimizer:
     """Turns a hand-written optimizer with settings to meta-learn into a `LearnedOptimizer`.
 
+    Its updates are in the dtypes of the parameters, where `update` is given those.
+
     >>> adam = lift(lambda key: jnp.log(1e-3), lambda log_lr: optax.adam(jnp.exp(log_lr)))
     """
-    return LearnedOptimizer(init, lambda theta: optax.with_extra_args_support(make(theta)))
+
+    def bind(theta):
+        made = optax.with_extra_args_support(make(theta))
+
+        def update(updates, state, params=None, **extra_args):
+            updates, state = made.update(updates, state, params, **extra_args)
+            if params is not None:
+                # theta is float32, and makes updates of half precision so.
+                def cast(u, p):
+                    return None if u is None else u.astype(jnp.result_type(p))
+
+                updates = jax.tree.map(cast, updates, params, is_leaf=lambda x: x is None)
+            return updates, state
+
+        return optax.GradientTransformationExtraArgs(made.init, update)
+
+    return LearnedOptimizer(init, bind)
 
 
 def fixed(transform: optax.GradientTransformation) -> LearnedOptimizer:

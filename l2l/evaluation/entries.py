@@ -148,11 +148,9 @@ def variants(
 
 def _rated(optimizer: base.LearnedOptimizer) -> base.LearnedOptimizer:
     """The optimizer as a function of (theta, the multiplier of its rate)."""
-    rule = optimizer.rule
 
     def bind(theta):
         inner, factor = theta
-        rate = functools.partial(base.usual_rate if rule is None else rule.rate, inner)
-        return binding.with_knobs(optimizer.bind(inner), rate, learning_rate=factor)
+        return binding.with_knobs(optimizer.bind(inner), learning_rate=factor)
 
     return base.LearnedOptimizer(lambda key: (optimizer.init(key), jnp.ones(())), bind)

@@ -25,6 +25,10 @@ def adam(
     Theta is the logarithm of the learning rate where it is `learned`, () where it is fixed.
     """
 
+    def rate(theta, step=None, num_steps=None):
+        del step, num_steps
+        return jnp.exp(theta) if learned else learning_rate
+
     def observe(gradient, moments, params, step):
         del params
         moments, hat = features.update_moments(
@@ -34,8 +38,7 @@ def adam(
 
     def propose(theta, rows, context, hidden):
         del context
-        rate = jnp.exp(theta) if learned else learning_rate
-        return -rate * rows[0], hidden
+        return -rate(theta) * rows[0], hidden
 
     rule = base.Rule(
         accumulators=lambda params, dtype: features.zero_moments(1, base.count(params), dtype),
@@ -44,6 +47,7 @@ def adam(
         hidden=lambda theta, n: (),
         propose=propose,
         features=("m̂/√v̂",),
+        rate=rate,
     )
     return coordinates.optimizer(
         lambda key: jnp.log(jnp.asarray(learning_rate, jnp.float32)) if learned else (), rule

@@ -93,9 +93,30 @@ class DecayState(NamedTuple):
     count: jax.Array
 
 
+# Where data come back this often, weight decay is at its full strength, and how it grows to there
+# (docs/journal.md, "decay that is told how often data come back").
+OFTEN, REPEATED_DECAY, REPEATED_POWER = 20.0, 0.3, 1.5
+
+
+def repeated_decay(epochs: float) -> float:
+    """The weight decay, over the rate, of a run that goes `epochs` times through its data: 0.3 ·
+    min(1, epochs/20)^1.5. What is seen again and again is memorised; what is seen once is not.
+
+    Raises:
+      UserError: `epochs` is no positive number.
+    """
+    number = isinstance(epochs, int | float | np.number) and not isinstance(epochs, bool)
+    if not (number and 0 < epochs < float("inf")):  # pyright: ignore[reportOperatorIssue]
+        raise UserError(
+            f"epochs={epochs!r} is no positive number: give the steps of the run times the batch "
+            "size, over the number of training examples."
+        )
+    return REPEATED_DECAY * min(1.0, float(epochs) / OFTEN) ** REPEATED_POWER
+
+
 def with_knobs(
     transform: optax.GradientTransformationExtraArgs,
-    rate: Callable,
+    rate: Callable | None = None,
     *,
     learning_rate: optax.ScalarOrSchedule = 1.0,
     weight_decay: float = 0.0,
@@ -104,13 +125,14 @@ def with_knobs(
     """A learned optimizer with what people expect to turn, outside of its rule.
 
     Args:
-      rate: (step, num_steps) -> its nominal rate.
+      rate: (step, num_steps) -> its nominal rate; None if it has none.
       learning_rate: a factor on every update, or an optax schedule of factors.
       weight_decay: decoupled, as in `optax.adamw`: weight_decay · rate · θ is taken off as well.
-      mask: where weight decay applies, as in `optax.adamw`.
+      mask: where that decay applies, as in `optax.adamw`.
 
     Raises:
-      UserError: a knob is out of range.
+      UserError: a knob is out of range; or there is a weight decay and no rate to multiply it by,
+        or a mask and no weight decay.
     """
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
@@ -120,17 +142,37 @@ def with_knobs(
         if not (number or schedule or isinstance(value, jax.Array)):
             raise UserError(f"{name}={value!r} is not a number{_OR_SCHEDULE[name]}.")
     links: list[optax.GradientTransformation] = [transform]
-    if not isinstance(weight_decay, int | float) or weight_decay:
+    if isinstance(weight_decay, jax.Array) or weight_decay:
+        if rate is None:
+            raise UserError(
+                f"weight_decay={weight_decay} is to be multiplied by the optimizer's nominal rate, "
+                "and this one has none: chain optax.add_decayed_weights(-rate · decay) behind it."
+            )
         decay = _decay(rate, weight_decay)
         links.append(decay if mask is None else optax.masked(decay, mask))
+    elif mask is not None:
+        raise UserError(
+            "mask says where weight_decay applies, and there is none: give weight_decay, or leave "
+            "mask out. The decay that an optimizer has learned is a part of its rule."
+        )
     if callable(learning_rate):
         links.append(optax.scale_by_schedule(learning_rate))
-    elif not isinstance(learning_rate, int | float) or learning_rate != 1:
-        links.append(optax.scale(learning_rate))
+    elif isinstance(learning_rate, jax.Array) or learning_rate != 1:
+        links.append(_scaled(learning_rate))
     return transform if len(links) == 1 else optax.chain(*links)
 
 
 _OR_SCHEDULE = {"learning_rate": " and no optax schedule", "weight_decay": ""}
+
+
+def _scaled(factor) -> optax.GradientTransformation:
+    """`optax.scale`, which makes float32 of bfloat16 where the factor is a float32 array."""
+
+    def update(updates, params):
+        del params
+        return jax.tree.map(lambda u: u * jnp.asarray(factor, u.dtype), updates)
+
+    return optax.stateless(update)
 
 
 def _decay(rate, weight_decay) -> optax.GradientTransformationExtraArgs:

@@ -35,6 +35,7 @@ def dm(
         hidden=lambda theta, n: zero_states(hidden_size, layers, n, coordinates.dtype_of(theta)),
         propose=propose,
         features=("log |g|", "sign g"),
+        rate=lambda theta, step, num_steps: scale,
     )
 
     return coordinates.optimizer(_initialiser(network, 2, hidden_size, layers), rule)
@@ -78,6 +79,7 @@ def rnnprop(
         hidden=lambda theta, n: zero_states(hidden_size, layers, n, coordinates.dtype_of(theta)),
         propose=propose,
         features=("m̂/√v̂", "g/√v̂"),
+        rate=lambda theta, step, num_steps: scale,
     )
 
     return coordinates.optimizer(_initialiser(network, 2, hidden_size, layers), rule)
