@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
         weight_decay=0.5,
         decay_fall=0.0,
         decay_noise=0.0,
+        excess_decay=0.0,
+        excess_power=0.0,
         fall_power=0.0,
         quiet=0.0,
         overshoot=0.0,

@@ -59,6 +59,8 @@ def per_tensor(
     decay_power: float = 0.3,
     decay_fall: float = 0.7,
     decay_noise: float = 2.5,
+    excess_decay: float = 0.06,
+    excess_power: float = 0.8,
     fall_power: float = 0.5,
     quiet: float = 3e-4,
     agreement: float = 3.0,
@@ -97,6 +99,16 @@ def per_tensor(
     small, most of a gradient is noise, and noise is what gets memorised. Losses without noise, such
     as that of a differential equation, have an A of 0.3 and more, and want little decay.
 
+    Matrices that have outgrown the size at which outputs are as large as inputs decay without
+    caution as well. Each of their weights loses in a step
+
+        exp(λ) · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
+              · ρ · (T/500)^x · max(0, 1 − 3A) · max(0, 1 − 1/(n ω²)) · θ,
+
+    with ω the root mean square of the matrix and (T/500)^x at most 20^x: the longer a run is, the
+    more often its data come back, and the more of them is memorised. Weights that begin far below
+    that size and have to grow, as those of transformers do, are left alone.
+
     Where the rate is too high, steps overshoot, and gradients turn against the momentum that led to
     them: g is negative, and the rate is the lower the more it is so. Losses with little noise, such
     as that of a differential equation, need this; models that are far from learned when their run
@@ -123,6 +135,8 @@ def per_tensor(
       decay_power: j: longer runs do better with less decay.
       decay_fall: z: data that is all but memorised takes more decay; 0 for none.
       decay_noise: m: gradients that are mostly noise take more decay; 0 for none.
+      excess_decay: ρ, of matrices that have outgrown their size; 0 for none.
+      excess_power: x: in longer runs they decay more.
       fall_power: v; 0 for none.
       quiet: κ; 0 for none.
       agreement: η; 0 counts every fall of gradients in full.
@@ -144,7 +158,7 @@ def per_tensor(
     nominal = numbers.Numbers(
         *(learning_rate, vector_rate, size_power, depth_power, anneal, horizon_power),
         *(assumed_power, warm_up, bound, weight_decay, decay_anneal, decay_power, decay_fall),
-        *(decay_noise, fall_power, quiet, overshoot),
+        *(decay_noise, excess_decay, excess_power, fall_power, quiet, overshoot),
     ).checked()
     ranges.not_negative("agreement", agreement)
     ranges.not_negative("smallest", smallest)
@@ -198,6 +212,9 @@ def per_tensor(
             log_decay = log_decay + reach * jnp.tanh(out[-1] / reach)
             decay = -rate * jnp.exp(log_decay) * (1 - plain.vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
+        if excess_decay:
+            excess = -numbers.excess_decay(theta, plain, step, num_steps)
+            coefficients = jnp.concatenate([coefficients, excess[None]])
         return coefficients, state
 
     rule = base.PerTensorRule(
@@ -205,7 +222,7 @@ def per_tensor(
         observe=partial(evidence.observe, settings),
         hidden=network.hidden,
         propose=propose,
-        combine=partial(_combine, settings, weight_decay > 0),
+        combine=partial(_combine, settings, (weight_decay > 0, excess_decay > 0)),
         rate=lambda theta, *clock: jnp.exp(theta["log_rate"]) * numbers.schedule(theta, *clock),
         features=evidence.FEATURES,
     )
@@ -247,12 +264,13 @@ class _Network:
         return self._network.apply(theta["network"], rows, state)
 
 
-def _combine(settings, decayed: bool, seen, coefficients, params):
-    """Updates like params; if `decayed`, the last coefficient is that of the decay.
+def _combine(settings, decays: tuple[bool, bool], seen, coefficients, params):
+    """Updates like params. The last coefficients are those of the decays that there are: the
+    cautious one, and that of weights which have outgrown their size.
 
     They are linear in the coefficients: the nominal direction alone decides where decay acts.
     """
-    if not decayed:
+    if not any(decays):
         return soap.back(settings, seen, coefficients, params)
     leaves, treedef = jax.tree.flatten(params)
     updates: dict[int, jax.Array] = {}
@@ -260,11 +278,15 @@ def _combine(settings, decayed: bool, seen, coefficients, params):
         own = coefficients[:, np.asarray(group.owners)]
         nominal = mixed(jnp.ones_like(own[:1]))
         p = group.gather(leaves)
-        step, decay = (own.reshape(*own.shape, *[1] * (p.ndim - 1))[i] for i in (0, -1))
-        # With two coefficients there are only the nominal direction and the decay.
-        moved = step * nominal if len(own) == 2 else mixed(own[:-1])
-        towards = jnp.clip(jnp.sign(p) * nominal / RAMP, 0, 1)
-        updates |= group.scatter(moved + decay * towards * p, seen.places)
+        wide = own.reshape(*own.shape, *[1] * (p.ndim - 1))
+        directions = len(own) - sum(decays)
+        moved = wide[0] * nominal if directions == 1 else mixed(own[:directions])
+        cautious, excess = decays
+        shrink = wide[-1] if excess else 0.0
+        if cautious:
+            towards = jnp.clip(jnp.sign(p) * nominal / RAMP, 0, 1)
+            shrink = shrink + wide[directions] * towards
+        updates |= group.scatter(moved + shrink * p, seen.places)
     return treedef.unflatten([updates[i].astype(x.dtype) for i, x in enumerate(leaves)])
 
 

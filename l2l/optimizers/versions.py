@@ -80,6 +80,8 @@ EARLIER: dict[str, dict[str, Any]] = {
         "decay_power": 0.0,
         "decay_fall": 0.0,
         "decay_noise": 0.0,
+        "excess_decay": 0.0,
+        "excess_power": 0.0,
         "fall_power": 0.0,
         "quiet": 0.0,
         "agreement": 0.0,
