@@ -270,8 +270,7 @@ def load(
       epochs: how often the run goes through its data: its steps, times the batch size, over the
         number of examples. What is seen again and again is memorised, which the gradients do not
         show, so this sets `weight_decay` (`binding.repeated_decay`): 0.1 for 10 epochs, 0.3 from 20
-        on. It lowers validation losses where models can memorise their data, and costs some where
-        they cannot.
+        on. It lowers validation losses where a model can memorise its data.
       learning_rate: a factor on every update, or an optax schedule of factors.
       weight_decay: decoupled, as in `optax.adamw`, times the optimizer's own nominal rate. It adds
         to the decay that a rule such as that of `lstm` has learned.

@@ -1,0 +1,158 @@
+"""An optimizer on small data that a run goes through many times, told so and not told.
+
+    python benchmarks/repeated.py [--optimizer lstm] [--only table,digits] [--seeds 3] [--json]
+
+    table     breast cancer (scikit-learn), 400 rows, 30-64-64-2, 400 steps of 32 rows
+    digits    128 of scikit-learn's digits, 64-32-10 with tanh, 300 steps of all of them
+    finetune  300 digits 5 to 9 for a network of MNIST's 0 to 4 (`kinds.py`), 200 steps of 32
+    mnist     1,000 images of MNIST at 14 × 14, 196-128-128-10, 1,000 steps of 64
+    once      the same network, 200 steps of 64 from 8,500 images: here there is little to memorise
+
+MNIST is looked for below L2L_DATA_DIR, and what needs it is skipped where it is missing. The
+optimizer is told the steps and nothing else; then also how often they go through the data
+(`l2l.load(…, epochs=…)`). AdamW has six rates with a cosine decay to zero, each with weight decays
+of 0.01 and 0.3, and is shown at the best, by validation loss, of those twelve. Printed are
+cross-entropies in nats, means over seeds: on held-out data at the end, and behind it of the batches
+of the last twentieth of the steps.
+"""
+
+import argparse
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import kinds
+import numpy as np
+import optax
+from sklearn.datasets import load_breast_cancer, load_digits
+
+import l2l
+from l2l.evaluation import statistics
+
+RATES, DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.01, 0.3)
+
+
+def classifier(split, sizes, batch: int, steps: int, activation=jax.nn.relu) -> kinds.Task:
+    """Of rows and labels for training, and of those held out; batches are drawn with
+    replacement, or are all rows if `batch` is as large."""
+    (inputs, labels), (held_out, wanted) = split
+
+    def loss(params, key):
+        rows = jnp.arange(batch)
+        if batch < len(inputs):
+            rows = jax.random.randint(key, (batch,), 0, len(inputs))
+        return kinds.cross_entropy(kinds.mlp(params, inputs[rows], activation), labels[rows])
+
+    def validation(params):
+        return kinds.cross_entropy(kinds.mlp(params, held_out, activation), wanted)
+
+    gain = 2.0 if activation is jax.nn.relu else 1.0
+    return kinds.Task(lambda key: kinds.dense(key, sizes, gain), loss, validation, steps)
+
+
+def halves(inputs, labels, count: int):
+    """`count` rows in a fixed random order, and all others."""
+    order = np.random.default_rng(0).permutation(len(inputs))
+    inputs, labels = jnp.asarray(inputs[order], jnp.float32), jnp.asarray(labels[order])
+    return (inputs[:count], labels[:count]), (inputs[count:], labels[count:])
+
+
+def table():
+    inputs, labels = load_breast_cancer(return_X_y=True)
+    inputs = (inputs - inputs.mean(0)) / inputs.std(0)
+    return classifier(halves(inputs, labels, 400), [30, 64, 64, 2], 32, 400), 32 * 400 / 400
+
+
+def digits():
+    inputs, labels = load_digits(return_X_y=True)
+    split = halves(inputs / 16, labels, 128)
+    return classifier(split, [64, 32, 10], 128, 300, jnp.tanh), 300.0
+
+
+def finetune():
+    return kinds.finetune(), 32 * 200 / 300
+
+
+def _mnist(count: int, steps: int):
+    (inputs, labels), (held_out, wanted) = kinds.images("mnist14")
+    split = (inputs[:count], labels[:count]), (held_out[:1500], wanted[:1500])
+    return classifier(split, [196, 128, 128, 10], 64, steps), 64 * steps / min(count, len(inputs))
+
+
+def mnist():
+    return _mnist(1_000, 1_000)
+
+
+def once():
+    return _mnist(8_500, 200)
+
+
+TASKS = {make.__name__: make for make in (table, digits, finetune, mnist, once)}
+
+
+def compare(optimizer: str, name: str, seeds: int) -> dict:
+    """The losses of the optimizer, of the optimizer that is told the epochs, and of AdamW."""
+    task, epochs = TASKS[name]()
+    told = {"lengths": {}, "epochs": {"epochs": epochs}}
+    row: dict = {"task": name, "steps": task.steps, "epochs": epochs}
+    for what, knob in told.items():
+        row[what] = kinds.run(l2l.load(optimizer, num_steps=task.steps, **knob), task, seeds)
+    settings = {
+        (rate, decay): kinds.run(
+            optax.adamw(optax.cosine_decay_schedule(rate, task.steps), weight_decay=decay),
+            task,
+            seeds,
+        )
+        for rate, decay in itertools.product(RATES, DECAYS)
+    }
+    best = min(settings, key=lambda key: statistics.or_infinite(settings[key]["validation"]))
+    row["AdamW"] = settings[best] | {"rate": best[0], "decay": best[1]}
+    return row
+
+
+def line(row: dict, optimizer: str) -> str:
+    named = {"lengths": optimizer, "epochs": f"told {row['epochs']:.3g} epochs", "AdamW": "AdamW"}
+    parts = [
+        f"{name} {row[what]['validation']:.4g} ({row[what]['training']:.2g})"
+        for what, name in named.items()
+    ]
+    best = row["AdamW"]
+    return f"{row['task']:9}" + "; ".join(parts) + f" at {best['rate']:g}, {best['decay']:g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--optimizer", default="lstm", help="a released name, a run or an export")
+    parser.add_argument("--only", default=",".join(TASKS), help="tasks, with commas between them")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    flags = parser.parse_args()
+    names = flags.only.split(",")
+    if unknown := [name for name in names if name not in TASKS]:
+        parser.error(f"no task {', '.join(unknown)}: choose from {', '.join(TASKS)}")
+    rows = []
+    for name in names:
+        try:
+            rows.append(compare(flags.optimizer, name, flags.seeds))
+        except l2l.UserError as error:
+            print(f"{name:9}skipped: {error}", flush=True)
+            continue
+        if not flags.json:
+            print(line(rows[-1], flags.optimizer), flush=True)
+    if flags.json:
+        print(json.dumps(rows))
+    elif rows:
+
+        def over_adamw(what: str) -> float:
+            ratios = [row[what]["validation"] / row["AdamW"]["validation"] for row in rows]
+            return statistics.geometric_mean(ratios)
+
+        print(
+            "Validation loss over AdamW's, geometric mean: "
+            f"{over_adamw('lengths'):.3f}, told the epochs {over_adamw('epochs'):.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
