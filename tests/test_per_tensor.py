@@ -56,7 +56,7 @@ PLAIN = dict(
     horizon_power=0.0,
     decay_fall=0.0,
     decay_noise=0.0,
-    excess_decay=0.0,
+    fitted_decay=0.0,
     fall_power=0.0,
     quiet=0.0,
     agreement=0.0,
@@ -221,7 +221,7 @@ def test_rates_fall_where_gradients_turn_against_the_momentum():
 
 def test_decay_grows_where_gradients_are_noise():
     """exp(m · max(0, 1 − 3A)) on the decay relative to the rate, and nothing on the rate."""
-    learned = per_tensor(decay_noise=2.0, excess_decay=0.0, bound=0.0)
+    learned = per_tensor(decay_noise=2.0, fitted_decay=0.0, bound=0.0)
     theta, zeros = learned.init(jax.random.key(0)), jnp.zeros((), jnp.int32)
 
     def coefficients(steadiness):
@@ -234,44 +234,40 @@ def test_decay_grows_where_gradients_are_noise():
         np.testing.assert_allclose(found / calm, [1.0, np.exp(wanted)], rtol=1e-5)
 
 
-def test_matrices_that_have_outgrown_their_size_decay():
-    """ρ · (T/500)^x · max(0, 1 − 3A) · max(0, 1 − 1/(n ω²)) of the nominal rate, from every weight:
-    nothing from those of usual size, where gradients are steady, or from vectors."""
-    learned = per_tensor(**PLAIN | {"excess_decay": 0.2, "excess_power": 0.5, "anneal": 0.0})
-    theta = learned.init(jax.random.key(0))
+def test_matrices_decay_where_gradients_have_fallen():
+    """ρ · max(0, 1 − 3A) · (log φ / log 0.1)² of the nominal rate, from every weight: nothing where
+    they have not fallen or are steady, or from vectors."""
+    learned = per_tensor(**PLAIN | {"fitted_decay": 0.2, "anneal": 0.0})
+    theta, zero = learned.init(jax.random.key(0)), jnp.int32(0)
 
-    def lost(n=64, size=1.0, steadiness=0.0, horizon=500, vector=0.0):
-        """Over the weight and the nominal rate, of n × n weights of root mean square `size`."""
-        seen = {"log_size": np.log(n / 64), "log_weights": np.log(size), "vector": vector}
+    def lost(fall=0.1, steadiness=0.0, vector=0.0):
+        """Over the weight and the nominal rate."""
         rows = jnp.zeros((len(ROWS), 1))
-        for name, x in {**seen, "steadiness": steadiness}.items():
+        for name, x in {"fall": np.log(fall), "steadiness": steadiness, "vector": vector}.items():
             rows = rows.at[ROWS.index(name)].set(x)
-        clock = jnp.int32(0), jnp.int32(horizon)
-        return -float(learned.rule.propose(theta, rows, *clock, ())[0][-1, 0]) / 0.03
+        return -float(learned.rule.propose(theta, rows, zero, zero, ())[0][-1, 0]) / 0.03
 
-    assert lost(n=100, size=0.1) == pytest.approx(0.0, abs=1e-6)
-    assert lost(n=100, size=0.05) == lost(steadiness=0.4) == lost(vector=1.0) == 0
-    assert lost(n=100, size=0.2) == pytest.approx(0.2 * 0.75, rel=1e-4)
-    assert lost(n=25, size=0.4, steadiness=0.1) == pytest.approx(0.2 * 0.7 * 0.75, rel=1e-4)
-    for horizon, factor in {125: 0.5, 2000: 2.0, 10_000: 20**0.5, 100_000: 20**0.5}.items():
-        assert lost(horizon=horizon) / lost() == pytest.approx(factor, rel=1e-4)
+    assert lost(fall=1.0) == lost(fall=3.0) == lost(steadiness=0.4) == lost(vector=1.0) == 0
+    assert lost() == lost(fall=0.01) == pytest.approx(0.2, rel=1e-4)
+    assert lost(fall=0.1**0.5) == pytest.approx(0.2 / 4, rel=1e-4)
+    assert lost(steadiness=0.1) == pytest.approx(0.2 * 0.7, rel=1e-4)
 
 
 def test_both_decays_act_beside_the_step():
     """The cautious one where the nominal step goes towards zero, the other on every weight."""
-    rule = per_tensor(**PLAIN | {"weight_decay": 1.0, "excess_decay": 1.0}).rule
+    rule = per_tensor(**PLAIN | {"weight_decay": 1.0, "fitted_decay": 1.0}).rule
     seen = rule.observe(noisy(PARAMS, 0), PARAMS, rule.accumulators(PARAMS))[0]
     rows = -0.5 * jnp.eye(3)
-    step, cautious, excess = (
+    step, cautious, everywhere = (
         rule.combine(seen, row[:, None] * jnp.ones((1, len(PARAMS))), PARAMS) for row in rows
     )
     together = rule.combine(seen, jnp.full((3, len(PARAMS)), -0.5), PARAMS)
     for name, p in PARAMS.items():
-        np.testing.assert_allclose(excess[name], -0.5 * p, rtol=1e-6)
+        np.testing.assert_allclose(everywhere[name], -0.5 * p, rtol=1e-6)
         share = np.clip(np.sign(p) * -2 * step[name] / RAMP, 0, 1)
         assert 0 < share.mean() < 1
-        np.testing.assert_allclose(cautious[name], share * excess[name], rtol=1e-4, atol=1e-7)
-        whole = step[name] + cautious[name] + excess[name]
+        np.testing.assert_allclose(cautious[name], share * everywhere[name], rtol=1e-4, atol=1e-7)
+        whole = step[name] + cautious[name] + everywhere[name]
         np.testing.assert_allclose(together[name], whole, rtol=1e-5, atol=1e-7)
 
 

@@ -59,8 +59,7 @@ def per_tensor(
     decay_power: float = 0.3,
     decay_fall: float = 0.7,
     decay_noise: float = 2.5,
-    excess_decay: float = 0.06,
-    excess_power: float = 0.8,
+    fitted_decay: float = 0.3,
     fall_power: float = 0.5,
     quiet: float = 3e-4,
     agreement: float = 3.0,
@@ -99,15 +98,13 @@ def per_tensor(
     small, most of a gradient is noise, and noise is what gets memorised. Losses without noise, such
     as that of a differential equation, have an A of 0.3 and more, and want little decay.
 
-    Matrices that have outgrown the size at which outputs are as large as inputs decay without
-    caution as well. Each of their weights loses in a step
+    Where gradients have fallen far, matrices decay without caution as well, since what is left to
+    fit is mostly memorised. Each of their weights loses in a step
 
         exp(λ) · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
-              · ρ · (T/500)^x · max(0, 1 − 3A) · max(0, 1 − 1/(n ω²)) · θ,
+              · ρ · max(0, 1 − 3A) · (log φ / log 0.1)² · θ.
 
-    with ω the root mean square of the matrix and (T/500)^x at most 20^x: the longer a run is, the
-    more often its data come back, and the more of them is memorised. Weights that begin far below
-    that size and have to grow, as those of transformers do, are left alone.
+    Models that are still far from fitting their data keep all that they learn.
 
     Where the rate is too high, steps overshoot, and gradients turn against the momentum that led to
     them: g is negative, and the rate is the lower the more it is so. Losses with little noise, such
@@ -135,8 +132,7 @@ def per_tensor(
       decay_power: j: longer runs do better with less decay.
       decay_fall: z: data that is all but memorised takes more decay; 0 for none.
       decay_noise: m: gradients that are mostly noise take more decay; 0 for none.
-      excess_decay: ρ, of matrices that have outgrown their size; 0 for none.
-      excess_power: x: in longer runs they decay more.
+      fitted_decay: ρ, of all weights where gradients have fallen; 0 for none.
       fall_power: v; 0 for none.
       quiet: κ; 0 for none.
       agreement: η; 0 counts every fall of gradients in full.
@@ -158,7 +154,7 @@ def per_tensor(
     nominal = numbers.Numbers(
         *(learning_rate, vector_rate, size_power, depth_power, anneal, horizon_power),
         *(assumed_power, warm_up, bound, weight_decay, decay_anneal, decay_power, decay_fall),
-        *(decay_noise, excess_decay, excess_power, fall_power, quiet, overshoot),
+        *(decay_noise, fitted_decay, fall_power, quiet, overshoot),
     ).checked()
     ranges.not_negative("agreement", agreement)
     ranges.not_negative("smallest", smallest)
@@ -212,9 +208,9 @@ def per_tensor(
             log_decay = log_decay + reach * jnp.tanh(out[-1] / reach)
             decay = -rate * jnp.exp(log_decay) * (1 - plain.vector)
             coefficients = jnp.concatenate([coefficients, decay[None]])
-        if excess_decay:
-            excess = -numbers.excess_decay(theta, plain, step, num_steps)
-            coefficients = jnp.concatenate([coefficients, excess[None]])
+        if fitted_decay:
+            fitted = -numbers.fitted_decay(theta, plain, step, num_steps, fall)
+            coefficients = jnp.concatenate([coefficients, fitted[None]])
         return coefficients, state
 
     rule = base.PerTensorRule(
@@ -222,7 +218,7 @@ def per_tensor(
         observe=partial(evidence.observe, settings),
         hidden=network.hidden,
         propose=propose,
-        combine=partial(_combine, settings, (weight_decay > 0, excess_decay > 0)),
+        combine=partial(_combine, settings, (weight_decay > 0, fitted_decay > 0)),
         rate=lambda theta, *clock: jnp.exp(theta["log_rate"]) * numbers.schedule(theta, *clock),
         features=evidence.FEATURES,
     )
@@ -266,7 +262,7 @@ class _Network:
 
 def _combine(settings, decays: tuple[bool, bool], seen, coefficients, params):
     """Updates like params. The last coefficients are those of the decays that there are: the
-    cautious one, and that of weights which have outgrown their size.
+    cautious one, and that of every weight.
 
     They are linear in the coefficients: the nominal direction alone decides where decay acts.
     """
@@ -281,8 +277,8 @@ def _combine(settings, decays: tuple[bool, bool], seen, coefficients, params):
         wide = own.reshape(*own.shape, *[1] * (p.ndim - 1))
         directions = len(own) - sum(decays)
         moved = wide[0] * nominal if directions == 1 else mixed(own[:directions])
-        cautious, excess = decays
-        shrink = wide[-1] if excess else 0.0
+        cautious, everywhere = decays
+        shrink = wide[-1] if everywhere else 0.0
         if cautious:
             towards = jnp.clip(jnp.sign(p) * nominal / RAMP, 0, 1)
             shrink = shrink + wide[directions] * towards

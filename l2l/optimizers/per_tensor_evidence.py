@@ -10,8 +10,6 @@ from l2l.optimizers import meshes, soap
 
 # Decays, per step, of the averages over time of what is pooled over a tensor.
 FAST, SLOW = 0.9, 0.99
-# The side of the matrix whose nominal rate is the nominal one.
-SIDE = 64
 FEATURES = (
     *("signal", "alignment, fast", "alignment, slow", "trend of |g|", "fall of |g|"),
     *("growth of |θ|", "all tensors: signal", "all tensors: alignment, fast"),
@@ -145,9 +143,9 @@ def parts(rows) -> tuple[jax.Array, Plain, jax.Array]:
 
 def _sizes(leaves, vectors: frozenset[int], longest: int) -> list[float]:
     """For each matrix (all axes but the last by the last), the square root of its rows times its
-    columns, over `SIDE`; sides without a basis, like the rows of an embedding, do not count. For
+    columns, over 64; sides without a basis, like the rows of an embedding, do not count. For
     vectors, 1."""
     sides = [(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1) for x in leaves]
     whole = [[n for n in side if n <= longest] or [longest] for side in sides]
     means = [math.prod(side) ** (1 / len(side)) for side in whole]
-    return [1.0 if i in vectors else n / SIDE for i, n in enumerate(means)]
+    return [1.0 if i in vectors else n / 64 for i, n in enumerate(means)]

@@ -10,15 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from l2l.optimizers import ranges
-from l2l.optimizers.per_tensor_evidence import SIDE, Plain
+from l2l.optimizers.per_tensor_evidence import Plain
 
 # What is left of the rate at the horizon, before the power.
 ANNEALED = 1e-3
 # The horizon, in steps, at which a rate is the nominal one, and the shortest: rates do not grow
 # any further below it.
 USUAL, SHORTEST = 500, 100
-# The horizon from which on `excess_decay` grows no further, over the usual one.
-LONGEST = 20.0
 # As rates and decay see it, gradients fall no further than to this part.
 LOWEST = 0.1
 # 1 over the steadiness of gradients from which on no decay is added: those with next to no noise.
@@ -42,8 +40,7 @@ class Numbers(NamedTuple):
     decay_power: float
     decay_fall: float
     decay_noise: float
-    excess_decay: float
-    excess_power: float
+    fitted_decay: float
     fall_power: float
     quiet: float
     overshoot: float
@@ -65,12 +62,12 @@ class Numbers(NamedTuple):
         }
         powers = (
             *("depth_power", "horizon_power", "assumed_power", "decay_anneal", "decay_power"),
-            *("decay_fall", "decay_noise", "excess_power", "fall_power", "overshoot"),
+            *("decay_fall", "decay_noise", "fall_power", "overshoot"),
         )
         for name in powers:
             if getattr(self, name):
                 numbers[name] = getattr(self, name)
-        for name in ("warm_up", "bound", "weight_decay", "excess_decay", "quiet"):
+        for name in ("warm_up", "bound", "weight_decay", "fitted_decay", "quiet"):
             if getattr(self, name):
                 numbers[f"log_{name}"] = math.log(getattr(self, name))
         return {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
@@ -121,18 +118,12 @@ def log_decay(theta, step, num_steps, fall, steadiness) -> jax.Array:
     return log
 
 
-def excess_decay(theta, plain: Plain, step, num_steps) -> jax.Array:
-    """[G]: the part of itself that every weight of a matrix loses in a step, for having outgrown
-    the size at which outputs are as large as inputs."""
-    log = theta["log_rate"] + theta["log_excess_decay"]
-    if "excess_power" in theta:
-        longer = -_log_shorter(theta, step, num_steps, theta["log_rate"].dtype)
-        log = log + theta["excess_power"] * jnp.minimum(longer, math.log(LONGEST))
+def fitted_decay(theta, plain: Plain, step, num_steps, fall) -> jax.Array:
+    """[G]: the part of itself that every weight of a matrix loses in a step. fall: of `counted`."""
+    log = theta["log_rate"] + theta["log_fitted_decay"]
     noise = jnp.maximum(1 - STEADY * plain.steadiness, 0)
-    # The mean square of n × n weights with which outputs are as large as inputs, over their own.
-    small = jnp.exp(-2 * plain.log_weights - plain.log_size) / SIDE
-    excess = jnp.maximum(1 - small, 0) * (1 - plain.vector)
-    return jnp.exp(log) * schedule(theta, step, num_steps) * noise * excess
+    fitted = jnp.square(_clipped(fall) / math.log(LOWEST)) * (1 - plain.vector)
+    return jnp.exp(log) * schedule(theta, step, num_steps) * noise * fitted
 
 
 def _clipped(fall) -> jax.Array:
