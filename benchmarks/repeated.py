@@ -94,9 +94,9 @@ TASKS = {make.__name__: make for make in (table, digits, finetune, mnist, once)}
 def compare(optimizer: str, name: str, seeds: int) -> dict:
     """The losses of the optimizer, of the optimizer that is told the epochs, and of AdamW."""
     task, epochs = TASKS[name]()
-    told = {"lengths": {}, "epochs": {"epochs": epochs}}
+    knobs = {"loaded": {}, "told": {"epochs": epochs}}
     row: dict = {"task": name, "steps": task.steps, "epochs": epochs}
-    for what, knob in told.items():
+    for what, knob in knobs.items():
         row[what] = kinds.run(l2l.load(optimizer, num_steps=task.steps, **knob), task, seeds)
     settings = {
         (rate, decay): kinds.run(
@@ -112,7 +112,7 @@ def compare(optimizer: str, name: str, seeds: int) -> dict:
 
 
 def line(row: dict, optimizer: str) -> str:
-    named = {"lengths": optimizer, "epochs": f"told {row['epochs']:.3g} epochs", "AdamW": "AdamW"}
+    named = {"loaded": optimizer, "told": f"told {row['epochs']:.3g} epochs", "AdamW": "AdamW"}
     parts = [
         f"{name} {row[what]['validation']:.4g} ({row[what]['training']:.2g})"
         for what, name in named.items()
@@ -150,7 +150,7 @@ def main() -> None:
 
         print(
             "Validation loss over AdamW's, geometric mean: "
-            f"{over_adamw('lengths'):.3f}, told the epochs {over_adamw('epochs'):.3f}"
+            f"{over_adamw('loaded'):.3f}, told the epochs {over_adamw('told'):.3f}"
         )
 
 
