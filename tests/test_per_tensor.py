@@ -234,23 +234,26 @@ def test_decay_grows_where_gradients_are_noise():
         np.testing.assert_allclose(found / calm, [1.0, np.exp(wanted)], rtol=1e-5)
 
 
-def test_matrices_decay_where_gradients_have_fallen():
-    """ρ · max(0, 1 − 3A) · (log φ / log 0.1)² of the nominal rate, from every weight: nothing where
-    they have not fallen or are steady, or from vectors."""
+def test_matrices_decay_where_gradients_have_fallen_in_long_runs():
+    """ρ · max(0, 1 − 1000/T) · max(0, 1 − 3A) · (log φ / log 0.1)² of the nominal rate, from every
+    weight: nothing where gradients have not fallen or are steady, or from vectors."""
     learned = per_tensor(**PLAIN | {"fitted_decay": 0.2, "anneal": 0.0})
-    theta, zero = learned.init(jax.random.key(0)), jnp.int32(0)
+    theta = learned.init(jax.random.key(0))
 
-    def lost(fall=0.1, steadiness=0.0, vector=0.0):
+    def lost(fall=0.1, steadiness=0.0, vector=0.0, horizon=4000):
         """Over the weight and the nominal rate."""
         rows = jnp.zeros((len(ROWS), 1))
         for name, x in {"fall": np.log(fall), "steadiness": steadiness, "vector": vector}.items():
             rows = rows.at[ROWS.index(name)].set(x)
-        return -float(learned.rule.propose(theta, rows, zero, zero, ())[0][-1, 0]) / 0.03
+        clock = jnp.int32(0), jnp.int32(horizon)
+        return -float(learned.rule.propose(theta, rows, *clock, ())[0][-1, 0]) / 0.03
 
     assert lost(fall=1.0) == lost(fall=3.0) == lost(steadiness=0.4) == lost(vector=1.0) == 0
-    assert lost() == lost(fall=0.01) == pytest.approx(0.2, rel=1e-4)
-    assert lost(fall=0.1**0.5) == pytest.approx(0.2 / 4, rel=1e-4)
-    assert lost(steadiness=0.1) == pytest.approx(0.2 * 0.7, rel=1e-4)
+    assert lost(horizon=0) == lost(horizon=200) == lost(horizon=1000) == 0
+    assert lost() == lost(fall=0.01) == pytest.approx(0.2 * 0.75, rel=1e-4)
+    assert lost(fall=0.1**0.5) == pytest.approx(0.2 * 0.75 / 4, rel=1e-4)
+    assert lost(steadiness=0.1) == pytest.approx(0.2 * 0.75 * 0.7, rel=1e-4)
+    assert lost(horizon=2000) == pytest.approx(0.2 / 2, rel=1e-4)
 
 
 def test_both_decays_act_beside_the_step():

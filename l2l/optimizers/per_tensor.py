@@ -98,11 +98,11 @@ def per_tensor(
     small, most of a gradient is noise, and noise is what gets memorised. Losses without noise, such
     as that of a differential equation, have an A of 0.3 and more, and want little decay.
 
-    Where gradients have fallen far, matrices decay without caution as well, since what is left to
-    fit is mostly memorised. Each of their weights loses in a step
+    Where a run is known to be long and gradients have fallen far, matrices decay without caution as
+    well, since what is left to fit is mostly memorised. Each of their weights loses in a step
 
         exp(λ) · (500/T)^h · (1 − exp(−(t + 1)/w)) · s^p
-              · ρ · max(0, 1 − 3A) · (log φ / log 0.1)² · θ.
+              · ρ · max(0, 1 − 1000/T) · max(0, 1 − 3A) · (log φ / log 0.1)² · θ.
 
     Models that are still far from fitting their data keep all that they learn.
 
@@ -132,7 +132,7 @@ def per_tensor(
       decay_power: j: longer runs do better with less decay.
       decay_fall: z: data that is all but memorised takes more decay; 0 for none.
       decay_noise: m: gradients that are mostly noise take more decay; 0 for none.
-      fitted_decay: ρ, of all weights where gradients have fallen; 0 for none.
+      fitted_decay: ρ, of all weights where gradients have fallen in a long run; 0 for none.
       fall_power: v; 0 for none.
       quiet: κ; 0 for none.
       agreement: η; 0 counts every fall of gradients in full.

@@ -17,6 +17,8 @@ ANNEALED = 1e-3
 # The horizon, in steps, at which a rate is the nominal one, and the shortest: rates do not grow
 # any further below it.
 USUAL, SHORTEST = 500, 100
+# The longest horizon at which data are taken to come back too seldom to be memorised.
+SELDOM = 1000
 # As rates and decay see it, gradients fall no further than to this part.
 LOWEST = 0.1
 # 1 over the steadiness of gradients from which on no decay is added: those with next to no noise.
@@ -119,11 +121,13 @@ def log_decay(theta, step, num_steps, fall, steadiness) -> jax.Array:
 
 
 def fitted_decay(theta, plain: Plain, step, num_steps, fall) -> jax.Array:
-    """[G]: the part of itself that every weight of a matrix loses in a step. fall: of `counted`."""
+    """[G]: the part of itself that every weight of a matrix loses in a step, where the horizon is
+    known. fall: as of `counted`."""
     log = theta["log_rate"] + theta["log_fitted_decay"]
     noise = jnp.maximum(1 - STEADY * plain.steadiness, 0)
     fitted = jnp.square(_clipped(fall) / math.log(LOWEST)) * (1 - plain.vector)
-    return jnp.exp(log) * schedule(theta, step, num_steps) * noise * fitted
+    often = 1 - SELDOM / jnp.maximum(num_steps.astype(log.dtype), SELDOM)
+    return jnp.exp(log) * schedule(theta, step, num_steps) * noise * fitted * often
 
 
 def _clipped(fall) -> jax.Array:
