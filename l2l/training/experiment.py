@@ -122,7 +122,7 @@ class Saving(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """What `train.run` runs.
+    """What `run.train` runs.
 
     config:        plain data, as config.json holds it.
     specification: the part of it that rebuilds the optimizer.
