@@ -4,8 +4,7 @@ scikit-learn's digits: the default product, without download.
     python -m l2l.launch --config=configs/mlp.py
 
 Batches of 16 to 512, widths of 32 and 64, sizes of the data and initial scales are drawn. Some
-three minutes of meta-training on 2 cores, and four for the comparison. docs/results.md says what
-came out.
+three minutes on 2 cores, and four for the comparison; docs/results.md says what came out.
 """
 
 from ml_collections import ConfigDict

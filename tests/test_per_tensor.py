@@ -452,9 +452,10 @@ def test_map_params_reaches_the_moments():
 
 @pytest.mark.parametrize("learn", ["network", "numbers", "all"])
 def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
-    """Through the coefficients of a step in a run that is told its length, and of a late one in a
-    run that is not; of two matrices, their number would not matter, nor one gradient's fall, nor
-    where it points if that is ahead, nor its noise before there is evidence of it."""
+    """Through the coefficients of a step in a run that is told its length, of one in a long run and
+    of a late one in a run that is told none; of two matrices, their number would not matter, nor
+    one gradient's fall, nor where it points if that is ahead, nor its noise before there is
+    evidence of it."""
     params = PARAMS | {"w2": PARAMS["w"]}
     learned = per_tensor(hidden_size=2, warm_up=3.0, learn=learn)
     theta = learned.init(jax.random.key(0))
@@ -469,7 +470,7 @@ def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
     hidden = rule.hidden(theta, len(params))
 
     def total(theta):
-        clocks = ((2, 9), (300, 0))
+        clocks = ((2, 9), (2, 4000), (300, 0))
         return sum(
             jnp.sum(rule.propose(theta, rows, jnp.int32(t), jnp.int32(horizon), hidden)[0])
             for t, horizon in clocks
