@@ -106,12 +106,12 @@ def squared_error(outputs, targets):
     return jnp.mean((outputs - targets) ** 2)
 
 
-def classifying(inputs, labels, size: int) -> Callable:
-    """loss(params, key) of a ReLU network that classifies `size` random rows."""
+def classifying(inputs, labels, size: int, activation: Callable = jax.nn.relu) -> Callable:
+    """loss(params, key) of a network that classifies `size` random rows."""
 
     def loss(params, key):
         rows = jax.random.randint(key, (size,), 0, len(inputs))
-        return cross_entropy(mlp(params, inputs[rows]), labels[rows])
+        return cross_entropy(mlp(params, inputs[rows], activation), labels[rows])
 
     return loss
 
@@ -523,9 +523,9 @@ def run(optimizer, task: Task, seeds: int) -> dict[str, float]:
     return {"validation": float(validation), "training": float(training)}
 
 
-def best(runs: dict[float, dict], measure: str) -> float:
-    """The rate of the lowest loss; one that diverged comes last."""
-    return min(runs, key=lambda rate: statistics.or_infinite(runs[rate][measure]))
+def best(runs: dict, measure: str):
+    """The setting of the lowest loss, of {setting: losses}; one that diverged comes last."""
+    return min(runs, key=lambda setting: statistics.or_infinite(runs[setting][measure]))
 
 
 def compare(optimizer: str, name: str, task: Task, seeds: int) -> dict:
@@ -576,16 +576,22 @@ def summary(rows: list[dict]) -> dict[str, dict]:
     return {name: means(group) for name, group in groups.items() if group}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def typed(described: str | None, tasks: dict, seeds: int) -> tuple[argparse.Namespace, list[str]]:
+    """(the flags of a benchmark of such tasks, the names of those that are asked for)."""
+    parser = argparse.ArgumentParser(description=(described or "").split("\n")[0])
     parser.add_argument("--optimizer", default="lstm", help="a released name, a run or an export")
-    parser.add_argument("--only", default=",".join(TASKS), help="tasks, with commas between them")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", default=",".join(tasks), help="tasks, with commas between them")
+    parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     flags = parser.parse_args()
     names = flags.only.split(",")
-    if unknown := [name for name in names if name not in TASKS]:
-        parser.error(f"no task {', '.join(unknown)}: choose from {', '.join(TASKS)}")
+    if unknown := [name for name in names if name not in tasks]:
+        parser.error(f"no task {', '.join(unknown)}: choose from {', '.join(tasks)}")
+    return flags, names
+
+
+def main() -> None:
+    flags, names = typed(__doc__, TASKS, seeds=2)
     if not flags.json:
         print("Losses; in brackets a rival's best rate and the optimizer's loss over the rival's.")
     rows, skipped = [], {}

@@ -16,7 +16,6 @@ cross-entropies in nats, means over seeds: on held-out data at the end, and behi
 of the last twentieth of the steps.
 """
 
-import argparse
 import itertools
 import json
 
@@ -30,7 +29,7 @@ from sklearn.datasets import load_breast_cancer, load_digits
 import l2l
 from l2l.evaluation import statistics
 
-RATES, DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.01, 0.3)
+RATES, DECAYS = kinds.RIVALS["AdamW"][1], (0.01, 0.3)
 
 
 def classifier(split, sizes, batch: int, steps: int, activation=jax.nn.relu) -> kinds.Task:
@@ -38,17 +37,17 @@ def classifier(split, sizes, batch: int, steps: int, activation=jax.nn.relu) -> 
     replacement, or are all rows if `batch` is as large."""
     (inputs, labels), (held_out, wanted) = split
 
-    def loss(params, key):
-        rows = jnp.arange(batch)
-        if batch < len(inputs):
-            rows = jax.random.randint(key, (batch,), 0, len(inputs))
-        return kinds.cross_entropy(kinds.mlp(params, inputs[rows], activation), labels[rows])
+    def whole(params, inputs, labels):
+        return kinds.cross_entropy(kinds.mlp(params, inputs, activation), labels)
 
-    def validation(params):
-        return kinds.cross_entropy(kinds.mlp(params, held_out, activation), wanted)
-
+    drawn = kinds.classifying(inputs, labels, batch, activation)
     gain = 2.0 if activation is jax.nn.relu else 1.0
-    return kinds.Task(lambda key: kinds.dense(key, sizes, gain), loss, validation, steps)
+    return kinds.Task(
+        lambda key: kinds.dense(key, sizes, gain),
+        drawn if batch < len(inputs) else lambda params, key: whole(params, inputs, labels),
+        lambda params: whole(params, held_out, wanted),
+        steps,
+    )
 
 
 def halves(inputs, labels, count: int):
@@ -106,8 +105,8 @@ def compare(optimizer: str, name: str, seeds: int) -> dict:
         )
         for rate, decay in itertools.product(RATES, DECAYS)
     }
-    best = min(settings, key=lambda key: statistics.or_infinite(settings[key]["validation"]))
-    row["AdamW"] = settings[best] | {"rate": best[0], "decay": best[1]}
+    rate, decay = best = kinds.best(settings, "validation")
+    row["AdamW"] = settings[best] | {"rate": rate, "decay": decay}
     return row
 
 
@@ -122,21 +121,14 @@ def line(row: dict, optimizer: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--optimizer", default="lstm", help="a released name, a run or an export")
-    parser.add_argument("--only", default=",".join(TASKS), help="tasks, with commas between them")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    flags = parser.parse_args()
-    names = flags.only.split(",")
-    if unknown := [name for name in names if name not in TASKS]:
-        parser.error(f"no task {', '.join(unknown)}: choose from {', '.join(TASKS)}")
+    flags, names = kinds.typed(__doc__, TASKS, seeds=3)
     rows = []
     for name in names:
         try:
             rows.append(compare(flags.optimizer, name, flags.seeds))
         except l2l.UserError as error:
-            print(f"{name:9}skipped: {error}", flush=True)
+            if not flags.json:
+                print(f"{name:9}skipped: {error}", flush=True)
             continue
         if not flags.json:
             print(line(rows[-1], flags.optimizer), flush=True)

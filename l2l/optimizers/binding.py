@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import leaves, meshes
+from l2l.optimizers import leaves, meshes, ranges
 
 
 def transformation(
@@ -105,8 +104,7 @@ def repeated_decay(epochs: float) -> float:
     Raises:
       UserError: `epochs` is no positive number.
     """
-    number = isinstance(epochs, int | float | np.number) and not isinstance(epochs, bool)
-    if not (number and 0 < epochs < float("inf")):  # pyright: ignore[reportOperatorIssue]
+    if not (ranges.number(epochs) and 0 < epochs < float("inf")):
         raise UserError(
             f"epochs={epochs!r} is no positive number: give the steps of the run times the batch "
             "size, over the number of training examples."
@@ -135,7 +133,7 @@ def with_knobs(
         or a mask and no weight decay.
     """
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        number = ranges.number(value)
         if number and not 0 <= value < float("inf"):  # pyright: ignore[reportOperatorIssue]
             raise UserError(f"{name}={value} is out of range: use 0 or a positive number.")
         schedule = name == "learning_rate" and callable(value)

@@ -219,7 +219,7 @@ def per_tensor(
         hidden=network.hidden,
         propose=propose,
         combine=partial(_combine, settings, (weight_decay > 0, fitted_decay > 0)),
-        rate=lambda theta, *clock: jnp.exp(theta["log_rate"]) * numbers.schedule(theta, *clock),
+        rate=numbers.rate,
         features=evidence.FEATURES,
     )
     return base.LearnedOptimizer(init, lambda theta: bind(rule, theta), rule)

@@ -116,23 +116,32 @@ def log_decay(theta, step, num_steps, fall, steadiness) -> jax.Array:
     if "decay_fall" in theta:
         log = log - theta["decay_fall"] * _clipped(fall)
     if "decay_noise" in theta:
-        log = log + theta["decay_noise"] * jnp.maximum(1 - STEADY * steadiness, 0)
+        log = log + theta["decay_noise"] * _noise(steadiness)
     return log
 
 
 def fitted_decay(theta, plain: Plain, step, num_steps, fall) -> jax.Array:
     """[G]: the part of itself that every weight of a matrix loses in a step, where the horizon is
     known. fall: as of `counted`."""
-    log = theta["log_rate"] + theta["log_fitted_decay"]
-    noise = jnp.maximum(1 - STEADY * plain.steadiness, 0)
+    most = jnp.exp(theta["log_fitted_decay"]) * rate(theta, step, num_steps)
     fitted = jnp.square(_clipped(fall) / math.log(LOWEST)) * (1 - plain.vector)
-    often = 1 - SELDOM / jnp.maximum(num_steps.astype(log.dtype), SELDOM)
-    return jnp.exp(log) * schedule(theta, step, num_steps) * noise * fitted * often
+    often = 1 - SELDOM / jnp.maximum(num_steps.astype(most.dtype), SELDOM)
+    return most * _noise(plain.steadiness) * fitted * often
+
+
+def _noise(steadiness) -> jax.Array:
+    """From 0, where gradients have next to no noise, to 1."""
+    return jnp.maximum(1 - STEADY * steadiness, 0)
 
 
 def _clipped(fall) -> jax.Array:
     """log φ."""
     return jnp.clip(fall, math.log(LOWEST), 0)
+
+
+def rate(theta, step, num_steps) -> jax.Array:
+    """The nominal rate at a step: that of matrices of the usual size and number."""
+    return jnp.exp(theta["log_rate"]) * schedule(theta, step, num_steps)
 
 
 def schedule(theta, step, num_steps) -> jax.Array:

@@ -55,9 +55,14 @@ def whole(name: str, value, least: int = 1) -> int:
     return number
 
 
+def number(value) -> bool:
+    """Whether it is one, of Python's or NumPy's; True and False are not."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
 def _within(name, value, fits) -> bool:
     if isinstance(value, jax.Array | np.ndarray):
         return True
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    if not number(value):
         raise UserError(f"{name}={value!r} is not a number.")
     return bool(fits(value))
