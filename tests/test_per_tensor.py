@@ -15,7 +15,7 @@ from l2l.core.unroll import Inner
 from l2l.estimators.autodiff import truncated
 from l2l.estimators.first_order import first_order
 from l2l.estimators.objective import Objective
-from l2l.optimizers import soap
+from l2l.optimizers import soap, soap_directions
 from l2l.optimizers.per_tensor import RAMP, per_tensor
 from l2l.optimizers.per_tensor_evidence import FAST, FEATURES, SLOW, Plain
 from l2l.training import meta_step
@@ -72,7 +72,7 @@ def bound(**settings):
 
 def test_untrained_it_is_soap_at_one_rate():
     ours = run(bound(learning_rate=0.02, **PLAIN), 5)
-    directions = soap.scale_by_soap(soap.Settings(average_every=5, basis_every=20))
+    directions = soap.scale_by_soap(soap_directions.Settings(average_every=5, basis_every=20))
     theirs = run(optax.with_extra_args_support(optax.chain(directions, optax.scale(-0.02))), 5)
     for mine, wanted in zip(ours, theirs, strict=True):
         jax.tree.map(
@@ -318,7 +318,7 @@ def test_a_rate_is_found_where_it_is_far_too_high():
 
 def test_the_second_moment_remembers_a_shrinking_part_of_a_run():
     """ν ← (1 − t^−c) ν + t^−c g²: of a vector, whose basis is its own coordinates."""
-    transform = soap.scale_by_soap(soap.Settings(second_power=0.6))
+    transform = soap.scale_by_soap(soap_directions.Settings(second_power=0.6))
     params = {"v": jnp.ones(3)}
     state = transform.init(params)
     nu = np.zeros(3)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import l2l
-from l2l.optimizers import matrices, soap
+from l2l.optimizers import matrices, soap, soap_directions
 from l2l.optimizers.orthogonal import cholesky, gram_schmidt, orthonormal
 
 
@@ -116,7 +116,7 @@ def test_a_block_is_a_matrix_of_its_own(shape):
 
 
 @pytest.mark.parametrize(
-    "settings", [soap.PUBLISHED, soap.Settings()], ids=["published", "grafted"]
+    "settings", [soap.PUBLISHED, soap_directions.Settings()], ids=["published", "grafted"]
 )
 def test_many_shapes_share_few_batches_and_move_as_alone(settings):
     shapes = tuple((5 + i, 4 + i % 3) for i in range(12))
@@ -150,10 +150,10 @@ def test_tensors_of_one_shape_are_taken_out_at_unknown_places(monkeypatch):
     leaves = [jax.tree.leaves(g) for g in gradients]
     scaled = [[(1 + i) * x for i, x in enumerate(one)] for one in leaves]
     gradients = [jax.tree.unflatten(jax.tree.structure(params), one) for one in scaled]
-    (*_, plain), _ = run(soap.scale_by_soap(soap.Settings()), params, gradients)
+    (*_, plain), _ = run(soap.scale_by_soap(soap_directions.Settings()), params, gradients)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     # Equal settings would share what was traced for eight devices; these say the same for 3 steps.
-    transform = soap.scale_by_soap(soap.Settings(often=11))
+    transform = soap.scale_by_soap(soap_directions.Settings(often=11))
     (*_, ours), _ = run(transform, params, gradients)
     text = jax.jit(transform.update).lower(params, transform.init(params)).as_text()
     assert text.count("stablehlo.dynamic_slice") >= 3 * 9
@@ -169,7 +169,7 @@ def test_the_rows_of_an_embedding_have_no_basis():
 
 def test_turns_of_the_basis_leave_the_first_moment_what_it_is():
     """Kept in a basis that moves every step, m is the average of the gradients all the same."""
-    settings = soap.Settings(often=100)
+    settings = soap_directions.Settings(often=100)
     params = jnp.zeros((6, 5))
     gradients = gradients_like(params, 9)
     _, state = run(soap.scale_by_soap(settings), params, gradients)
@@ -177,12 +177,14 @@ def test_turns_of_the_basis_leave_the_first_moment_what_it_is():
     wanted = jnp.zeros_like(params)
     for gradient in gradients:
         wanted = settings.decays[0] * wanted + (1 - settings.decays[0]) * gradient
-    np.testing.assert_allclose(soap.out_of(state.mu[0][None], pair)[0], wanted, atol=1e-6)
+    np.testing.assert_allclose(
+        soap_directions.out_of(state.mu[0][None], pair)[0], wanted, atol=1e-6
+    )
     assert float(jnp.abs(pair[0].vectors[0] - jnp.eye(6)).max()) > 0.1
 
 
 def test_the_bases_become_the_eigenvectors():
-    settings = soap.Settings(often=10**6, damping=0.0)
+    settings = soap_directions.Settings(often=10**6, damping=0.0)
     key = jax.random.key(0)
     tall = jax.random.normal(key, (8, 8)) * 0.6 ** jnp.arange(8.0)[None]
     gradients = [tall @ jax.random.normal(jax.random.fold_in(key, i), (8, 5)) for i in range(150)]
@@ -243,7 +245,7 @@ def test_a_null_space_stays_where_it_is():
     """Directions without gradients are not spanned by rounding: their rows of the basis are those
     that they began as."""
     gradients = [g.at[3:].set(0.0) for g in gradients_like(jnp.zeros((6, 5)), 30)]
-    _, state = run(soap.scale_by_soap(soap.Settings()), gradients[0], gradients)
+    _, state = run(soap.scale_by_soap(soap_directions.Settings()), gradients[0], gradients)
     np.testing.assert_allclose(state.bases[0][0].vectors[0, 3:], jnp.eye(6)[3:], atol=3e-7)
 
 

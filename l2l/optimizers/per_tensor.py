@@ -20,7 +20,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import binding, coordinates, ranges, soap
+from l2l.optimizers import binding, coordinates, ranges, soap_directions
 from l2l.optimizers import per_tensor_evidence as evidence
 from l2l.optimizers import per_tensor_numbers as numbers
 from l2l.optimizers.network import FeatureMajorLinear, FeatureMajorLSTM
@@ -125,7 +125,7 @@ def per_tensor(
       size_power: q. Applies to n, not to the fan-in: libraries differ in which axis that is.
       depth_power: d.
       decays: of the first moments; the first is the nominal one.
-      second_decay, second_power: of the second moment (`soap.Settings`).
+      second_decay, second_power: of the second moment (`soap_directions.Settings`).
       mixture: whether the network mixes in further directions.
       weight_decay: exp(δ) at the start, times the schedule's rate; not for vectors. 0 for none.
       decay_anneal: k: decay fades before the rate does, and the end of a run fits what is left.
@@ -145,7 +145,7 @@ def per_tensor(
       reach: r: |log| of the largest factor that the network may put on a rate or a decay.
       bound: the root mean square of a step, decay aside, is kept below this fraction of its
         tensor's, or of `smallest` where that is larger; 0 for no bound.
-      block_size, average_every, basis_every: of the directions (`soap.Settings`).
+      block_size, average_every, basis_every: of the directions (`soap_directions.Settings`).
       learn: what the meta-gradient reaches: "network", "numbers" (λ and the others) or "all".
 
     Raises:
@@ -167,7 +167,7 @@ def per_tensor(
     if learn not in LEARN:
         raise UserError(f"There is no learn={learn!r}: choose {', '.join(LEARN[:-1])} or all.")
     decays = tuple(decays)
-    settings = soap.Settings(
+    settings = soap_directions.Settings(
         decays=decays,
         second_decay=second_decay,
         second_power=second_power,
@@ -267,10 +267,10 @@ def _combine(settings, decays: tuple[bool, bool], seen, coefficients, params):
     They are linear in the coefficients: the nominal direction alone decides where decay acts.
     """
     if not any(decays):
-        return soap.back(settings, seen, coefficients, params)
+        return soap_directions.back(settings, seen, coefficients, params)
     leaves, treedef = jax.tree.flatten(params)
     updates: dict[int, jax.Array] = {}
-    for group, mixed in soap.parts(settings, seen, params):
+    for group, mixed in soap_directions.parts(settings, seen, params):
         own = coefficients[:, np.asarray(group.owners)]
         nominal = mixed(jnp.ones_like(own[:1]))
         p = group.gather(leaves)

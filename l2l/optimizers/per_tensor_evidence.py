@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2l.optimizers import meshes, soap
+from l2l.optimizers import meshes, soap_directions
+from l2l.optimizers.soap_directions import POOLED, TINY
 
 # Decays, per step, of the averages over time of what is pooled over a tensor.
 FAST, SLOW = 0.9, 0.99
@@ -45,18 +46,18 @@ class Trail(NamedTuple):
 class Accumulators(NamedTuple):
     """soap: the moments, in the shapes and shardings of the parameters, and the bases."""
 
-    soap: soap.SoapState
+    soap: soap_directions.SoapState
     trail: Trail
 
 
 def start(settings, params) -> Accumulators:
     """Those before the first step."""
     leaves = jax.tree.leaves(params)
-    dtype = jnp.result_type(jnp.float32, *map(soap.accumulator_dtype, leaves))
+    dtype = jnp.result_type(jnp.float32, *map(soap_directions.accumulator_dtype, leaves))
     zeros = jnp.zeros((2, len(leaves)), dtype)
     log_start = _log_rms(settings, meshes.together(params), dtype) if leaves else zeros[0]
     return Accumulators(
-        soap.start(settings, params),
+        soap_directions.start(settings, params),
         Trail(
             alignment=zeros,
             steadiness=jnp.ones_like(log_start),
@@ -80,11 +81,11 @@ def observe(settings, gradient, params, past: Accumulators):
     """(directions, rows [S, G], accumulators). The rows are `FEATURES`, `Plain` and the root mean
     squares of the directions; `parts` takes them apart."""
     began = past.soap.count > 0
-    seen, now = soap.observe(settings, gradient, past.soap)
+    seen, now = soap_directions.observe(settings, gradient, past.soap)
     leaves = jax.tree.leaves(params)
     dtype = past.trail.log_start.dtype
-    along, ahead, square, numerator, second = seen.pooled[: len(soap.POOLED)].astype(dtype)
-    lengths = jnp.sqrt(seen.pooled[len(soap.POOLED) :].astype(dtype) + soap.TINY)
+    along, ahead, square, numerator, second = seen.pooled[: len(POOLED)].astype(dtype)
+    lengths = jnp.sqrt(seen.pooled[len(POOLED) :].astype(dtype) + TINY)
     log_gradient = 0.5 * jnp.log(square + 1e-20)
     # Where there is nothing to compare, neither the root nor its derivative is taken.
     there = began & (ahead * square > 1e-24)
@@ -108,7 +109,7 @@ def observe(settings, gradient, params, past: Accumulators):
     fall = trail.log_gradient[0] - 0.5 * jnp.log(trail.mean_square + 1e-20)
     dynamic = jnp.stack(
         [
-            jnp.sqrt(numerator / (second + soap.TINY) + soap.TINY),
+            jnp.sqrt(numerator / (second + TINY) + TINY),
             *trail.alignment,
             jnp.tanh(trail.log_gradient[0] - trail.log_gradient[1]),
             jnp.tanh(0.3 * fall),
