@@ -83,9 +83,10 @@ def test_a_run_equals_a_plain_loop(name, monkeypatch):
         problem = family.sample(fold(own, unroll.SAMPLE))
         params = family.init(fold(own, unroll.INIT), problem)
         whole = family.batch(None, problem, data, "validation")
-        every = whole.labels.size // 100
-        assert every > 1
-        part = jax.tree.map(lambda x: x[::every][:100], whole)
+        count = whole.labels.size
+        assert count > 200 and count % 100
+        rows = [row * count // 100 for row in range(100)]
+        part = jax.tree.map(lambda x, rows=rows: jnp.stack([x[row] for row in rows]), whole)
         state, losses, validation, judged = optimizer.init(params), [], [], params
         for t in range(steps):
             batch = family.batch(fold(fold(own, unroll.TRAIN), t), problem, data, "train")
@@ -122,6 +123,54 @@ def test_the_validation_loss_is_measured_at_evenly_spaced_steps():
     np.testing.assert_allclose(one.validation_loss[0], truth, rtol=2e-5)
     assert evaluate.validation_steps(7) == list(range(1, 8))  # No step twice, none left out.
     assert len(evaluate.validation_steps(1001)) == evaluate.VALIDATIONS
+
+
+@pytest.mark.parametrize("count", [3, 7, 1024])
+def test_a_sample_of_rows_reaches_from_the_first_to_the_last(count):
+    """In the examples of a data set and in the windows of a text, whose order is that of reading;
+    a batch may hold a key as well, of a noise."""
+    for whole in (count, count + 1, 2 * count - 1, 2 * count, 3 * count - 1):
+        noise = jax.random.key(0)
+        batch = (np.arange(whole), np.arange(whole)[:, None] + np.arange(2), noise)
+        rows, windows, same = evaluate.spaced(batch, count)
+        assert len(set(rows.tolist())) == len(rows) == count and same is noise
+        np.testing.assert_array_equal(windows[:, 0], rows)
+        # No gap is wider than the widest that there must be, at the ends neither.
+        gaps = np.diff([*rows, whole])
+        assert rows[0] == 0 and gaps.min() >= whole // count and gaps.max() <= -(-whole // count)
+    graph = (np.arange(9 * count), np.arange(5 * count))  # Edges, say, which name the nodes.
+    assert evaluate.spaced(graph, count) is graph
+
+
+def test_the_validation_loss_of_a_batch_with_a_key_is_over_the_sample(monkeypatch):
+    monkeypatch.setattr(evaluate, "EXAMPLES", 50)
+    family = tasks.vae(dataset="digits", hidden=(3,), latent=1, batch_size=4)
+    data, key = family.data(), jax.random.key(1)
+    found = evaluate.evaluate(key, optax.sgd(0.0), family, data, 1, 1).validation_loss[0, 0]
+    run = evaluate.beginning(family, jax.random.fold_in(key, 0))
+    whole = family.batch(None, run.problem, data, "validation")
+    rows = [row * len(whole.inputs) // 50 for row in range(50)]
+    part = whole._replace(inputs=jnp.stack([whole.inputs[row] for row in rows]))
+    np.testing.assert_allclose(found, family.loss(run.params, run.problem, part), rtol=1e-5)
+
+
+def test_what_was_measured_on_other_rows_is_another_program(monkeypatch):
+    """So that a cache does not mix them."""
+    family = tasks.mlp(hidden=(), activations=("relu",), batch_size=8)
+    monkeypatch.setattr(evaluate, "EXAMPLES", 100)
+
+    def first_rows(batch, count):
+        return jax.tree.map(lambda x: x[:: len(x) // count][:count], batch)
+
+    def shifted(batch, count):
+        return jax.tree.map(lambda x: x[np.arange(count) * len(x) // count + 1], batch)
+
+    arguments = base.fixed(optax.sgd(0.1)), family, (), (2,), KEY, family.data()
+    programs = {cache.program(*arguments)}
+    for other in (first_rows, shifted):
+        monkeypatch.setattr(evaluate, "spaced", other)
+        programs.add(cache.program(*arguments))
+    assert len(programs) == 3
 
 
 def test_divergence_is_flagged_from_where_it_happens():

@@ -117,12 +117,9 @@ class Cell(NamedTuple):
 def _spaced(batch: Callable, count: int) -> Callable:
     """`batch` of a family, of whose whole splits at most `count` rows are left, evenly spaced."""
 
-    def cut(x):
-        return x[np.arange(count) * len(x) // count] if x.ndim and len(x) > count else x
-
     def spaced(key, problem, data, split):
         rows = batch(key, problem, data, split)
-        return rows if key is not None else jax.tree.map(cut, rows)
+        return rows if key is not None else curves.spaced(rows, count)
 
     return spaced
 

@@ -261,16 +261,19 @@ def _whole(measure, family, state, data, split):
     of that a run has many measurements."""
     batch = family.batch(None, state.problem, data, split)
     if split == "validation":
-        batch = _part(batch)
+        batch = spaced(batch, EXAMPLES)
     return measure(evaluated(state.opt_state, state.params), state.problem, batch)
 
 
-def _part(batch):
-    sizes = {x.shape[0] if x.ndim else 0 for x in map(jnp.asarray, jax.tree.leaves(batch))}
-    if len(sizes) != 1 or max(sizes) <= EXAMPLES:
-        return batch  # Small, or no array of examples.
-    every = max(sizes) // EXAMPLES
-    return jax.tree.map(lambda x: x[: every * EXAMPLES : every], batch)
+def spaced(batch, count: int):
+    """A batch of n examples cut to `count` of them, evenly spaced: row ⌊i n / count⌋ of every array
+    for i = 0, …, count − 1. What is no array of examples, like the key of a noise, stays as it is,
+    and so does a batch of fewer examples, or of arrays that differ in how many rows they have."""
+    sizes = {len(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)}
+    if len(sizes) != 1 or max(sizes) <= count:
+        return batch
+    rows = np.arange(count) * max(sizes) // count
+    return jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, batch)
 
 
 def evaluated(opt_state, params):
