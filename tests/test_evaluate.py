@@ -309,7 +309,7 @@ def test_half_precision_meta_trains_and_is_tuned(dtype):
 
         def run(theta, key, optimizer=optimizer):
             start = evaluate.beginning(half(dtype), key)
-            return evaluate.one_run(optimizer.bind(theta), half(dtype), start, (), (2, 4))
+            return evaluate.one_run(optimizer, theta, half(dtype), start, (), (2, 4))
 
         curves = jax.eval_shape(run, baselines.setting(0.1), KEY)
         assert curves.train_loss.dtype == jnp.float32

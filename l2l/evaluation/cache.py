@@ -44,7 +44,7 @@ def program(optimizer, family, theta, checkpoints, key, data, validated=()) -> s
 
     def run(theta, key, data):
         start = curves.beginning(family, key)
-        return curves.one_run(optimizer.bind(theta), family, start, data, checkpoints, validated)
+        return curves.one_run(optimizer, theta, family, start, data, checkpoints, validated)
 
     text = jax.jit(run).lower(theta, key, data).as_text()
     return _checksum(f"{jax.__version__}\n{text}")

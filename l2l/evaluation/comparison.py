@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.evaluation import baselines, cache, curves, statistics, timing, tuning
 from l2l.evaluation.curves import Curves, Problems
@@ -70,7 +71,7 @@ def telling(optimizer: base.LearnedOptimizer, share: float) -> base.LearnedOptim
 
         return optax.GradientTransformationExtraArgs(transform.init, update)
 
-    return base.LearnedOptimizer(optimizer.init, bind)
+    return optimizer._replace(bind=bind, rule=None)
 
 
 class Cell(NamedTuple):
@@ -268,9 +269,28 @@ class _Field:
         self.entries, self.problems, self.grids = entries, problems, grids
         self.cache_dir, self.report = cache_dir, report
         self.family, self.data = self.cell.load()
+        for entry in entries:
+            self._check_fit(entry)
         # Made once, so that all settings of a kind share a compiled program.
         self.optimizers = [grid.optimizer() for grid in grids]
         self.tuned = [self._tune(i, grid) for i, grid in enumerate(grids)]
+
+    def _check_fit(self, entry: Entry) -> None:
+        """UserError, before the grids are tuned, for a start or a loss of another model than the
+        cell's."""
+        optimizer = entry.optimizer
+        learned = isinstance(optimizer, base.LearnedOptimizer)
+        if not learned or (optimizer.start is None and optimizer.loss is None):
+            return
+
+        def step(theta, key, data):
+            run = curves.beginning(self.family, key)
+            return curves.one_run(optimizer, theta, self.family, run, data, (1,))
+
+        try:
+            jax.eval_shape(step, entry.theta, self.problems.key, self.data)
+        except UserError as error:
+            raise UserError(f"{entry.name} on {self.cell.name}: {error}") from None
 
     def _tune(self, i: int, grid: Grid) -> tuning.Tuned:
         def progress(share, text):

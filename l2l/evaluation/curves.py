@@ -18,6 +18,7 @@ import optax
 from l2l.cluster import environment
 from l2l.console.errors import UserError
 from l2l.core import base, unroll
+from l2l.storage import exports
 
 # Of a run, evenly spaced measurements of the validation loss, each on at most so many examples.
 VALIDATIONS = 20
@@ -140,7 +141,7 @@ def compile_evaluation(
     numbers = np.minimum(np.arange(len(devices) * share), num_problems - 1)
 
     def one(theta, run, data):
-        curves = one_run(optimizer.bind(theta), family, run, data, steps, validated, blowup)
+        curves = one_run(optimizer, theta, family, run, data, steps, validated, blowup)
         return curves._replace(losses=()) if sweep else curves
 
     def on_device(theta, runs, data):
@@ -209,12 +210,33 @@ def opened(optimizer, run: Beginning, horizon: int) -> base.InnerState:
     )
 
 
-def one_run(transform, family, run: Beginning, data, steps, validated=(), blowup=2.0) -> Curves:
+def started(optimizer: base.LearnedOptimizer, theta, run: Beginning) -> Beginning:
+    """The run with the parameters that theta holds for the start of every run, if it holds some; a
+    UserError where they are not those of the run's model."""
+    if optimizer.start is None:
+        return run
+    params = exports.fitted(optimizer.start(theta), run.params, "The learned start")
+    return run._replace(params=params)
+
+
+# Eight: an optimizer, where its run begins, and what is measured on the way.
+def one_run(
+    optimizer: base.LearnedOptimizer,
+    theta,
+    family: base.TaskFamily,
+    run: Beginning,
+    data,
+    steps: Sequence[int],
+    validated: Sequence[int] = (),
+    blowup: float = 2.0,
+) -> Curves:
     """A run to the last of `steps` (increasing), measured at each, and its validation loss at those
     of `validated` too: `Curves` without [n], and with both kinds of steps left to the caller. The
-    optimizer is told the last step."""
-    optimizer = optax.with_extra_args_support(transform)
-    state = opened(optimizer, run, steps[-1])
+    optimizer is told the last step. A start that theta holds takes the place of the run's own, and
+    a loss that it holds is what the steps go down; whatever is measured is the family's."""
+    transform = optax.with_extra_args_support(optimizer.bind(theta))
+    training = unroll.trained_on(family, optimizer, theta)
+    state = opened(transform, started(optimizer, theta, run), steps[-1])
     # Between two measurements are so many times `every` steps. One compiled loop over these pieces
     # serves any steps, where a loop for each of them would have to be compiled anew.
     marks = sorted({*steps, *validated})
@@ -231,8 +253,20 @@ def one_run(transform, family, run: Beginning, data, steps, validated=(), blowup
     def validate(state):
         return _whole(family.loss, family, state, data, "validation")
 
+    def trained(state):
+        if training is family:
+            return unroll.unroll(state, data, family, transform, every)
+
+        def step(state, _):
+            # What `unroll` returns would be the loss that theta makes of this one.
+            batch = unroll.batch_at(family, state, data)
+            loss = family.loss(state.params, state.problem, batch)
+            return unroll.unroll(state, data, training, transform, 1)[0], loss
+
+        return jax.lax.scan(step, state, None, every)
+
     def piece(state, due):
-        state, losses = unroll.unroll(state, data, family, optimizer, every)
+        state, losses = trained(state)
         measured, validation = due
         # The steps are those of all runs abreast, so that these stay branches under `vmap`.
         return state, (losses, _if(measured, measure, state), _if(validation, validate, state))

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2l.console import modules
+from l2l.console import modules, schema
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.evaluation import baselines
 from l2l.evaluation.comparison import Entry
 from l2l.optimizers import binding
 from l2l.storage import exports, files
+from l2l.tasks.losses import LOSSES
 
 # Of the nominal rate of an untrained optimizer: what its best single rate is looked for among.
 MULTIPLIERS = (0.3, 1.0, 3.0)
@@ -48,9 +49,42 @@ def read(text: str) -> Entry:
     path = files.readable(text)
     if not released and os.sep not in text and not path.exists():
         raise UserError(_unknown(text, name))
-    optimizer, theta, _ = exports.read(exports.locate(text))
+    optimizer, theta, metadata = exports.read(exports.locate(text))
+    if isinstance(theta, base.Parts) and jax.tree.leaves(theta.loss):
+        optimizer = _with_loss(optimizer, theta, metadata, text)
     stem = path.name if path.is_dir() else path.stem
     return Entry(text if released else stem, optimizer, theta)
+
+
+def _with_loss(optimizer, theta: base.Parts, metadata, text) -> base.LearnedOptimizer:
+    """An optimizer from an export with the loss that its theta holds settings of, which is looked
+    up by the configuration that the export was trained with."""
+    try:
+        learned = schema.make("loss", LOSSES, metadata["config"]["theta"]["loss"])
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(
+            f"{text} holds settings of a loss, and the configuration in its metadata does not say "
+            f"of which ({error}): evaluate the run that it came from."
+        ) from None
+
+    def bind(theta, own):
+        def loss(params, problem, batch):
+            first = functools.partial(learned.init, jax.random.key(0))
+            # Untrained, the loss is the one that learning began with. An export has dicts and lists
+            # in place of whatever the task's parameters are made of.
+            fitted = (
+                first(params)
+                if theta == ()
+                else exports.fitted(theta, jax.eval_shape(first, params), "The learned loss")
+            )
+            return learned.bind(fitted, own)(params, problem, batch)
+
+        return loss
+
+    def init(key):
+        return base.Parts(optimizer.init(key).optimizer, optimizer.init(key).start)
+
+    return optimizer._replace(init=init, loss=lambda theta, own: bind(theta.loss, own))
 
 
 def _unknown(text: str, name: str) -> str:
@@ -119,9 +153,9 @@ def _transforms(x) -> bool:
 def variants(
     entry: Entry, told: Sequence[float] = (), multipliers: Sequence[float] = MULTIPLIERS
 ) -> list[Entry]:
-    """What an entry is compared with: itself, told other horizons; and its untrained twin, that is
-    the theta that its training began with, at multiples of its nominal rate. Nothing for one
-    that is not learned.
+    """What an entry is compared with: itself, told other horizons; and its untrained twin, at
+    multiples of its nominal rate: the same optimizer with a fresh theta, as training would begin
+    with, whose runs start where the task says. Nothing for one that is not learned.
 
     Args:
       told: fractions of the length of a run; the entry itself is told the whole length.
@@ -147,10 +181,16 @@ def variants(
 
 
 def _rated(optimizer: base.LearnedOptimizer) -> base.LearnedOptimizer:
-    """The optimizer as a function of (theta, the multiplier of its rate)."""
+    """The optimizer as a function of (theta, the multiplier of its rate). Of what theta holds
+    beside its weights the loss is kept; the start is not, as the fresh one is what a task draws."""
 
     def bind(theta):
         inner, factor = theta
         return binding.with_knobs(optimizer.bind(inner), learning_rate=factor)
 
-    return base.LearnedOptimizer(lambda key: (optimizer.init(key), jnp.ones(())), bind)
+    learned = optimizer.loss
+    return base.LearnedOptimizer(
+        lambda key: (optimizer.init(key), jnp.ones(())),
+        bind,
+        loss=None if learned is None else lambda theta, own: learned(theta[0], own),
+    )

@@ -28,8 +28,9 @@ warm-up) and weight decay (0, 0.001, 0.01 and 0.1; Adam has none). Every combina
 often. Outside the suites, further rates are tried where the best one was at the edge. Schedule-Free
 is measured at its averaged parameters, except in training curves.
 
-*untrained* is a learned optimizer with the weights it had before meta-training. *best rate* is the
-same at one multiple of its rate: the one that gives the best validation losses over all cells.
+*untrained* is a learned optimizer with fresh weights, such as meta-training begins with; its runs
+begin where the task says. *best rate* is the same at one multiple of its rate: the one that gives
+the best validation losses over all cells.
 *told nothing* and *told third* are the optimizer itself, given no length of the run or a third of
 the true one.
 

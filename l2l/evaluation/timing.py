@@ -47,12 +47,13 @@ def pace(
         @jax.jit
         def begin(theta, start, optimizer=optimizer):
             transform = optax.with_extra_args_support(optimizer.bind(theta))
-            return curves.opened(transform, start, 2 * steps)
+            return curves.opened(transform, curves.started(optimizer, theta, start), 2 * steps)
 
         @jax.jit
         def run(theta, state, data, optimizer=optimizer):
             transform = optax.with_extra_args_support(optimizer.bind(theta))
-            return unroll.unroll(state, data, family, transform, steps)
+            training = unroll.trained_on(family, optimizer, theta)
+            return unroll.unroll(state, data, training, transform, steps)
 
         first = begin(theta, start)
         later = jax.block_until_ready(run(theta, first, data)[0])  # Compiles.

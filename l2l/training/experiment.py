@@ -205,7 +205,8 @@ def build_experiment(config: Mapping) -> Experiment:
     evaluation = schema.fill("evaluation", Evaluation, whole["evaluation"])
     _check_against(evaluation.against, specification)
     families, weights = _mixture(whole)
-    learned = _learner(built, whole["theta"], families)
+    judged = _judged(whole, evaluation.tasks)
+    learned = _learner(built, whole["theta"], families, judged)
     if not jax.tree.leaves(jax.eval_shape(learned.init, jax.random.key(0))):
         raise UserError(
             f"The optimizer {specification['name']!r} has nothing to learn, as all of its settings "
@@ -230,7 +231,7 @@ def build_experiment(config: Mapping) -> Experiment:
         reads=reads,
         objective=losses,
         start=schema.fits("config", "start", whole["start"], str),
-        judged=_judged(whole, evaluation.tasks),
+        judged=judged,
         optimizer=learned,
         inners=inners,
         meta=Meta(
@@ -276,7 +277,7 @@ def _check_against(against: str, specification: Mapping) -> None:
         )
 
 
-def _learner(learned, section, families) -> base.LearnedOptimizer:
+def _learner(learned, section, families, judged) -> base.LearnedOptimizer:
     """The optimizer, and with it what else theta holds of an inner run."""
     held = schema.fill("theta", Theta, section)
     if not held.start and not held.loss:
@@ -290,16 +291,28 @@ def _learner(learned, section, families) -> base.LearnedOptimizer:
             "theta.start and theta.loss fit one network only: train on tasks that share it."
         )
 
+    loss = schema.make("loss", LOSSES, held.loss) if held.loss else None
+
+    def held_for(params):
+        """Shapes of what theta holds beside its optimizer, for a model of these."""
+        return (
+            params if held.start else (),
+            jax.eval_shape(loss.init, key, params) if loss else (),
+        )
+
+    for name, family in judged:
+        own = jax.eval_shape(lambda k, f=family: f.init(k, f.sample(k)), key)
+        if not _alike(held_for(own), held_for(shapes[0])):
+            raise UserError(
+                f"evaluation.tasks: {name} has other parameters than {families[0].name}, for which "
+                "theta.start and theta.loss are learned: compare on tasks that share its network."
+            )
+
     def start(key):
         problem_key, own = jax.random.split(key)
         return families[0].init(own, families[0].sample(problem_key))
 
-    return base.learner(
-        learned,
-        start=start if held.start else None,
-        loss=schema.make("loss", LOSSES, held.loss) if held.loss else None,
-        params=shapes[0],
-    )
+    return base.learner(learned, start=start if held.start else None, loss=loss, params=shapes[0])
 
 
 def _alike(one, other) -> bool:
