@@ -483,5 +483,5 @@ def test_options_are_read_as_typed():
     assert cli.split("adam, sgd(0.1, momentum=0.9)") == ["adam", "sgd(0.1, momentum=0.9)"]
     assert cli._assignment("hidden=64,64") == ("hidden", (64, 64))
     assert cli._assignment("activations=relu") == ("activations", "relu")
-    cells = cli.read_cells({"name": "mlp", "hidden": 4}, "activations=relu,tanh")
+    cells = cli.read_cells([{"name": "mlp", "hidden": 4}], "activations=relu,tanh")
     assert [cell.name for cell in cells] == ["mlp-digits-4 relu", "mlp-digits-4 tanh"]

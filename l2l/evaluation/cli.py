@@ -14,6 +14,7 @@ import functools
 import inspect
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,15 +36,22 @@ from l2l.storage import files
 from l2l.tasks import registry
 
 
-def read_cells(section: dict, vary: str | None) -> list[Cell]:
-    """A cell for each value of `vary` ("setting=value,value"), or one, of a section `task`."""
-    sections = {"": section}
+def read_cells(sections: Sequence[dict], vary: str | None) -> list[Cell]:
+    """A cell for each section `task`, or one for each value of `vary` ("setting=value,value") in
+    each of them, by names that differ."""
+    values: dict[str, dict] = {"": {}}
     if vary:
-        name, values = _assignment(vary)
-        values = values if isinstance(values, tuple) else (values,)
-        sections = {str(value): {**section, name: value} for value in values}
-    families = {name: registry.task(_wrapped(s, registry.TASKS)) for name, s in sections.items()}
-    return [Cell(" ".join((f.name, name)).strip(), f) for name, f in families.items()]
+        setting, given = _assignment(vary)
+        given = given if isinstance(given, tuple) else (given,)
+        values = {str(value): {setting: value} for value in given}
+    wanted, names, families = [], [], []
+    for section in sections:
+        for told, value in values.items():
+            wanted.append(_wrapped({**section, **value}, registry.TASKS))
+            families.append(registry.task(wanted[-1]))
+            names.append(" ".join((families[-1].name, told)).strip())
+    names, places = registry.distinct(names, wanted)
+    return [Cell(name, families[i]) for name, i in zip(names, places, strict=True)]
 
 
 def _wrapped(section: dict, tasks: dict) -> dict:
@@ -152,10 +160,10 @@ def main(argv, known: configuration.Known) -> int:
     if (directory := values["from"].value) is not None:
         return _regenerate(values, directory)
     environment.prepare()  # JAX is imported already, but reads this at its first use.
-    typed_entries = [entries.read(part) for text in values.optimizer for part in split(text)]
+    typed_entries = entries.read_all([x for text in values.optimizer for x in split(text)])
     if values.suite is None:
         sections = _sections(values, typed.config, known)
-        cells = [cell for section in sections for cell in read_cells(section, values.vary)]
+        cells = read_cells(sections, values.vary)
         if given := [f"--{name}" for name in ("cells", "budget") if values[name].present]:
             raise UserError(
                 f"{' and '.join(given)} choose among the cells of a suite: add --suite."
@@ -207,7 +215,7 @@ def _grids(values) -> tuple[Grid, ...]:
 
 
 def _kinds(values) -> list[str]:
-    return [kind for kind in values.baseline if kind not in ("", "none")]
+    return [kind for kind in dict.fromkeys(values.baseline) if kind not in ("", "none")]
 
 
 def _suite(values, config) -> tuple[Suite, list[str]]:

@@ -209,7 +209,13 @@ def measure(
         where another was interrupted.
       parts: what of `plan` is measured, and in which order; by default all of it.
       progress: called with (the part of the work that is done, what is being done).
+
+    Raises:
+      UserError: two optimizers have one name, or two cells; or the start or the loss that theta
+        holds belongs to another model than a cell's.
     """
+    _check_names("optimizers", [e.name for e in entries] + [tuned_name(g.kind) for g in grids])
+    _check_names("cells", [cell.name for cell in cells])
     parts = plan(cells, horizons) if parts is None else parts
     costs = [estimate(part, grids, problems.count, len(entries)) for part in parts]
     for i, (part, cost) in enumerate(zip(parts, costs, strict=True)):
@@ -222,6 +228,14 @@ def measure(
         yield from _Field(part, entries, problems, grids, cache_dir, report).rows(timed)
         curves.forget()  # No cell has a program that another can use.
     progress(1.0, "done")
+
+
+def _check_names(what: str, names: Sequence[str]) -> None:
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UserError(
+            f"Two {what} are called {twice[0]!r}, and their numbers are kept by their names: give "
+            "them names that differ."
+        )
 
 
 class Part(NamedTuple):

@@ -56,6 +56,37 @@ def read(text: str) -> Entry:
     return Entry(text if released else stem, optimizer, theta)
 
 
+def read_all(texts: Sequence[str]) -> list[Entry]:
+    """The entry of each text, as `read` makes it, with names that differ: where files have one
+    name, as all exports of runs do, they are called by as much of the end of their paths as tells
+    them apart.
+
+    Raises:
+      UserError: two texts are the same; or of `read`.
+    """
+    if twice := [text for i, text in enumerate(texts) if text in texts[:i]]:
+        raise UserError(f"--optimizer names {twice[0]} twice: leave one out.")
+    found = [read(text) for text in texts]
+    known = [_names(entry.name, text) for entry, text in zip(found, texts, strict=True)]
+    lengths = [0] * len(known)
+    while True:
+        names = [own[length] for own, length in zip(known, lengths, strict=True)]
+        same = [i for i, name in enumerate(names) if names.count(name) > 1]
+        if not same:
+            return [e._replace(name=name) for e, name in zip(found, names, strict=True)]
+        for i in same:  # The longest are the texts, which differ.
+            lengths[i] = min(lengths[i] + 1, len(known[i]) - 1)
+
+
+def _names(shortest: str, text: str) -> list[str]:
+    """What the entry of a text may be called, from the shortest on; the last is the text itself."""
+    if shortest == text:  # All but paths.
+        return [text]
+    above = text.rstrip("/").split("/")[:-1]
+    ends = ["/".join([*above[len(above) - i :], shortest]) for i in range(len(above) + 1)]
+    return [*filter(None, ends), text]
+
+
 def _with_loss(optimizer, theta: base.Parts, metadata, text) -> base.LearnedOptimizer:
     """An optimizer from an export with the loss that its theta holds settings of, which is looked
     up by the configuration that the export was trained with."""

@@ -75,3 +75,35 @@ def _own(section: Mapping) -> dict[str, Callable]:
         return {}
     place, _, attribute = name.rpartition(":")
     return {name: modules.attribute(place, attribute, "task")}
+
+
+def distinct(names: Sequence[str], sections: Sequence[Mapping]) -> tuple[list[str], list[int]]:
+    """(names of tasks that differ, the places of the tasks that they belong to). A task that comes
+    again with all of its settings is left out; others of one name are followed by the settings in
+    which they differ, like "quadratic-2 stddev=0.01".
+
+    Args:
+      names: of the families, which leave some of their settings out.
+      sections: a section `task` for each, without what belongs to a mixture.
+    """
+    whole = [_whole(section) for section in sections]
+    places = [
+        i
+        for i, (name, own) in enumerate(zip(names, whole, strict=True))
+        if (name, own) not in zip(names[:i], whole[:i], strict=True)
+    ]
+    out = []
+    for i in places:
+        same = [whole[j] for j in places if names[j] == names[i]]
+        keys = [k for k in whole[i] if any(own.get(k) != whole[i][k] for own in same)]
+        out.append(" ".join([names[i], *(f"{k}={whole[i][k]}" for k in keys)]))
+    return out, places
+
+
+def _whole(section: Mapping) -> dict[str, str]:
+    """All settings of a section as text, those too that it leaves to their defaults."""
+    settings = {**(settings_of(section) or {}), **section}
+    return {
+        key: "-".join(map(str, value if isinstance(value, tuple | list) else [value]))
+        for key, value in settings.items()
+    }

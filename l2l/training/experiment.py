@@ -371,7 +371,8 @@ def _array(x):
 
 
 def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
-    """The plain families of section `task`, each with each of the changes of settings."""
+    """The plain families of section `task`, each with each of the changes of settings, by names
+    that differ."""
     changes = schema.several(changes)
     for change in changes:
         if not isinstance(change, Mapping):
@@ -379,18 +380,20 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
                 f"evaluation.tasks={change!r} is no change of section task: write settings that "
                 "replace some of it, like dict(hidden=(64,)), or {} for the task as it is."
             )
-    out = []
+    names, sections, families = [], [], []
     for section in schema.several(config["task"]):
         plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
         for change in changes:
-            family = task({**plain, **change})
+            sections.append({**plain, **change})
+            families.append(task(sections[-1]))
             values = " ".join(
                 "-".join(map(str, v if isinstance(v, tuple | list) else [v]))
                 for k, v in change.items()
                 if sum(change[k] != other.get(k) for other in changes)
             )
-            out.append((" ".join(filter(None, (family.name, values))), family))
-    return tuple(out)
+            names.append(" ".join(filter(None, (families[-1].name, values))))
+    names, places = tasks.distinct(names, sections)
+    return tuple((name, families[i]) for name, i in zip(names, places, strict=True))
 
 
 def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGradient, Inner]:
