@@ -12,6 +12,8 @@ same command goes on from there.
 import ast
 import functools
 import inspect
+import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -128,7 +130,12 @@ def _flags() -> flags.FlagValues:
         f"What a learned optimizer is told of a run's length: {', '.join(entries.TOLD)}; by "
         "default what is right, or as the suite has it.",
     )
-    text("output", "scores", "The directory to write to; its `cache` keeps what was measured.")
+    text(
+        "output",
+        "scores",
+        "The directory to write to; its `cache` keeps what was measured. Results of another "
+        "command that are there stay until this one is done.",
+    )
     return values
 
 
@@ -182,7 +189,8 @@ def main(argv, known: configuration.Known) -> int:
     notes = [*notes, *left]
     for note in notes:
         print(note, file=sys.stderr)
-    return _measure(values, field, chosen, parts, notes, output, budget)
+    command = ["l2l.evaluate", *argv[1:]]
+    return _measure(values, field, chosen, parts, notes, output, budget, command)
 
 
 def _field(values, typed: list[Entry], chosen: Suite) -> list[Entry]:
@@ -268,15 +276,24 @@ def _plan(chosen: Suite, count: int, budget: float | None, output):
     return parts, left
 
 
-# Seven: what is measured, how long, and where it goes.
-def _measure(values, field, chosen: Suite, parts, notes, output, budget) -> int:
-    """Measures, and writes what there is after every cell: a run that is killed leaves tables."""
-    began, rows, bar = time.monotonic(), [], Bar(1.0)
+# Eight: what is measured, how long, by which command, and where it goes.
+def _measure(values, field, chosen: Suite, parts, notes, output, budget, command) -> int:
+    """Measures, and writes what there is after every cell: a run that is killed leaves tables. What
+    is not done yet never replaces more than it has."""
+    began, rows, bar, done, code = time.monotonic(), [], Bar(1.0), False, 0
+    standing = _standing(output, command)
+    if math.isinf(standing):
+        print(
+            f"{output} holds the results of another command, which stay until this one is done.",
+            file=sys.stderr,
+        )
 
     def write(draw):
-        about = _about(values, chosen.seeds, began)
-        where = (output, rows, chosen.cells, chosen.horizons)
-        return report.write(*where, notes=notes, about=about, draw=draw)
+        where = (rows, chosen.cells, chosen.horizons)
+        if not done and len(rows) < max(standing, 1):
+            return report.lay_out(*where, notes).short
+        about = _about(values, chosen.seeds, began, command)
+        return report.write(output, *where, notes=notes, about=about, draw=draw)
 
     measured = comparison.measure(
         *(field, chosen.cells, chosen.horizons),
@@ -287,7 +304,7 @@ def _measure(values, field, chosen: Suite, parts, notes, output, budget) -> int:
         parts=parts,
         progress=bar.show,
     )
-    code, count = 0, len(field) + len(chosen.grids)
+    count = len(field) + len(chosen.grids)
     whole = count * sum(len(part.horizons) for part in parts)
     try:
         for row in measured:
@@ -298,13 +315,32 @@ def _measure(values, field, chosen: Suite, parts, notes, output, budget) -> int:
                 if late and len(rows) < whole:
                     notes = [*notes, "The budget was spent before all that it planned was done."]
                     break
+        done = True
+        bar.close()
+        shown = write(draw=True)
     except KeyboardInterrupt:
+        bar.close()
         code = 130
-    bar.close()
-    print(write(draw=True))
-    if code:
-        print("l2l: interrupted; the same command goes on from here.", file=sys.stderr)
+        kept = f" {output} keeps the results that it had." if len(rows) < standing else ""
+        print(
+            "l2l: interrupted; the same command goes on from here." + kept * (not done),
+            file=sys.stderr,
+        )
+        shown = write(draw=True)
+    print(shown)
     return code
+
+
+def _standing(output, command: Sequence[str]) -> float:
+    """How many rows a command has written to a directory; infinitely many, if what is there is
+    another's."""
+    try:
+        content = json.loads((output / "results.json").read_text())
+        return len(content["rows"]) if content["command"] == command else math.inf
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _horizons(values, default) -> tuple[int, ...]:
@@ -317,9 +353,9 @@ def _horizons(values, default) -> tuple[int, ...]:
     return tuple(int(x) for x in values.horizons)
 
 
-def _about(values, seeds: int, began: float) -> dict:
+def _about(values, seeds: int, began: float, command: Sequence[str]) -> dict:
     return dict(
-        command=["l2l.evaluate", *sys.argv[1:]],
+        command=command,
         seeds=seeds,
         seed=values.seed,
         seconds=round(time.monotonic() - began, 1),

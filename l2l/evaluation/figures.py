@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -271,6 +272,13 @@ def all_of(directory: Path, rows: Sequence["Row"]) -> list[Path]:
                 panels.setdefault(row.cell, {})[row.optimizer] = row.curves.losses
         paths.append(curves(panels, directory / f"curves-{steps}.png"))
     return paths
+
+
+def clear(directory: Path) -> None:
+    """Removes what `all_of` drew in a directory, whatever it was of."""
+    for path in directory.glob("*.png"):
+        if re.fullmatch(r"(curves-\d+|scorecard(-\d+)?|profile|trials(-\d+)?)\.png", path.name):
+            path.unlink(missing_ok=True)
 
 
 def comparisons(

@@ -121,8 +121,8 @@ def write(
     draw: bool = True,
 ) -> str:
     """Writes table.md and results.json; and if `draw`, curves-….png, one for each horizon, and for
-    several cells scorecard.png. Returns what is shown on a terminal: the summary for several cells,
-    the rows for one, and the paths.
+    several cells scorecard.png, in place of such figures that are there. Returns what is shown on a
+    terminal: the summary for several cells, the rows for one, and the paths.
 
     Args:
       rows: what was measured; whatever of `cells` × `horizons` is not there is listed as missing.
@@ -138,6 +138,7 @@ def write(
     content["cells"] = [_described(cell, horizons) for cell in cells]
     paths.append(write_json(directory / "results.json", content))
     if draw and rows:
+        figures.clear(directory)  # Those of an earlier comparison would stand beside this one.
         paths += figures.all_of(directory, page.rows)
     return f"{page.short}\n" + "\n".join(map(str, paths))
 

@@ -6,9 +6,11 @@ reads every `NAME.json` of a directory, each the `results.json` of a measurement
 `tables.md`, and figures `NAME-….png`, beside them.
 """
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,23 @@ def read(path: str | os.PathLike) -> tuple[list[Row], list[Cell], dict]:
     """(rows, cells, everything else) of a `results.json`; the rows' curves lack the loss of each
     batch, which is (). UserError if it is not such a file, or one of another version."""
     path = Path(path)
-    try:
+    with _reading(path):
         content = json.loads(path.read_text())
         rows = [_row(row) for row in content.pop("rows")]
         cells = [_cell(cell) for cell in content.pop("cells")]
+        return rows, cells, content
+
+
+@contextlib.contextmanager
+def _reading(path: Path):
+    """What is wrong with a results.json, as a UserError."""
+    try:
+        yield
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} is not a results.json that this version of l2l wrote ({error!r}): measure it "
             "again with `python -m l2l.evaluate`."
         ) from None
-    return rows, cells, content
 
 
 def page(directory: str | os.PathLike) -> tuple[str, dict[str, list[Row]]]:
@@ -55,10 +64,12 @@ def page(directory: str | os.PathLike) -> tuple[str, dict[str, list[Row]]]:
     for path in paths:
         rows, cells, about = read(path)
         found[path.stem] = rows
-        laid = report.lay_out(rows, cells, (), about["notes"], "###")
+        with _reading(path):
+            told, notes = _told(about, rows), about["notes"]
+        laid = report.lay_out(rows, cells, (), notes, "###")
         drawn = figures.comparisons(Path(), rows, f"{path.stem}-", draw=False)
         images = "".join(f"\n![{figure.stem}]({figure.name})\n" for figure in drawn)
-        text += f"\n## {path.stem}\n\n{_told(about)}\n{laid.overall}{images}{laid.rest}"
+        text += f"\n## {path.stem}\n\n{told}\n{laid.overall}{images}{laid.rest}"
     return text, found
 
 
@@ -72,14 +83,22 @@ def regenerate(directory: str | os.PathLike) -> list[Path]:
     return paths
 
 
-def _told(about: dict) -> str:
+def _told(about: dict, rows: Sequence[Row]) -> str:
+    """How it was measured: by a command, or at the end of meta-training."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    seed, problems = about["seed"], max((row.runs for row in rows), default=0)
+    if "command" not in about:
+        training = about["training"]
+        return (
+            f"Measured at the end of meta-training: {about['meta_steps']:,} meta-steps on "
+            f"{', '.join(training['data'])}, seed {seed}, {training['seconds']:g} seconds; "
+            f"{problems} problems a cell; {versions}.\n"
+        )
     command = " ".join(["python -m l2l.evaluate", *about["command"][1:]])
     return (
-        f"`{command}`\n\n{about['seeds']} problems a cell, seed {about['seed']}; "
-        f"{about['seconds']:g} seconds, less what was kept of earlier ones; "
-        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        + "."
-    ) + "\n"
+        f"`{command}`\n\n{about['seeds']} problems a cell, seed {seed}; {about['seconds']:g} "
+        f"seconds, less what was kept of earlier ones; {versions}.\n"
+    )
 
 
 def _row(stored: dict) -> Row:
