@@ -142,7 +142,41 @@ def test_spaces_are_declared_and_have_the_same_number_of_trials():
         np.testing.assert_allclose((min(rates), max(rates)), (kind.low, kind.high))
         others = [t[1:] for t in trials]
         often = [others.count(other) for other in set(others)]
-        assert max(often) - min(often) <= 1  # All settings equally often.
+        assert max(often) - min(often) <= 1  # As evenly as they divide.
+
+
+@pytest.mark.parametrize(
+    "grid, told",
+    [
+        (
+            tuning.Grid("adamw", extensions=0),
+            "adamw: 15 rates from 0.0003 to 3, each with 2 of 12 combinations (schedule constant, "
+            "cosine, warmup cosine; weight decay 0, 0.001, 0.01, 0.1).",
+        ),
+        (
+            tuning.Grid("adam", (0.1, 1.0, 3), eps_roots=(0.0, 1e-8), each=None),
+            "adam: 3 rates from 0.1 to 1, each with 6 of 6 combinations (schedule constant, "
+            "cosine, warmup cosine; eps_root 0, 1e-08), and further rates where the best one is "
+            "at the edge.",
+        ),
+        (
+            tuning.Grid("sgd", (0.1, 1.0, 3), ("constant",), extensions=0),
+            "sgd: 3 rates from 0.1 to 1, each with 1 of 1 combination (schedule constant).",
+        ),
+        (
+            suites.SUITES["models"].grids[0],
+            "adamw: 4 rates from 0.0006 to 0.016, each with 1 of 2 combinations (schedule warmup "
+            "cosine; weight decay 0.01, 0.1).",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.kind,
+)
+def test_a_space_is_told_as_it_is_tried(grid, told):
+    assert grid.told() == told
+    *_, high = (grid.rate(trial.number) for trial in grid.trials())
+    combinations = {trial[1:] for trial in grid.trials()}
+    each = len(grid.trials()) // grid.limits[2]
+    assert f"each with {each} of {len(combinations)} " in told and f"to {high:g}," in told
 
 
 def test_adam_of_the_grid_is_optax_adam():

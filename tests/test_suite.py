@@ -456,13 +456,14 @@ def test_another_theta_is_another_result(tmp_path):
 
 def test_tables_say_what_is_missing(measured, tmp_path):
     rows = measured.rows[:3]
-    arguments = dict(notes=["two: a note."], about={"seed": 1})
+    arguments = dict(notes=["two: a note."], about={"seed": 1}, grids=GRIDS)
     text = report.write(tmp_path, rows, CELLS, HORIZONS, **arguments)
     assert "Not yet measured at 3 steps: two." in text
     assert "Not yet measured at 6 steps: one, two." in text
     table = (tmp_path / "table.md").read_text()
     assert table.count("not yet measured") == 3 and "- two: a note." in table
-    assert report.LEGEND in table
+    spaces = "".join(f"- {grid.told()}\n" for grid in GRIDS)
+    assert f"{report.LEGEND}\nThe spaces:\n\n{spaces}" in table
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["seed"] == 1 and len(content["rows"]) == 3
     two = dict(name="two", kind="data", task=CELLS[1].task, rows=None, scored=None)
@@ -482,7 +483,8 @@ def test_what_was_stored_makes_the_same_tables(measured, tmp_path):
     """The page of a directory has, of the JSON alone, the tables that the measurement wrote."""
     rows = measured.rows
     cells = (*CELLS, Cell("three", TASK, horizons=(7,)))
-    text = report.write(tmp_path / "a", rows, cells, HORIZONS, notes=["two: a note."], about=ABOUT)
+    more = dict(notes=["two: a note."], grids=GRIDS, about=ABOUT)
+    text = report.write(tmp_path / "a", rows, cells, HORIZONS, **more)
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "results.json").rename(tmp_path / "b" / "mine.json")
     paths = stored.regenerate(tmp_path / "b")

@@ -293,7 +293,7 @@ def _measure(values, field, chosen: Suite, parts, notes, output, budget, command
         if not done and len(rows) < max(standing, 1):
             return report.lay_out(*where, notes).short
         about = _about(values, chosen.seeds, began, command)
-        return report.write(output, *where, notes=notes, about=about, draw=draw)
+        return report.write(output, *where, notes=notes, grids=chosen.grids, about=about, draw=draw)
 
     measured = comparison.measure(
         *(field, chosen.cells, chosen.horizons),

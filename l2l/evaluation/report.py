@@ -16,17 +16,18 @@ from l2l.storage import files
 if TYPE_CHECKING:  # Tables need no JAX.
     from l2l.evaluation.comparison import Cell, Row
     from l2l.evaluation.curves import Curves
+    from l2l.evaluation.tuning import Grid
 
 LEGEND = """\
 Every optimizer was told the horizon and met the same problems. The problems of a cell differ in
 their initial values and batches, and in whatever else its task draws at random. A tuned baseline is
 the best trial in its space by mean final training loss. It is chosen anew for each cell and
-horizon, on the very problems it is compared on. All baselines have the same number of trials: 15
-log-spaced rates, each with 2 of the combinations of schedule (constant; cosine to 0; cosine after a
-warm-up over the first twentieth of the run; for Schedule-Free constant, with and without the
-warm-up) and weight decay (0, 0.001, 0.01 and 0.1; Adam has none). Every combination is used equally
-often. Outside the suites, further rates are tried where the best one was at the edge. Schedule-Free
-is measured at its averaged parameters, except in training curves.
+horizon, on the very problems it is compared on. A space has log-spaced rates, and with each of them
+some of the combinations of schedule (constant; cosine to 0; cosine after a warm-up over the first
+twentieth of the run; for Schedule-Free constant, with and without the warm-up), weight decay and
+eps_root. All combinations are used as evenly as they divide. In a suite all baselines have the same
+number of trials; outside the suites, further rates are tried where the best one was at the edge.
+Schedule-Free is measured at its averaged parameters, except in training curves.
 
 *untrained* is a learned optimizer with fresh weights, such as meta-training begins with; its runs
 begin where the task says. *best rate* is the same at one multiple of its rate: the one that gives
@@ -117,6 +118,7 @@ def write(
     horizons: Sequence[int],
     *,
     notes: Sequence[str] = (),
+    grids: Sequence["Grid"] = (),
     about: Mapping = MappingProxyType({}),
     draw: bool = True,
 ) -> str:
@@ -127,20 +129,28 @@ def write(
     Args:
       rows: what was measured; whatever of `cells` × `horizons` is not there is listed as missing.
       notes: further sentences for the reader.
+      grids: the spaces of the tuned baselines, to be described.
       about: anything else that results.json should contain, as plain data.
     """
     directory = files.folder(directory, "--output")
-    page = lay_out(rows, cells, horizons, notes)
+    page, told = lay_out(rows, cells, horizons, notes), [grid.told() for grid in grids]
     paths = [directory / "table.md"]
-    files.write(paths[0], f"# Scorecard\n\n{page.overall}\n{LEGEND}{page.rest}".encode())
+    text = f"# Scorecard\n\n{page.overall}\n{LEGEND}{spaces(told)}{page.rest}"
+    files.write(paths[0], text.encode())
     stored = [_stored(row) for row in page.rows]
     content = dict(about, summary=statistics.summarise(page.rows), rows=stored, notes=page.notes)
+    content["spaces"] = told
     content["cells"] = [_described(cell, horizons) for cell in cells]
     paths.append(write_json(directory / "results.json", content))
     if draw and rows:
         figures.clear(directory)  # Those of an earlier comparison would stand beside this one.
         paths += figures.all_of(directory, page.rows)
     return f"{page.short}\n" + "\n".join(map(str, paths))
+
+
+def spaces(told: Sequence[str]) -> str:
+    """The spaces of the tuned baselines as a list; nothing of none."""
+    return "\nThe spaces:\n\n" + "".join(f"- {one}\n" for one in told) if told else ""
 
 
 class Page(NamedTuple):

@@ -66,10 +66,11 @@ def page(directory: str | os.PathLike) -> tuple[str, dict[str, list[Row]]]:
         found[path.stem] = rows
         with _reading(path):
             told, notes = _told(about, rows), about["notes"]
+            spaces = report.spaces(about.get("spaces", ()))  # Earlier versions stored none.
         laid = report.lay_out(rows, cells, (), notes, "###")
         drawn = figures.comparisons(Path(), rows, f"{path.stem}-", draw=False)
         images = "".join(f"\n![{figure.stem}]({figure.name})\n" for figure in drawn)
-        text += f"\n## {path.stem}\n\n{told}\n{laid.overall}{images}{laid.rest}"
+        text += f"\n## {path.stem}\n\n{told}\n{laid.overall}{spaces}{images}{laid.rest}"
     return text, found
 
 

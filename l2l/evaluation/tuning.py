@@ -45,8 +45,8 @@ class Grid(NamedTuple):
     schedules:  of `baselines.SCHEDULE_KINDS`.
     eps_roots, weight_decays: values of either.
     each:       how many of all schedules × eps_roots × weight_decays are tried with each rate,
-                a different choice for each, so that all values occur equally often; None for all
-                of them.
+                a different choice for each, so that all of them occur as evenly as they divide;
+                None for all of them.
     extensions: how often, at most, the rates grow by 3 at either end when the best of some measure
                 sits there. 0 keeps the number of trials.
     settings:   of `baselines.grid`.
@@ -78,8 +78,9 @@ class Grid(NamedTuple):
         low, high, count = self.limits
         return low * (high / low) ** (number / (count - 1))
 
-    def drawn(self, numbers: Iterable[int]) -> list[Drawn]:
-        """What is tried with the rates of these numbers."""
+    @property
+    def values(self) -> tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]:
+        """Schedules, eps_roots and weight decays; UserError for an unknown schedule."""
         found = baselines.kind(self.kind)
         schedules = found.schedules if self.schedules is None else tuple(self.schedules)
         if unknown := set(schedules) - set(baselines.SCHEDULE_KINDS):
@@ -88,8 +89,29 @@ class Grid(NamedTuple):
                 f"{', '.join(baselines.SCHEDULE_KINDS)}."
             )
         roots = tuple(dict.fromkeys(self.eps_roots)) if found.rooted else (0.0,)
-        decays = found.decays if self.weight_decays is None else self.weight_decays
-        others = list(itertools.product(schedules, roots, decays))
+        decays = found.decays if self.weight_decays is None else tuple(self.weight_decays)
+        return schedules, roots, decays
+
+    def told(self) -> str:
+        """The space in words: its rates, and what each of them is tried with."""
+        low, high, count = self.limits
+        names = ("schedule", "eps_root", "weight decay")
+        varied = {n: v for n, v in zip(names, self.values, strict=True) if v != (0.0,)}
+        some = "; ".join(
+            f"{name} {', '.join(x if isinstance(x, str) else f'{x:g}' for x in values)}"
+            for name, values in varied.items()
+        )
+        total = math.prod(map(len, self.values))
+        each = total if self.each is None else min(self.each, total)
+        further = ", and further rates where the best one is at the edge" if self.extensions else ""
+        return (
+            f"{self.kind}: {count} rates from {low:g} to {high:g}, each with {each} of {total} "
+            f"{'combinations' if total > 1 else 'combination'} ({some}){further}."
+        )
+
+    def drawn(self, numbers: Iterable[int]) -> list[Drawn]:
+        """What is tried with the rates of these numbers."""
+        others = list(itertools.product(*self.values))
         each = len(others) if self.each is None else min(self.each, len(others))
         # In one shuffled round, so that neighbouring rates differ in all and none has one twice.
         order = np.random.RandomState(0).permutation(len(others))

@@ -99,15 +99,15 @@ def _scored(experiment: Experiment, theta, directory, key, snapshot) -> str:
     """The comparison with tuned Adam."""
     cells = [Cell(name, family) for name, family in experiment.judged]
     entry = Entry(experiment.specification["name"], experiment.optimizer, theta)
-    horizons, bar = experiment.evaluation.horizons, Bar(1.0)
+    horizons, grids, bar = experiment.evaluation.horizons, (grid(experiment),), Bar(1.0)
     rows = comparison.measure(
         *([entry], cells, horizons, Problems(key, experiment.evaluation.num_problems)),
-        grids=(grid(experiment),),
+        grids=grids,
         cache_dir=directory / "cache",
         progress=bar.show,
     )
     text = report.write(
-        *(directory, list(rows), cells, horizons), about=about(experiment, snapshot)
+        *(directory, list(rows), cells, horizons), grids=grids, about=about(experiment, snapshot)
     )
     bar.close()
     return text
