@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from l2l.optimizers import features, registry, soap, soap_coordinates
+from l2l.optimizers import features, registry, soap_coordinates, soap_directions
 from l2l.optimizers.guard import guard
 from l2l.optimizers.per_tensor import PerTensorState
 from l2l.storage import exports
@@ -144,13 +144,13 @@ def with_bases(states, function):
         del settings, g, sides
         kept = next(kept for kept in soaps if sizes(kept, 1) == sizes(pair, 0))
         after = jax.tree.map(lambda x: x[step], kept)
-        return after, soap._rotated(
+        return after, soap_directions._rotated(
             mu, *([side and side.vectors for side in x] for x in (pair, after))
         )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(soap_coordinates, "_follow", held)
-        patch.setattr(soap, "_follow", held_soap)
+        patch.setattr(soap_directions, "_follow", held_soap)
         return function()
 
 
