@@ -69,7 +69,7 @@ MADE = {
 }
 GUARDED = "guarded lstm"
 # All that these do, others that are not slow do as well.
-SLOW = ("lstm 0", "lstm 1", "lstm 3", "per_tensor 0", "mlp")
+SLOW = ("lstm", "lstm 0", "lstm 1", "lstm 3", "lstm 5", "per_tensor 0", "mlp")
 CASES = [
     pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case
     for case in (*exports.released(), *MADE)

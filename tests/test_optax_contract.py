@@ -322,29 +322,6 @@ def transform_for_digits():
     return learned.bind(learned.init(jax.random.key(0)))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"learning_rate": -1.0},
-        {"learning_rate": 0.0},
-        {"decays": ()},
-        {"decays": (1.0,)},
-        {"second_decay": 1.0},
-        {"eps_root": -1e-8},
-        {"weight_decay": float("nan")},
-        {"anneal": -1.0},
-        {"hidden_size": 0},
-        {"layers": 1.5},
-        {"tensor_size": -1},
-        {"matrix_size": -1},
-    ],
-    ids=str,
-)
-def test_a_setting_of_lstm_out_of_range_is_one_sentence(settings):
-    with pytest.raises(UserError, match=rf"{next(iter(settings))}\b.*\.$"):
-        lstm(**settings)
-
-
 def test_flax_loop():
     class Network(nn.Module):
         @nn.compact

@@ -57,7 +57,14 @@ def trained(optimizer, start, data):
 RATES = {"lstm": 0.08, "mlp": 0.1}
 
 
-@pytest.mark.parametrize("name", exports.released())
+# `rnnprop` works as `dm` does.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "rnnprop" else ())
+        for name in exports.released()
+    ],
+)
 def test_splitting_the_batch_moves_the_end_by_little_of_the_way(name):
     """Adam's end moves by 2e-7 of it. What sums of another order add to a gradient, 1e-7 of it, a
     preconditioner divides by the small root of a direction that has little of the gradient."""

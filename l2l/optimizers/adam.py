@@ -8,7 +8,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, features
+from l2l.optimizers import coordinates, features, ranges
 
 
 def adam(
@@ -23,7 +23,15 @@ def adam(
     """`optax.adam` with a `rule`, for `by_parameter` and the first-order engine.
 
     Theta is the logarithm of the learning rate where it is `learned`, () where it is fixed.
+
+    Raises:
+      UserError: a setting is out of range.
     """
+    (ranges.positive if learned else ranges.not_negative)("learning_rate", learning_rate)
+    ranges.decay("b1", b1)
+    ranges.decay("b2", b2)
+    ranges.not_negative("eps", eps)
+    ranges.not_negative("eps_root", eps_root)
 
     def rate(theta, step=None, num_steps=None):
         del step, num_steps
@@ -64,8 +72,10 @@ def learned_adam(
     learned: with 0 the exact meta-gradient is NaN at every coordinate whose gradient is zero.
 
     Raises:
-      UserError: a learning rate that is not positive, or a decay outside (0, 1).
+      UserError: a learning rate that is not positive, a decay outside (0, 1), or a negative
+        eps_root.
     """
+    ranges.not_negative("eps_root", eps_root)
     if not (learning_rate > 0 and 0 < b1 < 1 and 0 < b2 < 1):
         raise UserError(
             f"learning_rate={learning_rate}, b1={b1}, b2={b2} cannot be learned in log space: "

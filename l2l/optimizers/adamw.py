@@ -9,7 +9,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import leaves
+from l2l.optimizers import leaves, ranges
 
 
 class AdamWState(NamedTuple):
@@ -42,8 +42,11 @@ def learned_adamw(
       knots: 0 for a constant rate, or at least 2.
 
     Raises:
-      UserError: a rate or a decay that is not positive, or one knot.
+      UserError: a setting is out of range, or one knot.
     """
+    ranges.decay("b1", b1)
+    ranges.decay("b2", b2)
+    ranges.not_negative("eps_root", eps_root)
     if not (learning_rate > 0 and weight_decay > 0):
         raise UserError(
             f"learning_rate={learning_rate}, weight_decay={weight_decay} cannot be learned in log "

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from l2l.core import base
-from l2l.optimizers import coordinates, features
+from l2l.optimizers import coordinates, features, ranges
 from l2l.optimizers.network import FeatureMajorLinear, stack, zero_states
 
 
@@ -15,7 +15,12 @@ def dm(
     """L2L's optimizer: LogAndSign(g) → LSTMs → linear, times `scale` (Andrychowicz et al. 2016).
 
     p: 10 in the paper, 5 in the authors' code, which made the published curves.
+
+    Raises:
+      UserError: a setting is out of range.
     """
+    hidden_size, layers = _checked(hidden_size, layers, scale)
+    ranges.positive("p", p)
 
     @hk.without_apply_rng
     @hk.transform
@@ -50,7 +55,15 @@ def rnnprop(
     scale: float = 0.1,
     eps_root: float = 1e-8,
 ) -> base.LearnedOptimizer:
-    """RNNprop: (m̂/√v̂, g/√v̂) → ELU → LSTMs → scale · tanh (Lv et al. 2017)."""
+    """RNNprop: (m̂/√v̂, g/√v̂) → ELU → LSTMs → scale · tanh (Lv et al. 2017).
+
+    Raises:
+      UserError: a setting is out of range.
+    """
+    hidden_size, layers = _checked(hidden_size, layers, scale)
+    ranges.decay("decay", decay)
+    ranges.decay("second_decay", second_decay)
+    ranges.not_negative("eps_root", eps_root)
 
     def observe(gradient, moments, params, step):
         del params
@@ -83,6 +96,12 @@ def rnnprop(
     )
 
     return coordinates.optimizer(_initialiser(network, 2, hidden_size, layers), rule)
+
+
+def _checked(hidden_size, layers, scale) -> tuple[int, int]:
+    """(hidden_size, layers) of a network, and a scale of its output, in range."""
+    ranges.positive("scale", scale)
+    return ranges.whole("hidden_size", hidden_size), ranges.whole("layers", layers)
 
 
 def _initialiser(network, inputs, hidden_size, layers):

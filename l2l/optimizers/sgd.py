@@ -9,6 +9,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
+from l2l.optimizers import ranges
 
 
 def sgd(
@@ -31,13 +32,13 @@ def sgd(
         `learned`.
 
     Raises:
-      UserError: a rate that is not positive is to be learned, or a tensor is named twice; from
-        `update`, the tensors are not those of the parameters.
+      UserError: a setting is out of range, or a tensor is named twice; from `update`, the tensors
+        are not those of the parameters.
     """
     tensors = tuple(tensors)
     learned = learned or bool(tensors)
-    if not learning_rate > 0:
-        raise UserError(f"learning_rate={learning_rate} leads nowhere: use a positive number.")
+    ranges.positive("learning_rate", learning_rate)
+    ranges.decay("momentum", momentum)
     if len({*tensors}) < len(tensors):
         raise UserError(f"tensors={tensors} name a tensor twice: list each once.")
 
