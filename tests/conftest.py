@@ -2,8 +2,9 @@
 compiled programs."""
 
 import os
-from importlib.metadata import version
 from pathlib import Path
+
+from quick import xla_flags
 
 # Before JAX starts. An accelerator is used only where the caller asks for it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,14 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # do ask for it by the fixture `optimised`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "")
-        + " --xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
-    ).strip()
-    # XLA's former way to emit kernels compiles in two thirds of the time. jaxlib 0.11 dropped it,
-    # and a process ends at a flag that XLA does not know.
-    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
 import jax
 import pytest

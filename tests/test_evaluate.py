@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import xla_flags
 
 from l2l import tasks
 from l2l.core import base, unroll
@@ -395,8 +396,7 @@ print(json.dumps([jax.device_count(), run.losses.tolist(), run.test_loss.tolist(
 
 def test_two_devices_give_what_one_gives():
     def run(devices):
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        env = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+        env = dict(os.environ, XLA_FLAGS=xla_flags(devices), JAX_PLATFORMS="cpu")
         cli = [sys.executable, "-c", PROGRAM]
         return subprocess.Popen(cli, env=env, stdout=subprocess.PIPE, text=True)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from quick import xla_flags
 from together import config_of
 
 import l2l
@@ -214,7 +215,7 @@ def test_a_terminal_that_is_not_utf_8_is_shown_question_marks(tmp_path, name):
         | {
             "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
             "PYTHONIOENCODING": "ascii",
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": xla_flags(1),
         },
         capture_output=True,
     )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick import xla_flags
 
 import l2l
 
@@ -35,7 +36,7 @@ class Reader:
         (folder / "configs").symlink_to(ROOT / "configs")
         self.environment = os.environ | {
             "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": xla_flags(1),
         }
 
     def read(self, page: Path) -> str:

@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from quick import xla_flags
 
 import l2l
 from l2l.core import base
@@ -75,7 +76,7 @@ def test_a_run_that_enables_it_by_its_environment(tmp_path):
     path.write_text(f"def get_config():\n    return {text}\n")
     ran = subprocess.run(
         [sys.executable, "-m", "l2l.launch", f"--config={path}", f"--workdir={tmp_path}/run"],
-        env={**os.environ, "JAX_ENABLE_X64": "1", "XLA_FLAGS": ""},
+        env={**os.environ, "JAX_ENABLE_X64": "1", "XLA_FLAGS": xla_flags(1)},
         capture_output=True,
         text=True,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from quick import xla_flags
 
 import l2l
 from l2l.storage import exports
@@ -53,8 +54,7 @@ class Command:
         port = free_port()
         environment = os.environ | {
             "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_cpu_multi_thread_eigen=false",
+            "XLA_FLAGS": xla_flags(devices),
             "JAX_PLATFORMS": "cpu",
             "MPLCONFIGDIR": str(folder),
         }
