@@ -11,6 +11,7 @@ import pytest
 import l2l
 from l2l.evaluation import random_search
 from l2l.optimizers.adamw import learned_adamw
+from l2l.training import searching
 from l2l.training.callbacks import DONE
 from l2l.training.experiment import build_experiment
 from l2l.training.run import train
@@ -84,6 +85,9 @@ def test_the_best_draw_has_the_lowest_validation_loss():
     assert found["log_learning_rate"] == thetas["log_learning_rate"][best]
 
 
+AGAINST = {"horizons": (4,), "num_problems": 2, "every": 0, "against": "random_search"}
+
+
 @pytest.fixture
 def config() -> dict:
     return {
@@ -94,7 +98,7 @@ def config() -> dict:
         "horizon": {"name": "log_uniform", "shortest": 4, "longest": 4},
         "estimator": {"name": "truncated", "order": "exact"},
         "meta": {"steps": 2, "num_problems": 2, "group": 1},
-        "evaluation": {"horizons": (4,), "num_problems": 2, "every": 0, "against": "random_search"},
+        "evaluation": AGAINST,
     }
 
 
@@ -104,10 +108,20 @@ def test_a_run_ends_beside_random_search_of_as_many_runs(config, tmp_path):
     assert "| learned " in said and "| random search |" in said
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["search"]) == 4
+    assert results["training"]["inner_steps"] == 4 * 4  # Runs of four steps, as many.
     rate = float(
         np.exp(l2l.read_export(tmp_path / "optimizer.safetensors")[1]["log_learning_rate"])
     )
     assert results["rows"][0]["rate"] == pytest.approx(rate)
+
+
+def test_the_search_has_two_runs_for_a_problem_of_evolution_strategies(config, tmp_path):
+    config |= {"estimator": {"name": "pes"}, "task": {"name": "quadratic", "dimension": 2}}
+    experiment = build_experiment(config)
+    theta, key = experiment.optimizer.init(jax.random.key(0)), jax.random.key(1)
+    searching.conclude(experiment, theta, tmp_path, key, {})
+    # Two meta-steps of two problems, each by either sign of the noise.
+    assert len(json.loads((tmp_path / "results.json").read_text())["search"]) == 8
 
 
 @pytest.mark.parametrize(
@@ -115,6 +129,10 @@ def test_a_run_ends_beside_random_search_of_as_many_runs(config, tmp_path):
     [
         ({"evaluation": {"against": "adm"}}, "Did you mean 'adam'"),
         ({"optimizer": {"name": "lstm"}}, "draws settings of the optimizer 'learned_adamw'"),
+        ({"evaluation": AGAINST | {"horizons": (2, 4)}}, r"one horizon.*horizons=\(2, 4\)"),
+        ({"evaluation": AGAINST | {"tasks": ({}, {"hidden": (5,)})}}, "compares on one task"),
+        ({"task": [{"name": "quadratic"}] * 2}, "the tasks are quadratic"),
+        ({"theta": {"loss": {"name": "l2"}}}, "but theta.loss is learned too"),
         ({"optimizer": {"name": "learned_adamw", "knots": 1}}, "knots=1 make no schedule"),
         ({"optimizer": {"name": "learned_adamw", "weight_decay": 0}}, "cannot be learned in log"),
     ],

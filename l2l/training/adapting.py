@@ -73,13 +73,12 @@ def _beside_others(experiment, theta, task, problems) -> dict[str, adaptation.Ad
     """{start: what it came to}."""
     optimizer, steps = experiment.optimizer, experiment.evaluation.horizons
     assert optimizer.start is not None
-    running, count = experiment.running, len(experiment.families)
     pretrained = adaptation.pretrain(
         task[0],
         task[1],
         jax.random.fold_in(problems.key, problems.count),
-        steps=running.steps,
-        num_problems=running.num_problems * count,
+        steps=experiment.running.steps,
+        num_problems=experiment.problems(),
     )
     measure = functools.partial(adaptation.adapt, optimizer, theta)
     where = (task, problems, steps)

@@ -89,7 +89,8 @@ class Evaluation(NamedTuple):
                   horizon and the first of the tasks.
     against:      "adam", tuned over a grid; or "random_search" over the settings of AdamW, with as
                   many runs as meta-training takes (for the optimizer `learned_adamw`, whose runs
-                  are one window). Where theta holds a start: always against other starts.
+                  are one window), on one task at one horizon. Where theta holds a start: always
+                  against other starts.
     tasks:        what to compare on: settings that replace some of section `task`, or several such
                   dicts; {} is that section itself. Always without augmentations.
     """
@@ -164,6 +165,16 @@ class Experiment(NamedTuple):
         """The part of `data()` that belongs to a family."""
         return data if len(self.families) == 1 else data[self.reads[index]]
 
+    def problems(self) -> int:
+        """How many inner problems a meta-step has, of all families together."""
+        return self.running.num_problems * len(self.families)
+
+    def windows(self) -> int:
+        """How many windows of inner training the whole of meta-training takes."""
+        # Evolution strategies train every problem twice, by either sign of the noise.
+        runs = 2 if self.config.get("estimator", {}).get("name") == "pes" else 1
+        return self.running.steps * self.problems() * runs
+
 
 # With what stands for a section that is left out.
 SECTIONS: Mapping[str, Any] = MappingProxyType(
@@ -203,10 +214,10 @@ def build_experiment(config: Mapping) -> Experiment:
     built = optimizer(specification)
     imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"])
     evaluation = schema.fill("evaluation", Evaluation, whole["evaluation"])
-    _check_against(evaluation.against, specification)
     families, weights = _mixture(whole)
     judged = _judged(whole, evaluation.tasks)
     learned = _learner(built, whole["theta"], families, judged)
+    _check_against(evaluation, specification, learned, judged)
     if not jax.tree.leaves(jax.eval_shape(learned.init, jax.random.key(0))):
         raise UserError(
             f"The optimizer {specification['name']!r} has nothing to learn, as all of its settings "
@@ -267,13 +278,29 @@ def _running(section) -> Running:
     return running
 
 
-def _check_against(against: str, specification: Mapping) -> None:
+def _check_against(evaluation: Evaluation, specification: Mapping, learned, judged) -> None:
+    against = evaluation.against
     if against not in ("adam", "random_search"):
         raise UserError(schema.unknown("rival", against, ("adam", "random_search"), "evaluation"))
-    if against == "random_search" and specification["name"] != "learned_adamw":
+    if against == "adam":
+        return
+    if specification["name"] != "learned_adamw":
         raise UserError(
             "evaluation.against='random_search' draws settings of the optimizer 'learned_adamw', "
             f"but this one is {specification['name']!r}: choose the former, or against='adam'."
+        )
+    if learned.start is not None:
+        return  # A start is compared with other starts.
+    if learned.loss is not None:
+        raise UserError(
+            "evaluation.against='random_search' draws settings of AdamW alone, but theta.loss is "
+            "learned too: leave it out, or choose against='adam'."
+        )
+    if len(judged) > 1 or len(evaluation.horizons) != 1:
+        tasks, steps = ", ".join(name for name, _ in judged), evaluation.horizons
+        raise UserError(
+            "evaluation.against='random_search' compares on one task at one horizon, but the tasks "
+            f"are {tasks} and evaluation.horizons={steps}: choose one of each, or against='adam'."
         )
 
 

@@ -135,23 +135,20 @@ def finished(directory) -> str | None:
 
 def about(experiment: Experiment, snapshot) -> dict:
     """Where an optimizer comes from, as plain data: what exports and results say of it."""
-    running, inner = experiment.running, experiment.config.get("inner", {})
-    windows = running.steps * running.num_problems * len(experiment.families)
-    # Evolution strategies train every problem twice, by either sign of the noise.
-    runs = 2 if experiment.config.get("estimator", {}).get("name") == "pes" else 1
+    inner = experiment.config.get("inner", {})
     before = earlier(experiment)[1] if experiment.start else {}
     devices = snapshot.state.step.devices()
     return {
         "config": experiment.config,
         "seed": experiment.seed,
-        "meta_steps": running.steps,
+        "meta_steps": experiment.running.steps,
         "skipped": int(snapshot.state.skipped),
         "dropped": int(snapshot.state.dropped),
         "training": {
             "seconds": round(float(snapshot.seconds), 1),
             "devices": len(devices),
             "platform": min(devices, key=lambda device: device.id).device_kind,
-            "inner_steps": runs * windows * inner.get("length", LENGTH),
+            "inner_steps": experiment.windows() * inner.get("length", LENGTH),
             "data": [family.name for family in experiment.families],
         },
         # Of the optimizer that this one went on from, and of those before it.

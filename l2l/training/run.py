@@ -130,7 +130,7 @@ def _opening(experiment: Experiment, directory, layout, like: Snapshot, begun: i
 def _ending(code: int, loop: Loop) -> str:
     experiment, state, spent = loop.experiment, loop.state, clock(loop.seconds)
     if code == DONE:
-        total = loop.step * experiment.running.num_problems * len(experiment.families)
+        total = loop.step * experiment.problems()
         return (
             f"Meta-training took {spent}; {int(state.skipped)} meta-steps were skipped, and "
             f"{int(state.dropped)} of {total} meta-gradients left out as not finite."

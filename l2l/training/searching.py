@@ -22,8 +22,8 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
     """Searches at random with as many runs as meta-training took, measures both on new runs and
     writes table.md and results.json; returns what a terminal is shown."""
     directory, settings = Path(directory), experiment.evaluation
-    running, steps = experiment.running, max(settings.horizons)
-    (_, family), count = experiment.judged[0], running.steps * running.num_problems
+    ((_, family),), (steps,) = experiment.judged, settings.horizons
+    count = experiment.windows()  # A run is one window.
     data = jax.device_put(family.data())
     run = random_search.compile_runs(experiment.optimizer, family, steps)
     drawn = random_search.draws(key, experiment.specification.get("knots", 0), count)
