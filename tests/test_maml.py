@@ -295,6 +295,7 @@ MISTAKES = [
     ({"theta": {"loss": {"name": "l2"}}, "objective": {"on": "train"}}, "objective.on"),
     ({"theta": {"loss": {"name": "l2"}}, "estimator": {"name": "truncated"}}, "holds constant"),
     ({"theta": {"loss": {"name": "l3"}}}, "Unknown loss 'l3'"),
+    ({"theta": {"loss": {"name": "label_weights", "classes": 2}}}, "sinusoid.* have labels of"),
     ({"optimizer": {"name": "sgd", "learning_rate": 0.0}}, "learning_rate=0.0 is out of range"),
     ({"optimizer": {"name": "sgd", "tensors": ("a", "a")}}, "name a tensor twice"),
     ({"task": {"name": "sinusoid", "shots": 0}}, "shots=0"),

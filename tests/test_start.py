@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from l2l import tasks
 from l2l.console.errors import UserError
 from l2l.core import base, unroll
 from l2l.core.unroll import Inner
@@ -221,6 +222,33 @@ def test_weights_of_labels_make_a_weighted_mean():
     each = (0.5 - np.asarray(batch.inputs)) ** 2 * (1 + np.asarray(batch.labels))
     expected = np.average(each, weights=[1, 5, 5, 2])
     np.testing.assert_allclose(learned.bind(theta, loss)(0.5, (), batch), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "task, classes, sentence",
+    [
+        (tasks.mlp(hidden=(3,)), 2, "of mlp-digits-3 go from 0 to 9.*classes=2"),
+        (tasks.mlp(dataset="diabetes"), 2, r"mlp-diabetes-32 have labels of float32\[264\]"),
+        (tasks.quadratic(), 2, "quadratic-10 have no labels"),
+        (tasks.gru(width=2), 128, r"gru-pydoc-2 have labels of int32\[\d+, 32\]"),
+        (tasks.few_shot(ways=3, shots=2), 2, "go from 0 to 2"),
+    ],
+)
+def test_weights_of_labels_are_for_tasks_of_as_many_classes(task, classes, sentence):
+    check = losses.label_weights(classes=classes).check
+    with pytest.raises(UserError, match=sentence):
+        check(task)
+    if classes == 2 and "go from" in sentence:
+        losses.label_weights(classes=10).check(task)
+
+
+def test_labels_that_are_unknown_or_too_many_give_no_weights():
+    learned, theta = losses.label_weights(classes=2), jnp.array([0.0, 1.0])
+    loss = learned.bind(theta, lambda params, problem, batch: jnp.mean(batch.inputs))
+    assert jnp.isnan(loss((), (), supervised.Batch(jnp.ones(3), jnp.array([0, 1, 2]))))
+    # As many characters in a row as there are rows.
+    with pytest.raises(UserError, match=r"this task have labels of int32\[2, 2\]"):
+        loss((), (), supervised.Batch(jnp.ones((2, 2)), jnp.zeros((2, 2), jnp.int32)))
 
 
 def test_reptile_moves_the_start_to_where_descent_ends():

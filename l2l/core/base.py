@@ -181,12 +181,15 @@ class LearnedOptimizer(NamedTuple):
 class LearnedLoss(NamedTuple):
     """The loss of inner training as a function of theta.
 
-    init: (key, params) -> Theta; `params` may be shapes.
-    bind: (theta, the family's loss) -> a loss with the same arguments.
+    init:  (key, params) -> Theta; `params` may be shapes.
+    bind:  (theta, the family's loss) -> a loss with the same arguments.
+    check: (family) -> None; a UserError where it cannot be the loss of that family. None where
+           it can be that of any.
     """
 
     init: Callable[[jax.Array, PyTree], PyTree]
     bind: Callable[[PyTree, Callable], Callable]
+    check: Callable[[TaskFamily], None] | None = None
 
 
 class Parts(NamedTuple):

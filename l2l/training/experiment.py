@@ -319,6 +319,9 @@ def _learner(learned, section, families, judged) -> base.LearnedOptimizer:
         )
 
     loss = schema.make("loss", LOSSES, held.loss) if held.loss else None
+    if loss is not None and loss.check is not None:
+        for family in families:
+            loss.check(family)
 
     def held_for(params):
         """Shapes of what theta holds beside its optimizer, for a model of these."""
