@@ -34,6 +34,20 @@ def test_support_and_query_are_other_images_of_the_same_classes():
             assert all(found) and len(np.unique(own, axis=0)) == count, split
 
 
+@pytest.mark.parametrize("setting, split", [("shots", "train"), ("queries", "validation")])
+def test_more_images_than_there_are_is_one_sentence(setting, split):
+    data = by_class("digits")
+    most = {"train": data[0].shape[1], "validation": data[1].shape[1]}[split]
+    for count in (most, most + 1):
+        family = few_shot(**{setting: count})
+        problem = family.sample(jax.random.key(0))
+        if count == most:
+            assert len(family.batch(None, problem, data, split).labels) == 5 * most
+            continue
+        with pytest.raises(l2l.UserError, match=f"{setting}={count} is more.* has {most} images"):
+            family.batch(None, problem, data, split)
+
+
 def test_classes_have_as_many_rows_as_the_rarest():
     parts = by_class("digits")
     assert [p.shape[0] for p in parts] == [10] * 3 and parts[0].shape[1] >= 100
@@ -56,6 +70,8 @@ def test_points_of_a_sinusoid_lie_on_it_and_stay():
     [
         ({"ways": 11}, "ways=11 does not fit the 10 classes"),
         ({"shots": 0}, "shots=0"),
+        ({"rotation": -10.0}, "rotation=-10.0 is not how far"),
+        ({"shift": -1.0}, "shift=-1.0 is not how far"),
         ({"dataset": "diabetes"}, "not a set of grey images"),
     ],
 )

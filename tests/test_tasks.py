@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from l2l import tasks
+from l2l.console.errors import UserError
 from l2l.data import datasets
 from l2l.tasks import supervised
 
@@ -290,6 +291,25 @@ def test_text_rows_are_stretches_of_the_text():
     np.testing.assert_array_equal(
         whole.inputs.ravel(), data.test.inputs[: len(data.test.inputs) // 16 * 16]
     )
+
+
+@pytest.mark.parametrize("make", [tasks.nanogpt, tasks.gru])
+def test_a_split_shorter_than_a_row_is_one_sentence(make, tmp_path, monkeypatch):
+    (tmp_path / "tinyshakespeare").mkdir()
+    (tmp_path / "tinyshakespeare" / "input.txt").write_bytes(bytes(range(40, 104)) * 20)
+    monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path))
+    # 1,280 characters and their labels: a tenth of them, or with nanoGPT's cuts a twentieth.
+    most = 63 if make is tasks.nanogpt else 127
+    for context in (most, most + 1):
+        family = make(dataset="tinyshakespeare", context=context)
+        problem, data = family.sample(jax.random.key(0)), family.data()
+        assert family.batch(jax.random.key(0), problem, data, "train").labels.shape[1] == context
+        for key in (None, jax.random.key(0)):
+            if context == most:
+                assert np.size(family.batch(key, problem, data, "validation").labels)
+                continue
+            with pytest.raises(UserError, match=f"validation split .*, of {most} characters"):
+                family.batch(key, problem, data, "validation")
 
 
 def test_transformer_sees_no_future():

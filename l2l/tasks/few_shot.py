@@ -57,7 +57,8 @@ def few_shot(
       Data: (train, validation, test), each [classes, rows, height, width].
 
     Raises:
-      UserError: another kind of data set, more ways than classes, or nothing to learn from.
+      UserError: another kind of data set, more ways than classes, nothing to learn from, or a
+        negative range; by the first batch, fewer images of a class than shots or queries.
     """
     shape, classes = datasets.spec(dataset, "vector")
     if not classes or len(shape) != 3 or shape[-1] != 1:
@@ -69,6 +70,9 @@ def few_shot(
             f"ways={ways} does not fit the {classes} classes of {dataset}: use 2 to {classes}."
         )
     supervised.check_counts(shots=shots, queries=queries)
+    for name, most in (("rotation", rotation), ("shift", shift)):
+        if not 0 <= most < math.inf:
+            raise UserError(f"{name}={most} is not how far an image may move: use 0 or more.")
     initialise = dense_init((math.prod(shape), *hidden, ways), init)
     forward = dense((activation,))
     counts = {"train": shots, "validation": queries, "test": queries}
@@ -87,6 +91,7 @@ def few_shot(
         del key
         number = supervised.number_of(split)
         images, count = jnp.asarray(data[number]), counts[split]
+        _check_images(dataset, split, images.shape[1], count)
         keys = jax.random.split(jax.random.fold_in(problem.key, number), ways)
 
         def of_class(key, label, angle, shift):
@@ -113,6 +118,16 @@ def few_shot(
         data=functools.partial(by_class, dataset),
         name=f"few-shot-{dataset}-{ways}x{shots}",
     )
+
+
+def _check_images(dataset: str, split: str, most: int, count: int) -> None:
+    """UserError where so many images of each class are asked for that some have not as many."""
+    if count > most:
+        setting = "shots" if split == "train" else "queries"
+        raise UserError(
+            f"{setting}={count} is more than there are: the rarest class of {dataset} has {most} "
+            f"images in its {split} split, so use {most} at most."
+        )
 
 
 def distorted(image: jax.Array, angle: jax.Array, shift: jax.Array) -> jax.Array:

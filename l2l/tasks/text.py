@@ -44,6 +44,10 @@ def transformer(
       Batch: inputs and labels [n, context], the labels one character ahead. A whole split is cut
       into rows end to end (the last incomplete one left out). `accuracy` is the share of characters
       predicted.
+
+    Raises:
+      UserError: sizes that do not fit, or no text of that name; by the first batch, a split that is
+        shorter than a row.
     """
     attention.check(width, layers, heads)
     activate = supervised.activation(activations)
@@ -152,8 +156,7 @@ def nanogpt(
       that the mean of the two losses is what it would print.
 
     Raises:
-      UserError: sizes that do not fit, or no text of that name; or the text is absent, when it is
-        first read.
+      UserError: as of `transformer`; or the text is absent, when it is first read.
     """
     if dataset is None:
         known = datasets.present("tinyshakespeare")
@@ -243,6 +246,11 @@ def _family(
 
     def batch(key, problem, data, split):
         inputs, labels = (jnp.asarray(a).astype(jnp.int32) for a in supervised.select(data, split))
+        if len(labels) < context:
+            raise UserError(
+                f"context={context} is longer than the {split} split of {dataset}, of "
+                f"{len(labels)} characters: use {len(labels)} at most, or a longer text."
+            )
         if key is None:
             whole = len(labels) // context * context
             rows = (a[:whole].reshape(-1, context) for a in (inputs, labels))
