@@ -7,8 +7,9 @@
 
 Each run is one of `l2l.launch`, in a directory below --workdir; they follow one another, each in a
 process of its own. The same command goes on where it left off: finished runs are not repeated. When
-a run fails this is reported and the others go on; Ctrl-C and SIGTERM reach the current run, which
-saves, and end the sweep. Exit codes: those of `l2l.launch`; where runs failed, the first one's.
+a run fails this is reported and the others go on; Ctrl-C, SIGTERM and a terminal that closes reach
+the current run, which saves, and end the sweep. Exit codes: those of `l2l.launch`; where runs
+failed, the first one's; 2 where the results of a finished run cannot be read.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from l2l.console import configuration
+from l2l.console import configuration, schema
 from l2l.console.commands import command
 from l2l.console.errors import UserError
 from l2l.storage import files
@@ -47,7 +48,8 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Run]]:
     built, so that a mistake in any of them shows before the first is trained.
 
     Raises:
-      UserError: a flag, key or value is wrong.
+      UserError: a flag, key or value is wrong; or the directory of a run is another
+        configuration's, finished or not.
     """
     typed = configuration.parse(argv, _flags(), _known, __doc__)
     values = typed.values
@@ -57,7 +59,7 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Run]]:
     own = re.compile(r"--?(no)?(workdir|seeds|sweep|index|gather)(=|$)")
     passed = [text for text in argv[1:] if not own.match(text)]
     root = files.local(values.workdir or f"checkpoints/{typed.name}-sweep")
-    first = typed.config.get("seed", 0)
+    first = schema.fits("config", "seed", typed.config.get("seed", 0), int)
     choices = [_choices(text) for text in values.sweep]
     runs = []
     for chosen in itertools.product(*choices):
@@ -99,7 +101,7 @@ def _choices(text: str) -> list[str]:
     """["a.b=1", "a.b=2"] of "a.b=1,2"; commas in brackets part nothing."""
     field, equals, values = text.partition("=")
     found = configuration.split(values)
-    if not equals or not found or not re.fullmatch(r"[\w.]+", field):
+    if not equals or not found or not re.fullmatch(r"[\w.\[\]]+", field):  # Like task[0].name.
         raise UserError(f"--sweep={text} sweeps nothing: write field=value,value")
     if field == "seed":
         raise UserError("--sweep=seed: use --seeds=5")
@@ -112,10 +114,11 @@ def _plain(text: str) -> str:
 
 
 def _check(run: Run) -> None:
-    from l2l.training import experiment
+    from l2l.training import experiment, run_directory
 
     typed = configuration.parse(["sweep", *run.arguments], flags.FlagValues(), _known, None)
-    experiment.build_experiment(typed.config)
+    built = experiment.build_experiment(typed.config)
+    run_directory.check(run.directory, built.config)
 
 
 def run_all(runs: Sequence[Run], root: Path, environment, say=print) -> int:
@@ -134,11 +137,12 @@ def run_all(runs: Sequence[Run], root: Path, environment, say=print) -> int:
             return code
         if code:
             say(f"{run.directory} failed with code {code}; the others go on.")
-    say(sweep_summary.write(root, runs, codes))
+    written = sweep_summary.write(root, runs, codes)
+    say(written.text)
     failed = [code for code in codes.values() if code]
     if failed:
         say(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again.")
-    return failed[0] if failed else 0
+    return failed[0] if failed else (2 if written.damaged else 0)
 
 
 def _wait(command, environment) -> int:
@@ -146,13 +150,18 @@ def _wait(command, environment) -> int:
     process, early = None, []
 
     def hand_on(number, frame):
+        number = signal.SIGTERM if number == signal.SIGHUP else number  # Runs know no other.
         if process is None:
             early.append(number)
         else:
             process.send_signal(number)
 
     # Before the command starts: a signal in between would end the sweep and leave the run behind.
-    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Under `nohup`, which ignores it, a sweep is to outlive its terminal.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {n: signal.signal(n, hand_on) for n in numbers}
     try:
         # In a group of its own, so that Ctrl-C reaches it through here, and once: a second signal
         # makes a run leave unsaved.
@@ -179,8 +188,9 @@ def main(argv) -> int:
         os.execve(COMMAND[0], arguments, environment)
     files.folder(root)
     if values.gather:
-        print(sweep_summary.write(root, runs, {}))
-        return 0
+        written = sweep_summary.write(root, runs, {})
+        print(written.text)
+        return 2 if written.damaged else 0
     return run_all(runs, root, environment)
 
 

@@ -62,12 +62,23 @@ def _leave(directory: Path, before: set[str], made: list[Path]) -> None:
 def claim(directory: Path, config: dict) -> None:
     """Makes the directory this configuration's, or refuses to."""
     path = directory / "config.json"
-    mine = json.loads(json.dumps(report.plain(config), allow_nan=False))
-    if not path.exists():
-        files.write(path, json.dumps(mine, indent=2).encode() + b"\n")
-        return
+    if path.exists():
+        check(directory, config)
+    else:
+        files.write(path, json.dumps(_written(config), indent=2).encode() + b"\n")
+
+
+def check(directory: Path, config: dict) -> None:
+    """Refuses a directory that holds a run of another configuration, or whose own is damaged.
+
+    Raises:
+      UserError: it does, or is.
+    """
+    path = directory / "config.json"
     with errors.naming(path):
-        content = path.read_bytes()
+        content = path.read_bytes() if path.exists() else None
+    if content is None:
+        return
     try:
         theirs = json.loads(content)
         if not isinstance(theirs, dict):
@@ -76,11 +87,16 @@ def claim(directory: Path, config: dict) -> None:
         raise UserError(
             f"{path} is damaged ({error}): restore it, or choose another directory."
         ) from error
-    if different := differences(theirs, mine):
+    if different := differences(theirs, _written(config)):
         raise UserError(
             f"{directory} holds a run of another configuration ({'; '.join(different[:8])}). "
             "Choose another --workdir, or remove that directory."
         )
+
+
+def _written(config: dict) -> dict:
+    """A configuration as config.json gives it back."""
+    return json.loads(json.dumps(report.plain(config), allow_nan=False))
 
 
 def shared(directory: Path, config: dict) -> None:
