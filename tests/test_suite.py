@@ -1,6 +1,7 @@
 """Suites: definitions against closed forms, cells that build, runs that go on after a stop."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,25 @@ def test_absent_data_are_told_and_replaced(tmp_path, monkeypatch):
     assert [cell.name for cell in cells] == ["mlp", "breast cancer", "regression"]
     assert "adult: skipped: adult is not present below" in notes[0]
     assert "breast cancer in its place" in notes[0] and len(notes) == 3
+
+
+def test_data_that_cannot_be_read_are_told_and_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path))
+    (tmp_path / "reserved" / "adult").mkdir(parents=True)  # Empty.
+    (tmp_path / "reserved" / "housing").mkdir()
+    (tmp_path / "reserved" / "housing" / "housing.csv").write_text("not a table")
+    (tmp_path / "tinyshakespeare").mkdir()  # Of a twentieth of it no row of 64 can be made.
+    (tmp_path / "tinyshakespeare" / "input.txt").write_bytes(bytes(range(40, 104)) * 20)
+    wanted = ("mlp", "adult", "housing", "nanogpt")
+    cells, notes = suites.available([suites.CELLS[name] for name in wanted])
+    assert [c.name for c in cells] == ["mlp", "breast cancer", "diabetes", "nanogpt on pydoc"]
+    expected = [
+        r"adult: skipped: .*reserved/adult.*; breast cancer in its place\.$",
+        r"housing: skipped: .*housing\.csv.*; diabetes in its place\.$",
+        r"nanogpt: skipped: context=64 is longer.*; nanogpt on pydoc in its place\.$",
+    ]
+    for note, sentence in zip(notes, expected, strict=True):
+        assert re.match(sentence, note)
 
 
 def test_short_horizons_come_first_and_cheap_cells_before_dear_ones():

@@ -10,6 +10,9 @@ The problems of a cell differ in their initial values and batches alone.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
+
+from l2l.console.errors import UserError
 from l2l.data import datasets
 from l2l.evaluation.comparison import Cell
 from l2l.evaluation.tuning import Grid
@@ -240,19 +243,35 @@ def dataset_of(cell: Cell) -> str:
 
 
 def available(cells: Sequence[Cell]) -> tuple[tuple[Cell, ...], list[str]]:
-    """(the cells that can be measured here, sentences about those that cannot)."""
+    """(the cells that can be measured here, sentences about those that cannot). All data are read,
+    so that what is wrong with them shows before hours of work."""
     chosen, notes = [], []
     for cell in cells:
-        dataset = dataset_of(cell)
-        if dataset not in datasets.SPECS or datasets.present(dataset):
+        reason = _lacking(cell)
+        if reason is None:
             chosen.append(cell.name)
             continue
         other = f"; {cell.instead} in its place" if cell.instead else ""
-        notes.append(
-            f"{cell.name}: skipped: {dataset} is not present below {datasets.data_dir()}{other}."
-        )
+        notes.append(f"{cell.name}: skipped: {reason.rstrip('.')}{other}.")
         chosen += [cell.instead] if cell.instead else []
     return tuple(CELLS[name] for name in dict.fromkeys(chosen)), notes
+
+
+def _lacking(cell: Cell) -> str | None:
+    """Why a cell of a suite cannot be measured here; None where it can."""
+    dataset = dataset_of(cell)
+    if dataset in datasets.SPECS and not datasets.present(dataset):  # Nothing is downloaded.
+        return f"{dataset} is not present below {datasets.data_dir()}"
+    try:
+        family, data = cell.load()
+
+        def batches(key):
+            return [family.batch(None, family.sample(key), data, s) for s in ("validation", "test")]
+
+        jax.eval_shape(batches, jax.random.key(0))  # Data may be too few for the task's batches.
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def duration(seconds: float) -> str:
