@@ -59,7 +59,7 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Run]]:
     own = re.compile(r"--?(no)?(workdir|seeds|sweep|index|gather)(=|$)")
     passed = [text for text in argv[1:] if not own.match(text)]
     root = files.local(values.workdir or f"checkpoints/{typed.name}-sweep")
-    first = schema.fits("config", "seed", typed.config.get("seed", 0), int)
+    first = schema.seed("config", typed.config.get("seed", 0))
     choices = [_choices(text) for text in values.sweep]
     runs = []
     for chosen in itertools.product(*choices):

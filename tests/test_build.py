@@ -78,6 +78,8 @@ MISTAKES = [
     ({"meta": {"clip": float("nan")}}, "meta.clip=nan is no length"),
     ({"checkpoint": {"every": 1.5}}, "every=1.5"),
     ({"seed": "a"}, "seed='a'"),
+    ({"seed": -1}, "seed=-1 in config is no seed: use 0 to 4294967295"),
+    ({"seed": 2**32}, "is no seed"),
     ({"seed": {1, 2}}, "is not text, a number"),
 ]
 

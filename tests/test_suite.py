@@ -557,6 +557,12 @@ def test_columns_that_say_nothing_are_left_out(timed, tmp_path):
         (["--suite=quick", "--horizons=0"], "are not numbers of steps"),
         (["--suite=quick", "--horizons=2e2"], "are not numbers of steps"),
         (["--suite=quick", "--cells=mpl"], "did you mean 'mlp'"),
+        (["--suite=quick", "--cells="], "--cells= names no cell: choose from mlp, mlp 4x wider"),
+        (["--suite=scorecard", "--cells=fashion"], "None of these cells can be measured here"),
+        (["--vary=dimension="], "--vary=dimension= has no value: write it like dimension=64,128"),
+        (["--seed=99999999999999999999999"], "range [0, 4294967295]"),
+        (["--seed=-1"], "range [0, 4294967295]"),
+        (["--eps_root=-1"], "--eps_root=-1: -1.0 is not a non-negative number"),
         (["--suite=quick", "--budget=2"], "is not a duration"),
         (["--budget=2h", "--cells=mlp"], "--cells and --budget choose among the cells of a suite"),
         (["--from=docs", "--suite=quick"], "leave out"),
@@ -564,6 +570,7 @@ def test_columns_that_say_nothing_are_left_out(timed, tmp_path):
 )
 def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(environment, "prepare", lambda: None)  # This process is the tests' own.
+    monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path))
     argv = ["evaluate", *arguments, f"--output={tmp_path}"]
     assert cli.main(argv, experiment.settings_of) == 2
     out, said = capsys.readouterr()

@@ -10,6 +10,9 @@ from typing import Any
 
 from l2l.console.errors import UserError
 
+# JAX takes the last 32 bits of a seed: larger ones, and negative ones, would be others in disguise.
+SEEDS = 2**32
+
 
 def fill(section: str, record: type, settings: Mapping):
     """A NamedTuple from a section of the configuration."""
@@ -135,6 +138,14 @@ def fits(where: str, key: str, value, hint) -> Any:
         f"{key}={value!r} in {where} is a {type(value).__name__}: "
         f"{wanted or str(hint).replace('typing.', '').replace('collections.abc.', '')} is needed."
     )
+
+
+def seed(where: str, value) -> int:
+    """The value as a seed of random numbers; UserError where it is none."""
+    value = fits(where, "seed", value, int)
+    if not 0 <= value < SEEDS:
+        raise UserError(f"seed={value} in {where} is no seed: use 0 to {SEEDS - 1}.")
+    return value
 
 
 def unknown(kind: str, name, valid, where: str = "") -> str:

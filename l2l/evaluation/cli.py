@@ -45,6 +45,8 @@ def read_cells(sections: Sequence[dict], vary: str | None) -> list[Cell]:
     if vary:
         setting, given = _assignment(vary)
         given = given if isinstance(given, tuple) else (given,)
+        if not given:
+            raise UserError(f"--vary={vary} has no value: write it like {setting}=64,128.")
         values = {str(value): {setting: value} for value in given}
     wanted, names, families = [], [], []
     for section in sections:
@@ -117,11 +119,12 @@ def _flags() -> flags.FlagValues:
     text("vary", None, "One task for each value, like activations=relu,tanh,sigmoid.")
     listed("horizons", None, "Training steps; by default 500,1000 or the suite's.")
     whole("seeds", None, "Problems of each task; by default 10 or the suite's.", lower_bound=1)
-    whole("seed", 1_000_003, "Decides the problems.")
+    about = "Decides the problems."
+    whole("seed", 1_000_003, about, lower_bound=0, upper_bound=schema.SEEDS - 1)
     about = f"Grids to tune: {', '.join(baselines.KINDS)}; or none. With --suite, those of its own."
     listed("baseline", ["adam"], about)
     about = "Adam, AdamW, NAdamW and RMSprop are tried with this eps_root, and with 0."
-    flags.DEFINE_float("eps_root", 0.0, about, flag_values=values)
+    flags.DEFINE_float("eps_root", 0.0, about, lower_bound=0.0, flag_values=values)
     about = "Measure learned optimizers untrained too, at their nominal and their best single rate."
     flags.DEFINE_bool("untrained", True, about, flag_values=values)
     listed(
@@ -237,8 +240,13 @@ def _suite(values, config) -> tuple[Suite, list[str]]:
     if values["baseline"].present:
         chosen = chosen._replace(grids=suites.rivals(chosen.grids, _kinds(values)))
     if values.cells is not None:
+        if not values.cells:
+            names = ", ".join(cell.name for cell in chosen.cells)
+            raise UserError(f"--cells= names no cell: choose from {names}.")
         chosen = chosen._replace(cells=suites.select(chosen.cells, values.cells))
     cells, notes = suites.available(chosen.cells)
+    if not cells:
+        raise UserError(f"None of these cells can be measured here. {' '.join(notes)}")
     if values.horizons is not None:  # What is typed comes before a cell's own.
         cells = tuple(cell._replace(horizons=()) for cell in cells)
     return chosen._replace(cells=cells), notes

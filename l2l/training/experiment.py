@@ -236,7 +236,7 @@ def build_experiment(config: Mapping) -> Experiment:
     return Experiment(
         config=config,
         specification=specification,
-        seed=schema.fits("config", "seed", whole["seed"], int),
+        seed=schema.seed("config", whole["seed"]),
         families=families,
         weights=weights,
         reads=reads,
