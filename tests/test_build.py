@@ -15,6 +15,7 @@ from l2l.optimizers import adam, binding, registry
 from l2l.storage import exports
 from l2l.training.experiment import build_experiment, meta_optimizer
 
+NAN = float("nan")
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 MISTAKES = [
@@ -77,6 +78,24 @@ MISTAKES = [
     ({"meta": {"clip": -1.0}}, "meta.clip=-1.0 is no length"),
     ({"meta": {"clip": float("nan")}}, "meta.clip=nan is no length"),
     ({"checkpoint": {"every": 1.5}}, "every=1.5"),
+    *(({"objective": {"cap": cap}}, f"cap={cap} leaves") for cap in (0.0, -1.0, NAN)),
+    *(
+        ({"inner": {"hide_horizon_probability": p}}, f"probability={p} is not a probability")
+        for p in (-1.0, 2.0, NAN)
+    ),
+    ({"estimator": {"name": "first_order", "block": -3}}, "block=-3 is not a whole number"),
+    ({"estimator": {"name": "pes", "sigma": float("inf")}}, "sigma=inf perturbs"),
+    ({"horizon": {"name": "log_uniform", "growth": NAN}}, "horizon.growth=nan is out of range"),
+    ({"task": {"name": "quadratic", "weight": NAN}}, "task.weight=nan is out of range"),
+    *(
+        ({"imitation": {name: value}}, f"imitation.{name}={value} is out of range")
+        for name, value in {
+            "weight": NAN,
+            "until": -1.0,
+            "final": -0.1,
+            "learning_rate": 0.0,
+        }.items()
+    ),
     ({"seed": "a"}, "seed='a'"),
     ({"seed": -1}, "seed=-1 in config is no seed: use 0 to 4294967295"),
     ({"seed": 2**32}, "is no seed"),

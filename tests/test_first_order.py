@@ -242,8 +242,10 @@ def test_whole_tensors_need_every_coordinate():
     inner = Inner(ragged(), OPTIMIZERS["dm"](), LENGTH)
     with pytest.raises(ValueError, match=r"every=2 leaves out .*imitated: set it to 1"):
         first_order(inner, PLAIN, Teacher(), every=2)
-    with pytest.raises(ValueError, match=r"every=0: give a positive integer"):
+    with pytest.raises(ValueError, match=r"every=0 is not a whole number"):
         first_order(inner, PLAIN, every=0)
+    with pytest.raises(ValueError, match=r"block=-3 is not a whole number"):
+        first_order(inner, PLAIN, block=-3)
 
 
 def test_an_optimizer_without_a_rule_is_refused():

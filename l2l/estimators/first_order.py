@@ -26,7 +26,7 @@ from l2l.core import base
 from l2l.core.unroll import EVERY, TRAIN, VALIDATION, Inner, batch_at, first, renew
 from l2l.estimators.first_order_per_tensor import first_order_per_tensor
 from l2l.estimators.objective import Objective
-from l2l.optimizers import blocks, coordinates, features
+from l2l.optimizers import blocks, coordinates, features, ranges
 
 
 class Teacher(NamedTuple):
@@ -110,12 +110,13 @@ def first_order(
         over the offsets is the whole one. The way back is some four fifths of the time.
 
     Raises:
-      UserError: the optimizer has no rule; `every` is no positive integer, or not 1 where a network
-        reads whole tensors or Adam is imitated, which take all coordinates.
+      UserError: the optimizer has no rule; `block` or `every` is no positive integer, or `every` is
+        not 1 where a network reads whole tensors or Adam is imitated, which take all coordinates.
     """
     rule = inner.optimizer.rule
-    if every != int(every) or every < 1:
-        raise UserError(f"estimator.every={every!r}: give a positive integer; 1 is every one.")
+    ranges.whole("estimator.every", every)
+    if block is not None:
+        ranges.whole("estimator.block", block)
     if rule is None:
         raise UserError(
             "This optimizer has no rule that acts coordinate by coordinate, which the first-order "

@@ -139,11 +139,15 @@ def objective(
     emphasis: float = 0.0,
 ) -> Objective:
     """An `Objective`; raises UserError for an unknown `on` or `form`, a weight of the validation
-    losses outside [0, 1], or a floor or an emphasis below 0."""
+    losses outside [0, 1], a floor or an emphasis below 0, or a cap that is not above 0."""
     if on not in ("train", "validation", "both"):
         raise UserError(f"Unknown meta-loss split {on!r}: choose train, validation or both.")
     if form not in ("plain", "log", "last"):
         raise UserError(f"Unknown form of meta-loss {form!r}: choose plain, log or last.")
+    if not cap > 0.0:
+        raise UserError(
+            f"cap={cap} leaves no loss to learn from: use a number above 0, or inf for no cap."
+        )
     late = validation_weight if late_validation_weight is None else late_validation_weight
     for value in (validation_weight, late):
         if not 0.0 <= value <= 1.0:

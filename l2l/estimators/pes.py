@@ -66,7 +66,7 @@ def pes(
     made by theta without noise, unless theta holds the start itself: each of the pair then begins
     with its own.
     """
-    if not sigma > 0:
+    if not 0 < sigma < float("inf"):
         raise UserError(f"sigma={sigma} perturbs nothing: use a positive number, such as 0.01.")
 
     def init(keys, theta, stage):

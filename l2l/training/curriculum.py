@@ -14,6 +14,7 @@ import numpy as np
 from l2l.console.errors import UserError
 from l2l.core import base, unroll
 from l2l.estimators.objective import Objective
+from l2l.optimizers import ranges
 
 
 class Imitation(NamedTuple):
@@ -28,6 +29,13 @@ class Imitation(NamedTuple):
     until: float = 0.5
     final: float = 0.0
     learning_rate: float = 1e-3
+
+    def checked(self) -> "Imitation":
+        """This, if all of it is in range; UserError otherwise."""
+        for name in ("weight", "until", "final"):
+            ranges.not_negative(f"imitation.{name}", getattr(self, name))
+        ranges.positive("imitation.learning_rate", self.learning_rate)
+        return self
 
 
 class Curriculum(NamedTuple):
@@ -81,8 +89,9 @@ def log_uniform(
     What is drawn is rounded to whole windows of `inner.length`, and to one at least.
 
     Raises:
-      UserError: shortest, start, longest are not in this order.
+      UserError: shortest, start, longest are not in this order, or growth is negative.
     """
+    ranges.not_negative("horizon.growth", growth)
     start = min(2 * shortest, longest) if start is None else start
     if not 1 <= shortest <= start <= longest:
         raise UserError(

@@ -23,6 +23,7 @@ from l2l.core import base
 from l2l.core.unroll import Inner
 from l2l.estimators import first_order, mixture, objective
 from l2l.estimators.registry import ESTIMATORS
+from l2l.optimizers import ranges
 from l2l.optimizers.registry import OPTIMIZERS, optimizer
 from l2l.tasks import called
 from l2l.tasks import registry as tasks
@@ -212,7 +213,7 @@ def build_experiment(config: Mapping) -> Experiment:
     running = _running(whole["meta"])
     specification = whole["optimizer"]
     built = optimizer(specification)
-    imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"])
+    imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"]).checked()
     evaluation = schema.fill("evaluation", Evaluation, whole["evaluation"])
     families, weights = _mixture(whole)
     judged = _judged(whole, evaluation.tasks)
@@ -360,6 +361,7 @@ def _mixture(config):
     for section in sections:
         section = schema.named("task", tasks.TASKS, section)
         weights.append(schema.fits("task", "weight", section.pop("weight", 1.0), float))
+        ranges.positive("task.weight", weights[-1])
         own = section.pop("augmentations", ())
         families.append(
             task(section, (*schema.several(own), *schema.several(config["augmentations"])))
@@ -430,6 +432,11 @@ def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGra
     settings = {"length": LENGTH, **config["inner"]}
     hidden = ("family", "optimizer")  # The program's, not the user's.
     inner = Inner(family, learned, **schema.check("inner", Inner, settings, hidden))
+    if not 0.0 <= inner.hide_horizon_probability <= 1.0:
+        raise UserError(
+            f"inner.hide_horizon_probability={inner.hide_horizon_probability} is not a "
+            "probability: use a number from 0 to 1."
+        )
     section = config["estimator"]
     factory, _ = schema.factory_of("estimator", ESTIMATORS, section)
     if learned.rule is None and factory is first_order.first_order:
