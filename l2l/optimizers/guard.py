@@ -45,7 +45,8 @@ class GuardState(NamedTuple):
     strikes:   what speaks against it now, int32; it falls at `patience`.
     rest:      Adam's steps before it gets another chance, int32.
     returning: whether the last call fell, and this one mends what rounding left of the way back.
-    longest:   the norm of the longest of Adam's steps since the last fall, float32.
+    longest:   the norm of the longest of Adam's steps since the last fall, or what counts as that
+               where it is longer, float32.
     losses:    see `LossRecord`.
     anchor:    the parameters to go back to; like them.
     adam, learned: the states of the two.
@@ -64,6 +65,13 @@ class GuardState(NamedTuple):
 
 # Parts of the state that lie on devices as the parameters do.
 LIKE_PARAMS = ("anchor", "adam", "learned")
+
+# Adam's steps count as at least this long in every parameter, and as those of at least so many
+# parameters. Adam's rate says little about what the learned optimizer needs: in a warm-up it starts
+# at 0, and does so again after every fall. And the smaller a network, the longer are the learned
+# steps for each parameter: in networks of 4 to 300 parameters, the longest of the released
+# optimizers had a norm of 4.
+RATE, SMALLEST = 1e-3, 4096
 
 
 # Nine settings: each is part of one of the promises below, so none can be left out.
@@ -85,9 +93,13 @@ def guard(
     on which it fails one of them is a strike; every other call takes one strike back:
 
     1. Its step. One that is not finite, leaves the parameters not finite, or is longer than
-       `longest_step` times the longest step of Adam so far (Euclidean norms over all parameters)
-       is not taken: Adam's is taken instead. Gradients that are not finite strike too; no step
-       is taken on them, and they enter no state, not even Adam's.
+
+           `longest_step` · max(the longest step of Adam so far, 0.001 · √max(n, 4096))
+
+       is not taken: Adam's is taken instead. (Lengths are Euclidean norms over all n parameters.
+       The second is that of a first step of `optax.adam(1e-3)`; it is there for an Adam whose
+       schedule starts near 0.) Gradients that are not finite strike too; no step is taken on
+       them, and they enter no state, not even Adam's.
     2. The loss, where `update` is given `value=`. With m and s the running mean and deviation of
        the last `window` losses or so, and m* the lowest m so far, a loss strikes if it is not
        finite, or above
@@ -115,8 +127,8 @@ def guard(
       `window` losses of the stretch, never rises: the loss keeps coming back to where it was.
 
     Without `value=` only the first test is made. It keeps the parameters finite and the steps
-    within `longest_step` times Adam's; a slow divergence goes unseen. Neither test sees a learned
-    optimizer that is merely slower than Adam, or stands still.
+    within the length above; a slow divergence goes unseen. Neither test sees a learned optimizer
+    that is merely slower than Adam, or stands still.
 
     It takes Adam's state and a copy of the parameters beside the learned state: 12 bytes a
     parameter in float32. Once the run is Adam's for good the learned optimizer costs no time.
@@ -131,8 +143,8 @@ def guard(
       optimizer: any optax transformation. It receives all extra arguments.
       adam: what to fall back on; `optax.adam(1e-3)` by default. Its schedule, if it has one, counts
         from the last fall.
-      longest_step: in steps of Adam. The longest seen of a released optimizer on digits MLPs
-        was 49 of `optax.adam(1e-3)`: a smaller rate needs a larger number.
+      longest_step: in steps of Adam, as above. The longest seen of a released optimizer on digits
+        MLPs was 49 of `optax.adam(1e-3)`.
       deviations, share: how far the loss may rise, in units of its own noise and of what was gained
         so far; the larger of the two counts.
       window: losses to average over.
@@ -221,7 +233,7 @@ class _Guard(NamedTuple):
             strikes=jnp.zeros((), jnp.int32),
             rest=jnp.zeros((), jnp.int32),
             returning=jnp.zeros((), bool),
-            longest=jnp.zeros((), jnp.float32),
+            longest=jnp.asarray(_least(params), jnp.float32),
             losses=_no_losses(),
             learned=learned,
             adam=adam,
@@ -246,7 +258,7 @@ class _Guard(NamedTuple):
         anchor = jax.tree.map(lambda p, a: jnp.where(keeping, p, a), params, state.anchor)
 
         def back(carry):
-            return *self.go_back(anchor, params), jnp.zeros_like(carry[-1])
+            return *self.go_back(anchor, params), jnp.full_like(carry[-1], _least(params))
 
         def adam_steps(carry):
             return self.step_of_adam(carry, gradients, params, extra_args)
@@ -368,6 +380,11 @@ def _heard(state: GuardState, value, window, deviations, share):
 def _no_losses() -> LossRecord:
     # An array each: leaves that share a buffer could not be donated.
     return LossRecord(jnp.zeros((), jnp.int32), *(jnp.zeros((), jnp.float32) for _ in range(5)))
+
+
+def _least(params: base.PyTree) -> float:
+    """What counts as the longest of Adam's steps at the least."""
+    return RATE * max(base.count(params), SMALLEST) ** 0.5
 
 
 def _square(tree: base.PyTree) -> jax.Array:
