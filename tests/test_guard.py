@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from l2l.console.errors import UserError
 from l2l.optimizers.guard import guard
 from l2l.optimizers.lstm import lstm
 
@@ -304,11 +305,13 @@ def test_inject_hyperparams():
         ({"optimizer": "mlp"}, r"optimizer=mlp is a str, not an optax .* l2l.load"),
         ({"optimizer": lstm()}, "not bound to a theta: call its bind"),
         ({"adam": 1e-3}, r"adam=0.001 is a float, .* optax.adam\(1e-3\)"),
-        ({"longest_step": 0.0}, "longest_step=0.0 is not a threshold"),
-        ({"deviations": float("inf")}, "deviations=inf is not a threshold"),
-        ({"share": -1}, "share=-1 is not a threshold"),
-        ({"patience": 0}, "patience=0 is not a count"),
-        ({"window": 2.5}, "window=2.5 is not a count"),
+        ({"longest_step": 0.0}, "longest_step=0.0 is out of range"),
+        ({"deviations": float("inf")}, "deviations=inf is out of range"),
+        ({"share": -1}, "share=-1 is out of range"),
+        ({"patience": 0}, "patience=0 is not a whole number of 1 or more"),
+        ({"window": 2.5}, "window=2.5 is not a whole number of 1 or more"),
+        ({"share": "1"}, "share='1' is not a number"),
+        ({"patience": True}, "patience=True is not a whole number of 1 or more"),
         ({"max_falls": 40}, "more than an int32 can hold: lower one of them"),
     ],
 )
@@ -317,7 +320,86 @@ def test_options_out_of_range(options, words):
         guard(**{"optimizer": optax.sgd(0.1), **options})
 
 
-def test_a_loss_is_one_number():
+def test_options_may_be_numbers_of_numpy():
+    guard(optax.sgd(0.1), window=np.int64(20), longest_step=np.float32(10))
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (jnp.ones(3), r"shape \(3,\), and a loss is one number"),
+        ("a", "value is a str, and a loss is one real number"),
+        ([1.0], "value is a list, and"),
+        (True, "value is a bool, and"),
+        (1 + 1j, "value is a complex, and"),
+        (jnp.asarray(1j), "value is complex64, and"),
+    ],
+)
+def test_a_loss_is_one_number(value, words):
     transform = guard(optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"shape \(3,\), and a loss is one number"):
-        transform.update(START, transform.init(START), START, value=jnp.ones(3))
+    with pytest.raises(UserError, match=words):
+        transform.update(START, transform.init(START), START, value=value)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, np.float64(1), np.ones(()), jnp.ones((), jnp.bfloat16)])
+def test_losses(value):
+    transform = guard(optax.sgd(0.1))
+    state = transform.update(START, transform.init(START), START, value=value)[1]
+    assert float(state.losses.first) == 1 and state.losses.first.dtype == jnp.float32
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    transform = guard(learned())
+    state = learned().init(START)
+    with pytest.raises(UserError, match=r"is a LearnedState, and not that of a guarded .*`init`"):
+        transform.update(START, state, START)
+    for other, words in (
+        (guard(optax.sgd(0.1)), "`learned` of the guarded state was not made by this `optimizer`"),
+        (guard(learned(), adam=optax.sgd(0.1)), "`adam` of the .* not made by this `adam`"),
+    ):
+        with pytest.raises(UserError, match=words):
+            transform.update(START, other.init(START), START)
+
+
+def test_a_run_that_has_begun_is_put_under_guard():
+    """As the sentence about its state says."""
+    state = learned().update(START, learned().init(START), START)[1]
+    expected = learned().update(START, state, START)[0]
+    transform = guard(learned())
+    updates, _ = transform.update(START, transform.init(START)._replace(learned=state), START)
+    np.testing.assert_allclose(updates["x"], expected["x"], rtol=1e-5)
+
+
+def huge_steps(scale, params, num):
+    """(parameters, state) of guarded Adam on `scale` times a square."""
+    transform = guard(optax.adam(RATE), adam=optax.adam(RATE))
+    state = transform.init(params)
+    for _ in range(num):
+        gradients = jax.tree.map(lambda p: scale * p, params)
+        value = 0.5 * scale * sum(jnp.sum(p**2) for p in params.values())
+        updates, state = transform.update(gradients, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def test_huge_gradients_are_finite_ones():
+    """Though their squares are not. Adam stands still on them in float32, and not in float64."""
+    params, state = huge_steps(1e20, START, 3)
+    equal(params, START)
+    np.testing.assert_allclose(state.adam[0].mu["x"], (1 - 0.9**3) * 1e20 * START["x"], rtol=1e-5)
+    assert int(state.strikes) == int(state.falls) == 0
+    with jax.enable_x64(True):
+        start = {"x": np.asarray([3.0, -2.0, 1.0, 0.3])}
+        params, state = huge_steps(1e45, start, 30)
+        np.testing.assert_allclose(params["x"][:2], start["x"][:2] - [0.9, -0.9], atol=0.05)
+
+
+def test_huge_losses_leave_the_limit_finite():
+    """A rise is seen after losses whose squares overflow."""
+    transform = guard(acting(lambda g, step: 0.0 * g))
+    values = np.concatenate([np.linspace(3e25, 1e25, 20), np.ones(300), np.full(30, 1e17)])
+    state = transform.init(START)
+    update = jax.jit(transform.update)
+    for value in values:
+        state = update(START, state, START, value=value)[1]
+    assert int(state.falls) == 1

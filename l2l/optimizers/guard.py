@@ -17,7 +17,7 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, features, leaves, meshes
+from l2l.optimizers import coordinates, features, leaves, meshes, ranges
 
 
 class LossRecord(NamedTuple):
@@ -72,6 +72,8 @@ LIKE_PARAMS = ("anchor", "adam", "learned")
 # steps for each parameter: in networks of 4 to 300 parameters, the longest of the released
 # optimizers had a norm of 4.
 RATE, SMALLEST = 1e-3, 4096
+# Losses above this count as this.
+LARGEST = 1e18
 
 
 # Nine settings: each is part of one of the promises below, so none can be left out.
@@ -154,14 +156,13 @@ def guard(
 
     Raises:
       UserError: an option is out of range, or is not an optax transformation; from `update`, if
-        `params` is None or `value` is not a scalar.
+        `params` is None, the state was made by other optimizers, or `value` is not a real scalar.
     """
-    own = _Guard(
+    own = _Guard.checked(
         _transformation("optimizer", optimizer, "l2l.load(…)"),
         _transformation("adam", optax.adam(1e-3) if adam is None else adam, "optax.adam(1e-3)"),
         *(longest_step, deviations, share, window, patience, period, max_falls),
     )
-    own.check()
     start, compiled = jax.jit(own.start, inline=True), jax.jit(own.step, inline=True)
 
     def init(params):
@@ -179,7 +180,15 @@ def guard(
                 "update(gradients, state, params)."
             )
         given = leaves.matched(updates, params)
+        if not isinstance(state, GuardState):
+            raise UserError(
+                f"The state is a {type(state).__name__}, and not that of a guarded optimizer: call "
+                "`init` of the guarded one. To put a run under guard that has begun without, give "
+                "init(params)._replace(learned=state)."
+            )
         leaves.matched(state.anchor, params, "remembered parameters")
+        if value is not None:
+            _check_loss(value)
         if base.count(params) == 0:
             return updates, state
         if "num_steps" in extra_args:
@@ -206,22 +215,20 @@ class _Guard(NamedTuple):
     period: int
     max_falls: int
 
-    def check(self) -> None:
+    @classmethod
+    def checked(cls, *settings) -> "_Guard":
+        """These, if they are in range."""
+        self = cls(*settings)
         for name in ("longest_step", "deviations", "share"):
-            number = getattr(self, name)
-            if not (isinstance(number, float | int) and 0 < number < float("inf")):
-                raise UserError(
-                    f"{name}={number!r} is not a threshold: give a positive finite number."
-                )
-        for name in ("window", "patience", "period", "max_falls"):
-            number = getattr(self, name)
-            if not (isinstance(number, int) and number > 0):
-                raise UserError(f"{name}={number!r} is not a count: give a positive int.")
+            ranges.positive(name, getattr(self, name))
+        counts = ("window", "patience", "period", "max_falls")
+        self = self._replace(**{name: ranges.whole(name, getattr(self, name)) for name in counts})
         if self.period << (self.max_falls - 1) >= 1 << 31:
             raise UserError(
                 f"period={self.period} doubled after each of max_falls={self.max_falls} falls is "
                 "more than an int32 can hold: lower one of them."
             )
+        return self
 
     def start(self, params) -> GuardState:
         params = _strong(params)
@@ -244,8 +251,9 @@ class _Guard(NamedTuple):
     def step(self, given, state: GuardState, params, value, extra_args):
         """A whole update: (updates, state)."""
         params = _strong(params)
+        self.check_state(state, params)
         gradients = _whole(given, params)
-        fine = jnp.isfinite(_square(gradients))
+        fine = _finite(gradients)
         heard = self.hear(state, value)
         if value is not None:
             extra_args["value"] = value
@@ -289,6 +297,18 @@ class _Guard(NamedTuple):
             learned=of_learned,
         )
 
+    def check_state(self, state: GuardState, params) -> None:
+        """Raises UserError if the state is that of other optimizers."""
+        made = jax.eval_shape(self.start, params)
+        for part, option in (("learned", "optimizer"), ("adam", "adam")):
+            try:
+                leaves.check_state(getattr(state, part), getattr(made, part))
+            except leaves.Unfit:
+                raise UserError(
+                    f"`{part}` of the guarded state was not made by this `{option}`: guard the one "
+                    "that made it, or call `init` again."
+                ) from None
+
     def hear(self, state: GuardState, value) -> "_Heard":
         """What the loss says, if there is one."""
         if value is None:
@@ -310,7 +330,7 @@ class _Guard(NamedTuple):
         _, before, longest = carry
         out, after = self.adam.update(gradients, before, params, **extra_args)
         out = _like(out, params)
-        return out, _like(after, before), jnp.maximum(longest, features.norm(_square(out)))
+        return out, _like(after, before), jnp.maximum(longest, _length(out))
 
     def step_of_learned(self, carry, gradients, params, extra_args, driving, longest):
         """carry: (Adam's updates, the learned state, whether its step failed), as it returns them;
@@ -319,9 +339,8 @@ class _Guard(NamedTuple):
         out, of_learned = self.learned.update(gradients, before, params, **extra_args)
         out, of_learned = _like(out, params), _like(of_learned, before)
         # Of anything that is not finite the norm is not either.
-        failed = ~(features.norm(_square(out)) <= self.longest_step * longest)
-        after = meshes.together(optax.apply_updates(params, out))
-        failed |= ~jnp.all(jnp.isfinite(coordinates.flatten(after, jnp.float32)))
+        failed = ~(_length(out) <= self.longest_step * longest)
+        failed |= ~_finite(optax.apply_updates(params, out))
         taken = driving & ~failed
         return jax.tree.map(lambda x, y: jnp.where(taken, x, y), out, safe), of_learned, failed
 
@@ -353,13 +372,11 @@ def _where(condition, change: Callable, carry: base.PyTree) -> base.PyTree:
 def _heard(state: GuardState, value, window, deviations, share):
     """(LossRecord with one more loss, whether it is above the limit, whether the mean is at a new
     low); a loss that is not finite is above, and changes nothing."""
-    if jnp.shape(value) != ():
-        raise UserError(
-            f"value has the shape {jnp.shape(value)}, and a loss is one number: take its mean."
-        )
-    value = jnp.asarray(value, jnp.float32)
+    value = jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
     old = state.losses
     finite = jnp.isfinite(value)
+    # Squares of more would overflow, and a variance that is infinite once stays so.
+    value = jnp.clip(value, -LARGEST, LARGEST).astype(jnp.float32)
     limited = old.seen >= window
     above = ~finite | (limited & (value > old.limit))
     value = jnp.where(limited, jnp.minimum(value, old.limit), value)
@@ -377,6 +394,18 @@ def _heard(state: GuardState, value, window, deviations, share):
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), above, low & finite
 
 
+def _check_loss(value) -> None:
+    """Raises UserError unless it is one real number."""
+    numbers = isinstance(value, jax.Array | np.ndarray) or ranges.number(value)
+    kind = jnp.result_type(value) if numbers else f"a {type(value).__name__}"
+    if not numbers or not any(jnp.issubdtype(kind, x) for x in (jnp.floating, jnp.integer)):
+        raise UserError(f"value is {kind}, and a loss is one real number: give that.")
+    if jnp.shape(value) != ():
+        raise UserError(
+            f"value has the shape {jnp.shape(value)}, and a loss is one number: take its mean."
+        )
+
+
 def _no_losses() -> LossRecord:
     # An array each: leaves that share a buffer could not be donated.
     return LossRecord(jnp.zeros((), jnp.int32), *(jnp.zeros((), jnp.float32) for _ in range(5)))
@@ -387,10 +416,25 @@ def _least(params: base.PyTree) -> float:
     return RATE * max(base.count(params), SMALLEST) ** 0.5
 
 
-def _square(tree: base.PyTree) -> jax.Array:
-    """The sum of squares in float32: not finite where any number is not."""
-    # Flattened first: a sum for each tensor would be as many programs to compile.
-    return jnp.sum(jnp.square(coordinates.flatten(meshes.together(tree), jnp.float32)))
+def _flat(tree: base.PyTree) -> jax.Array:
+    """All numbers, in the widest of their dtypes, where finite ones stay finite."""
+    # Flattened: one operation for each tensor would be as many programs to compile.
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
+    return coordinates.flatten(meshes.together(tree), dtype)
+
+
+def _finite(tree: base.PyTree) -> jax.Array:
+    """Whether all numbers are."""
+    return jnp.all(jnp.isfinite(_flat(tree)))
+
+
+def _length(tree: base.PyTree) -> jax.Array:
+    """The Euclidean norm, float32: not finite where any number is not."""
+    flat = _flat(tree)
+    # Squares of numbers from 2e19 on overflow, and those of their ratios to the largest do not.
+    largest = jnp.max(jnp.abs(flat))
+    unit = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+    return (unit * features.norm(jnp.sum(jnp.square(flat / unit)))).astype(jnp.float32)
 
 
 def _like(tree: base.PyTree, other: base.PyTree) -> base.PyTree:
