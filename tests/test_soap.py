@@ -364,6 +364,17 @@ def test_gradients_that_do_not_fit_are_one_sentence():
             transform.update(odd, state, params)
 
 
+@pytest.mark.parametrize("leaf", [1j * jnp.ones(3), jnp.arange(3), 2, "text"], ids=str)
+def test_parameters_without_a_real_gradient_are_one_sentence(leaf):
+    """Of complex numbers it took g² for |g|², and so it did not descend."""
+    params = {"w": jnp.ones((5, 4)), "odd": leaf}
+    with pytest.raises(l2l.UserError, match=r"Parameter \['odd'\] is .* optax\.masked"):
+        l2l.soap(1e-2).init(params)
+    transform = optax.masked(l2l.soap(1e-2), {"w": True, "odd": False})
+    updates, _ = transform.update(params, transform.init(params), params)
+    assert updates["odd"] is leaf and np.all(updates["w"] < 0)
+
+
 def test_learns_faster_than_adam_where_coordinates_hide_the_curvature():
     """½ |A (W − W*) B|² with A, B far from the axes: Adam at its best of five rates against SOAP at
     its best. With bases that stay the identity the two are equal."""

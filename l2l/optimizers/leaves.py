@@ -24,8 +24,8 @@ def check(params: base.PyTree) -> None:
         kind = _kind(leaf)
         if kind is None or not jnp.issubdtype(kind, jnp.floating):
             raise UserError(
-                f"Parameter {_name(path)} is {kind or f'a {type(leaf).__name__}'}: learned "
-                "optimizers update real floating-point numbers. Leave it out with optax.masked."
+                f"Parameter {_name(path)} is {kind or f'a {type(leaf).__name__}'}: optimizers of "
+                "l2l update real floating-point numbers. Leave it out with optax.masked."
             )
 
 

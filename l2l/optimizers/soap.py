@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from l2l.optimizers import ranges, soap_directions
-from l2l.optimizers.leaves import abstract, matched
+from l2l.optimizers.leaves import abstract, check, matched
 from l2l.optimizers.soap_directions import Settings, SoapState
 
 # The paper's algorithm, step for step, except for a damping that keeps a null space in place.
@@ -37,6 +37,7 @@ def scale_by_soap(settings: Settings = PUBLISHED) -> optax.GradientTransformatio
     fixed, arrays = _parted(settings)
 
     def init(params):
+        check(params)
         if abstract(params):
             return jax.eval_shape(partial(_begin, fixed), params)
         return _begin(fixed, params)
@@ -125,7 +126,8 @@ def soap(
     `longest`, which decide shapes: where they are not left out, they belong in its `static_args`.
 
     Raises:
-      UserError: a setting is out of range; from `update`, the gradients do not fit the parameters.
+      UserError: a setting is out of range; from `init`, for parameters that are no real
+        floating-point numbers; from `update`, the gradients do not fit the parameters.
     """
     ranges.decay("b1", b1)
     ranges.decay("b2", b2)
