@@ -11,8 +11,16 @@ config="${1:?usage: launch/cpus.sh CONFIG WORKDIR [overrides]}"
 workdir="${2:?usage: launch/cpus.sh CONFIG WORKDIR [overrides]}"
 shift 2
 mapfile -t cores < <(python -c 'import os; print(*sorted(os.sched_getaffinity(0)), sep="\n")')
+if [ "${#cores[@]}" -eq 0 ]; then
+  echo "Python did not say which cores there are: activate the environment of l2l (on Linux)." >&2
+  exit 2
+fi
 count="${CORES:-${#cores[@]}}"
-if [ "$count" -gt "${#cores[@]}" ]; then
+if ! [[ "$count" =~ ^[1-9][0-9]*$ ]]; then
+  echo "CORES=$count is not a number of processes: give 1 or more, or leave it out for all." >&2
+  exit 2
+fi
+if ! [ "$count" -le "${#cores[@]}" ] 2> /dev/null; then
   echo "CORES=$count, but this shell may use ${#cores[@]}: ask for as many or fewer." >&2
   exit 2
 fi
@@ -22,7 +30,14 @@ if [ "$count" -gt 1 ]; then
   joining=(--coordinator_address="127.0.0.1:$port" --num_processes="$count")
 fi
 members=()
-trap 'kill -TERM "${members[@]}" 2> /dev/null' INT TERM
+hand_on() {
+  kill "-$1" ${members[@]+"${members[@]}"} 2> /dev/null
+}
+trap 'hand_on INT' INT
+trap 'hand_on TERM' TERM HUP # Runs know no SIGHUP, that of a terminal that closes.
+# With `set -m` in process groups of their own, so that Ctrl-C reaches them through here, and once:
+# a second signal makes a run leave unsaved.
+set -m
 for ((i = 0; i < count; i++)); do
   number=()
   if [ "$count" -gt 1 ]; then
@@ -32,8 +47,9 @@ for ((i = 0; i < count; i++)); do
     ${joining[@]+"${joining[@]}"} ${number[@]+"${number[@]}"} "$@" &
   members+=($!)
 done
+set +m
 code=0
-for member in "${members[@]}"; do
+for member in ${members[@]+"${members[@]}"}; do
   # A trapped signal ends `wait` before the process has ended.
   while true; do
     wait "$member"
