@@ -119,7 +119,7 @@ def test_an_orthonormal_frame_makes_one_window_exact():
 
 def test_the_noise_of_all_windows_adds_up_to_the_whole_derivative():
     """All signs of ε over three windows and both directions: E[ε_v ε_wᵀ] = δ_vw I, exactly."""
-    run = jax.random.fold_in(jax.random.key(7), pes.NOISE)
+    run = jax.random.fold_in(jax.random.key(7), unroll.NOISE)
     marks = [jax.random.key_data(jax.random.fold_in(run, w * LENGTH)) for w in range(3)]
     draws = []
     for direction in np.sqrt(2.0) * np.eye(2):
@@ -151,7 +151,7 @@ def test_noise_is_summed_over_a_run_and_forgotten_with_it():
     key = states[1].pair.key[0, 0]
 
     def draw(run, step):
-        key = jax.random.fold_in(jax.random.fold_in(run, pes.NOISE), step)
+        key = jax.random.fold_in(jax.random.fold_in(run, unroll.NOISE), step)
         return 0.1 * pes.gaussian(key, theta)
 
     expected = np.cumsum([draw(key, 0), draw(key, 4), draw(key, 8)])

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from l2l.core import base
 
 # Folded into a problem's key, so that no two uses of randomness ever share a key.
-SAMPLE, INIT, HORIZON, STAGGER, NEXT, HIDE, TRAIN, VALIDATION, EVERY = range(9)
+SAMPLE, INIT, HORIZON, STAGGER, NEXT, HIDE, TRAIN, VALIDATION, EVERY, NOISE = range(10)
 
 
 class Inner(NamedTuple):

@@ -17,9 +17,6 @@ from l2l.estimators.autodiff import window
 from l2l.estimators.first_order import over_problems
 from l2l.estimators.objective import Objective
 
-# Folded into a run's key, after the uses of `unroll`.
-NOISE = unroll.VALIDATION + 1
-
 
 class PesState(NamedTuple):
     """pair: the runs under θ + ε and θ − ε, leaves [2, ...]; xi: Σ ε over the run's windows."""
@@ -79,7 +76,7 @@ def pes(
     def one_problem(theta, state, data, stage):
         pair = _renew(state.pair if persistent else _twice(_positive(state.pair)), theta, stage)
         run = _positive(pair)
-        key = jax.random.fold_in(jax.random.fold_in(run.key, NOISE), run.step)
+        key = jax.random.fold_in(jax.random.fold_in(run.key, unroll.NOISE), run.step)
         epsilon = jax.tree.map(lambda e: sigma * e, noise(key, theta))
         forget = (run.step == 0) | (not persistent)
         xi = jax.tree.map(lambda x, e: jnp.where(forget, 0, x) + e, state.xi, epsilon)
