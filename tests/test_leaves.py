@@ -17,6 +17,7 @@ from l2l.optimizers.published import dm
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 LEARNED = dm(hidden_size=2)
 THETA = LEARNED.init(jax.random.key(0))
+WIDER = dm(hidden_size=3).init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module", params=["plain", "guarded"])
@@ -46,6 +47,15 @@ def test_a_state_of_unknown_parameters_is_refused_by_its_numbers():
     assert "holds 65 numbers" in told and "would make 9" in told
 
 
+def test_a_state_of_another_optimizer_is_called_that():
+    """The parameters are those of `init`: they are not to blame."""
+    transform = LEARNED.bind(THETA)
+    transform.init(PARAMS)
+    for state in (optax.adam(1e-3).init(PARAMS), dm(hidden_size=3).bind(WIDER).init(PARAMS)):
+        told = refused(lambda state=state: transform.update(PARAMS, state, PARAMS))
+        assert "made for other parameters, or by another optimizer: it holds" in told
+
+
 @pytest.mark.parametrize(
     "gradients, words",
     [
@@ -55,6 +65,7 @@ def test_a_state_of_unknown_parameters_is_refused_by_its_numbers():
         ({"w": PARAMS["w"], "c": 1.0}, ("['b'] of shape (2,)", "['c'] of shape ()")),
         ({**PARAMS, "b": {"x": PARAMS["b"]}}, ("have a dict at ['b']", "(2,)")),
         ([PARAMS["b"], PARAMS["w"]], ("['b'] of shape (2,)", "[0] of shape (2,)")),
+        ({**PARAMS, "b": 1j * PARAMS["b"]}, ("have complex64 numbers at ['b']", "real ones")),
     ],
 )
 def test_gradients_of_another_tree_are_named(transform, gradients, words):

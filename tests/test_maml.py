@@ -320,6 +320,27 @@ def test_tensors_with_rates_must_be_the_optimizees():
     updates, _ = optimizer.bind(theta).update(params, optimizer.bind(theta).init(params), params)
     np.testing.assert_allclose(updates["a"], [-0.1, -0.1], rtol=1e-6)
     np.testing.assert_allclose(updates["b"], [-2.0], rtol=1e-6)
+    with pytest.raises(l2l.UserError, match=r"are a, b, but those of .* are a: .* and no others"):
+        bound.update({"a": params["a"]}, bound.init(params), {"a": params["a"]})
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_tensors_with_rates_may_be_left_out_of_a_step(momentum):
+    """Masked, or without a gradient: then their rates have nothing to do."""
+    optimizer = l2l.optimizers.registry.optimizer(
+        {"name": "sgd", "tensors": ("a", "b"), "momentum": momentum}
+    )
+    bound = optimizer.bind({"a": jnp.log(0.1), "b": jnp.log(2.0)})
+    params = {"a": jnp.ones(2), "b": jnp.ones(1)}
+    updates, _ = bound.update({"a": params["a"], "b": None}, bound.init(params), params)
+    assert updates["b"] is None
+    np.testing.assert_allclose(updates["a"], [-0.1, -0.1], rtol=1e-6)
+    masked = optax.masked(bound, {"a": False, "b": True})
+    updates, _ = masked.update(params, masked.init(params), params)
+    np.testing.assert_allclose(updates["b"], [-2.0], rtol=1e-6)
+    odd = {"a": params["a"], "c": None, "d": params["b"]}
+    with pytest.raises(l2l.UserError, match=r"with a rate are a, b, but those of .* are a, d"):
+        bound.update(odd, bound.init(odd), odd)
 
 
 HOSTILE = [

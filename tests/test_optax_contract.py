@@ -78,6 +78,17 @@ def test_hand_written_ones_keep_half_precision(make):
     assert updates["half"].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("make", [learned_adam, learned_adamw, partial(sgd, learned=True)])
+def test_hand_written_ones_take_python_numbers_as_arrays(make):
+    learned = make()
+    transform = learned.bind(learned.init(jax.random.key(0)))
+    params = {"a": 1.0, "b": 0.5}
+    arrays = jax.tree.map(jnp.float32, params)
+    updates, _ = transform.update(params, transform.init(params), params)
+    expected, _ = transform.update(arrays, transform.init(arrays), arrays)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
 @pytest.fixture(scope="module", params=LEARNED, ids=str)
 def transform(request):
     """Bound to a theta with no zeros in it, so that its state matters to its updates."""

@@ -343,10 +343,12 @@ def finite(tree: PyTree) -> Bool[Array, ""]:
 
 
 def single(tree: PyTree) -> PyTree:
-    """A pytree of arrays with those of half precision as float32, all others as they are."""
+    """A pytree of arrays or Python numbers: those of half precision as float32, all others as they
+    are."""
 
     def of(x):
-        half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        dtype = jnp.result_type(x)
+        half = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
         return x.astype(jnp.float32) if half else x
 
     return jax.tree.map(of, tree)

@@ -84,7 +84,7 @@ def learned_adamw(
             decay = jnp.exp(theta["log_weight_decay"])
             direction, adam = scale.update(base.single(updates), state.adam)
             updates = jax.tree.map(
-                lambda d, p: (-own * (d + decay * p)).astype(p.dtype), direction, params
+                lambda d, p: (-own * (d + decay * p)).astype(jnp.result_type(p)), direction, params
             )
             return updates, AdamWState(adam)
 

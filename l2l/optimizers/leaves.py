@@ -39,8 +39,9 @@ def matched(given: base.PyTree, params: base.PyTree, what: str = "gradients") ->
     as equinox leaves it where nothing is trained, stays None.
 
     Raises:
-      UserError: the two differ in structure, or in the shape of a leaf; the sentence calls the
-        first tree `what` and names the first leaf in which they differ.
+      UserError: the two differ in structure, or in the shape of a leaf, or one of `given` is
+        complex, of which a real update would take a part; the sentence calls the first tree `what`
+        and names the first leaf that does not fit.
     """
     leaves, treedef = jax.tree.flatten(params)
     try:
@@ -48,14 +49,21 @@ def matched(given: base.PyTree, params: base.PyTree, what: str = "gradients") ->
     except (ValueError, TypeError, KeyError):
         raise UserError(_difference(what, given, params)) from None
     for i, (one, leaf) in enumerate(zip(found, leaves, strict=True)):
-        # What stands where params has a leaf may be a whole subtree.
-        if one is not None and (_kind(one) is None or np.shape(one) != np.shape(leaf)):
-            name = _name(jax.tree_util.tree_leaves_with_path(params)[i][0])
-            have = f"shape {np.shape(one)}" if _kind(one) else f"a {type(one).__name__}"
-            raise UserError(
-                f"The {what} have {have} at {name} where params has shape {np.shape(leaf)}: "
-                f"{_REMEDY[what]}."
-            )
+        if one is None:
+            continue
+        kind, need = _kind(one), f"shape {np.shape(leaf)}"
+        if kind is None:  # What stands where params has a leaf may be a whole subtree.
+            have = f"a {type(one).__name__}"
+        elif np.shape(one) != np.shape(leaf):
+            have = f"shape {np.shape(one)}"
+        elif jnp.issubdtype(kind, jnp.complexfloating):
+            have, need = f"{kind} numbers", "real ones"
+        else:
+            continue
+        name = _name(jax.tree_util.tree_leaves_with_path(params)[i][0])
+        raise UserError(
+            f"The {what} have {have} at {name} where params has {need}: {_REMEDY[what]}."
+        )
     return found
 
 
@@ -80,13 +88,15 @@ class Unfit(Exception):
     def sentence(self, begun: dict, now: dict) -> str:
         """What is wrong, from `described` of the parameters that `init` was last given (empty if it
         never was) and of those of the update."""
+        cause = "for other parameters, or by another optimizer"
         fault = f"it holds {self.had} numbers, and `init` of params would make {self.need}"
         changed = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
         if begun and changed:
+            cause = "for other parameters than `update` is given"
             fault = _change(changed[0], begun, now)
         return (
-            f"The state was made for other parameters than `update` is given: {fault}. Call `init` "
-            "again whenever the parameters change in structure or shape."
+            f"The state was made {cause}: {fault}. Call `init` of this optimizer, and again "
+            "whenever the parameters change in structure or shape."
         )
 
 

@@ -62,10 +62,21 @@ def _by_tensor(log_rates, gradient):
     """The gradient times −exp(log rate) of each tensor."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(gradient)
     own = [(jax.tree_util.keystr(path, simple=True, separator="/"), g) for path, g in paths]
-    if {name for name, _ in own} != set(log_rates):
+    names, rated = {name for name, _ in own}, set(log_rates)
+    # A tensor that has no gradient, or is masked, may have a rate too: its name is not known here.
+    if names - rated or (rated - names and not _partial(gradient)):
         raise UserError(
             f"The tensors with a rate are {', '.join(sorted(log_rates))}, but those of the "
-            f"parameters are {', '.join(name for name, _ in own)}: name them all in "
-            "optimizer.tensors."
+            f"parameters are {', '.join(name for name, _ in own)}: name all of these, and no "
+            "others, in optimizer.tensors."
         )
     return treedef.unflatten([-jnp.exp(log_rates[name]) * g for name, g in own])
+
+
+def _partial(tree) -> bool:
+    """Whether anything is left out of it: None, or what `optax.masked` puts in its place."""
+
+    def left_out(x):
+        return x is None or isinstance(x, optax.MaskedNode)
+
+    return any(map(left_out, jax.tree.leaves(tree, is_leaf=left_out)))
