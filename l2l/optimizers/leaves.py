@@ -95,8 +95,8 @@ class Unfit(Exception):
             cause = "for other parameters than `update` is given"
             fault = _change(changed[0], begun, now)
         return (
-            f"The state was made {cause}: {fault}. Call `init` of this optimizer, and again "
-            "whenever the parameters change in structure or shape."
+            f"The state was made {cause}: {fault}. Begin with what `init` of this optimizer makes, "
+            "and call `init` again whenever the parameters change in structure or shape."
         )
 
 
