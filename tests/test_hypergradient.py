@@ -131,7 +131,7 @@ def test_the_search_has_two_runs_for_a_problem_of_evolution_strategies(config, t
         ({"optimizer": {"name": "lstm"}}, "draws settings of the optimizer 'learned_adamw'"),
         ({"evaluation": AGAINST | {"horizons": (2, 4)}}, r"one horizon.*horizons=\(2, 4\)"),
         ({"evaluation": AGAINST | {"tasks": ({}, {"hidden": (5,)})}}, "compares on one task"),
-        ({"task": [{"name": "quadratic"}] * 2}, "the tasks are quadratic"),
+        ({"task": [{"name": "quadratic", "batch_size": b} for b in (1, 2)]}, "tasks are quadr"),
         ({"theta": {"loss": {"name": "l2"}}}, "but theta.loss is learned too"),
         ({"optimizer": {"name": "learned_adamw", "knots": 1}}, "knots=1 make no schedule"),
         ({"optimizer": {"name": "learned_adamw", "weight_decay": 0}}, "cannot be learned in log"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from quick import xla_flags
 from together import HANG, assert_same_theta, config_of, experiment
 
 import l2l
@@ -35,7 +36,7 @@ def test_a_process_a_core_is_stopped_goes_on_and_ends_with_the_theta_of_one(tmp_
         "PYTHONPATH": str(Path(l2l.__file__).parent.parent),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "CORES": str(count),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla_flags(1),
     }
     command = [LAUNCH / "cpus.sh", config_of(tmp_path), parts, f"--config.meta.steps={STEPS}"]
 
