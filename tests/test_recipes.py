@@ -23,6 +23,14 @@ from l2l.training.run import train
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 STEPS = 1200
+# A command that is started in the background ignores Ctrl-C, and a script cannot undo that. So a
+# script is started as if it had been typed, wherever the tests themselves run.
+AS_TYPED = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @pytest.mark.slow
@@ -118,8 +126,9 @@ starts = len((run / "starts").read_text().splitlines())
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         (tmp_path / "run").mkdir()
+        typed = [LAUNCH / script, "configs/mlp.py", tmp_path / "run", "--config.seed=3"]
         return subprocess.Popen(
-            [LAUNCH / script, "configs/mlp.py", tmp_path / "run", "--config.seed=3"],
+            [sys.executable, "-c", AS_TYPED, *typed],
             env=os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"} | variables,
             text=True,
             stdout=subprocess.PIPE,
