@@ -270,6 +270,7 @@ def test_reptile_learns_nothing_but_a_start():
             reptile.reptile(Inner(quadratics(), learned, 5), ON_QUERY)
 
 
+@pytest.mark.slow  # `tests/test_autodiff.py` holds the engine to it.
 def test_segments_bound_the_memory_of_long_runs():
     """Through 1,000 steps of Adam, as the compiler counts it; with -s it prints both."""
     steps, family = 1000, sinusoid()
