@@ -329,11 +329,9 @@ def _measure(values, field, chosen: Suite, parts, notes, output, budget, command
     except KeyboardInterrupt:
         bar.close()
         code = 130
-        kept = f" {output} keeps the results that it had." if len(rows) < standing else ""
-        print(
-            "l2l: interrupted; the same command goes on from here." + kept * (not done),
-            file=sys.stderr,
-        )
+        kept = not done and len(rows) < standing
+        more = f" {output} keeps the results that it had." if kept else ""
+        print(f"l2l: interrupted; the same command goes on from here.{more}", file=sys.stderr)
         shown = write(draw=True)
     print(shown)
     return code

@@ -113,7 +113,8 @@ def _with_loss(optimizer, theta: base.Parts, metadata, text) -> base.LearnedOpti
         return loss
 
     def init(key):
-        return base.Parts(optimizer.init(key).optimizer, optimizer.init(key).start)
+        fresh = optimizer.init(key)
+        return base.Parts(fresh.optimizer, fresh.start)
 
     return optimizer._replace(init=init, loss=lambda theta, own: bind(theta.loss, own))
 

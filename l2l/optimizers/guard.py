@@ -158,11 +158,11 @@ def guard(
       UserError: an option is out of range, or is not an optax transformation; from `update`, if
         `params` is None, the state was made by other optimizers, or `value` is not a real scalar.
     """
-    own = _Guard.checked(
+    own = _Guard(
         _transformation("optimizer", optimizer, "l2l.load(…)"),
         _transformation("adam", optax.adam(1e-3) if adam is None else adam, "optax.adam(1e-3)"),
         *(longest_step, deviations, share, window, patience, period, max_falls),
-    )
+    ).checked()
     start, compiled = jax.jit(own.start, inline=True), jax.jit(own.step, inline=True)
 
     def init(params):
@@ -215,20 +215,18 @@ class _Guard(NamedTuple):
     period: int
     max_falls: int
 
-    @classmethod
-    def checked(cls, *settings) -> "_Guard":
-        """These, if they are in range."""
-        self = cls(*settings)
+    def checked(self) -> "_Guard":
+        """This, if its options are in range."""
         for name in ("longest_step", "deviations", "share"):
             ranges.positive(name, getattr(self, name))
         counts = ("window", "patience", "period", "max_falls")
-        self = self._replace(**{name: ranges.whole(name, getattr(self, name)) for name in counts})
-        if self.period << (self.max_falls - 1) >= 1 << 31:
+        own = self._replace(**{name: ranges.whole(name, getattr(self, name)) for name in counts})
+        if own.period << (own.max_falls - 1) >= 1 << 31:
             raise UserError(
-                f"period={self.period} doubled after each of max_falls={self.max_falls} falls is "
+                f"period={own.period} doubled after each of max_falls={own.max_falls} falls is "
                 "more than an int32 can hold: lower one of them."
             )
-        return self
+        return own
 
     def start(self, params) -> GuardState:
         params = _strong(params)
