@@ -13,7 +13,8 @@ from l2l.console.errors import UserError
 from l2l.data import datasets
 from l2l.optimizers import adam, binding, registry
 from l2l.storage import exports
-from l2l.training.experiment import build_experiment, meta_optimizer
+from l2l.training.experiment import build_experiment
+from l2l.training.meta_optimizers import meta_optimizer
 
 NAN = float("nan")
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))

@@ -2,7 +2,7 @@
 
 A section of a configuration is a dict with a `name` and settings: the keyword arguments of what the
 name stands for in the kind's registry (`tasks.registry`, `optimizers.registry`,
-`estimators.registry`, and the dicts here).
+`estimators.registry`, `meta_optimizers`, and the dict here).
 """
 
 import functools
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from l2l.console import schema
 from l2l.console.errors import UserError
@@ -30,30 +29,10 @@ from l2l.tasks import registry as tasks
 from l2l.tasks.losses import LOSSES
 from l2l.tasks.registry import task
 from l2l.training import curriculum
+from l2l.training.meta_optimizers import META_OPTIMIZERS, SCHEDULES, meta_optimizer
 from l2l.training.meta_step import Meta
 
 HORIZONS = {"log_uniform": curriculum.log_uniform, "stages": curriculum.stages}
-META_OPTIMIZERS = {
-    "adam": optax.adam,
-    "adamw": optax.adamw,
-    "add_decayed_weights": optax.add_decayed_weights,
-    "clip": optax.clip,
-    "clip_by_global_norm": optax.clip_by_global_norm,
-    "lion": optax.lion,
-    "rmsprop": optax.rmsprop,
-    "scale": optax.scale,
-    "scale_by_adam": optax.scale_by_adam,
-    "scale_by_learning_rate": optax.scale_by_learning_rate,
-    "scale_by_schedule": optax.scale_by_schedule,
-    "sgd": optax.sgd,
-}
-SCHEDULES = {
-    "constant_schedule": optax.constant_schedule,
-    "cosine_decay_schedule": optax.cosine_decay_schedule,
-    "exponential_decay": optax.exponential_decay,
-    "linear_schedule": optax.linear_schedule,
-    "warmup_cosine_decay_schedule": optax.warmup_cosine_decay_schedule,
-}
 LENGTH = 20  # Of a window, unless section `inner` says otherwise.
 
 
@@ -464,29 +443,6 @@ def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGra
             )
         given["teacher"] = first_order.Teacher(learning_rate=imitation.learning_rate)
     return schema.make("estimator", ESTIMATORS, section, given), inner
-
-
-def meta_optimizer(settings, steps: int) -> optax.GradientTransformation:
-    """One optax transformation from a section, or a chain from several. Schedules that need to know
-    how long they last are told `steps` unless they say otherwise."""
-    if isinstance(settings, list | tuple):
-        if not settings:
-            raise UserError(
-                "meta.optimizer=() takes no step: name at least one transformation, like "
-                'dict(name="adam", learning_rate=1e-3).'
-            )
-        return optax.chain(*(meta_optimizer(one, steps) for one in settings))
-
-    def resolve(value):
-        if not isinstance(value, Mapping):
-            return value
-        known = inspect.signature(schema.factory_of("schedule", SCHEDULES, value)[0]).parameters
-        length = next((k for k in ("decay_steps", "transition_steps") if k in known), None)
-        return schema.make("schedule", SCHEDULES, {**({length: steps} if length else {}), **value})
-
-    settings = schema.named("meta-optimizer", META_OPTIMIZERS, settings)
-    settings = {key: resolve(value) for key, value in settings.items()}
-    return schema.make("meta-optimizer", META_OPTIMIZERS, settings)
 
 
 def settings_of(path: tuple[str, ...], config: Mapping) -> Mapping[str, Any] | None:
