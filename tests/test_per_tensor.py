@@ -430,8 +430,33 @@ def test_no_feature_knows_the_scale_of_the_loss_or_the_size_of_a_tensor():
             _, rows, accumulators = rule.observe(gradient, params, accumulators)
         return rows[: len(FEATURES)]
 
-    np.testing.assert_allclose(features(1e3, 1), features(1.0, 1), atol=1e-4)
+    for factor in (1e-9, 1e9):
+        np.testing.assert_allclose(features(factor, 1), features(1.0, 1), atol=1e-4)
     np.testing.assert_allclose(features(1.0, 4), features(1.0, 1), atol=1e-4)
+
+
+def under(factor):
+    """The updates of a dozen steps, with gradients times this."""
+    transform = bound()
+    state, out = transform.init(PARAMS), []
+    for i in range(12):
+        gradient = {name: factor * g for name, g in noisy(PARAMS, i).items()}
+        updates, state = transform.update(gradient, state, PARAMS, num_steps=2000)
+        out.append(updates)
+    return out
+
+
+@pytest.mark.parametrize("power", [-30, 30])
+def test_updates_do_not_depend_on_the_scale_of_the_loss(power):
+    # Powers of two are not rounded.
+    same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    jax.tree.map(same, under(2.0**power), under(1))
+
+
+@pytest.mark.parametrize("factor", [1e20, 1e38, jnp.inf])
+def test_gradients_whose_squares_are_infinite_do_no_harm_but_infinite_ones_are_not_hidden(factor):
+    finite = all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(under(factor)))
+    assert finite == (factor < jnp.inf)
 
 
 def test_state_has_the_shapes_of_the_parameters_and_lies_as_they_do():

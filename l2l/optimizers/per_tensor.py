@@ -8,6 +8,7 @@ belongs to a schedule of a few numbers. What the LSTM asks for stays within a fa
 schedule, and an update within a fraction of the weights it changes.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ def per_tensor(
     decays: Sequence[float] = (0.9,),
     second_decay: float = 0.999,
     second_power: float = 0.6,
+    eps_root: float = 1e-28,
     mixture: bool = False,
     weight_decay: float = 0.7,
     decay_anneal: float = 2.0,
@@ -126,6 +128,9 @@ def per_tensor(
       depth_power: d.
       decays: of the first moments; the first is the nominal one.
       second_decay, second_power: of the second moment (`soap_directions.Settings`).
+      eps_root: added to mean squares of gradients before taking their roots or dividing by them, so
+        that zeros have derivatives too. Gradients below its root count as none: above, the rule
+        does the same whatever the loss is multiplied by.
       mixture: whether the network mixes in further directions.
       weight_decay: exp(δ) at the start, times the schedule's rate; not for vectors. 0 for none.
       decay_anneal: k: decay fades before the rate does, and the end of a run fits what is left.
@@ -166,11 +171,14 @@ def per_tensor(
         )
     if learn not in LEARN:
         raise UserError(f"There is no learn={learn!r}: choose {', '.join(LEARN[:-1])} or all.")
+    ranges.positive("eps_root", eps_root)
     decays = tuple(decays)
     settings = soap_directions.Settings(
         decays=decays,
         second_decay=second_decay,
         second_power=second_power,
+        eps_root=eps_root,
+        eps=0.01 * math.sqrt(eps_root),
         gradient=mixture,
         block_size=block_size,
         average_every=average_every,

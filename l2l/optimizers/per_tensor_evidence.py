@@ -86,10 +86,13 @@ def observe(settings, gradient, params, past: Accumulators):
     dtype = past.trail.log_start.dtype
     along, ahead, square, numerator, second = seen.pooled[: len(POOLED)].astype(dtype)
     lengths = jnp.sqrt(seen.pooled[len(POOLED) :].astype(dtype) + TINY)
-    log_gradient = 0.5 * jnp.log(square + 1e-20)
-    # Where there is nothing to compare, neither the root nor its derivative is taken.
-    there = began & (ahead * square > 1e-24)
-    cosine = jnp.where(there, along * jax.lax.rsqrt(jnp.where(there, ahead * square, 1)), 0)
+    nothing = 1e-8 * settings.eps_root
+    log_gradient = 0.5 * jnp.log(square + nothing)
+    # Where there is nothing to compare, neither the roots nor their derivatives are taken. Each of
+    # the two has its own, since their product is too small a number where gradients are small.
+    there = began & (jnp.minimum(ahead, square) > settings.eps_root)
+    lengths_of = (jax.lax.rsqrt(jnp.where(there, x, 1)) for x in (ahead, square))
+    cosine = jnp.where(there, along * math.prod(lengths_of), 0)
 
     def average(past, new):
         decays = jnp.asarray([[FAST], [SLOW]], dtype)
@@ -106,10 +109,10 @@ def observe(settings, gradient, params, past: Accumulators):
         + (square - past.trail.mean_square) / now.count.astype(dtype),
     )
     log_weights = _log_rms(settings, params, dtype)
-    fall = trail.log_gradient[0] - 0.5 * jnp.log(trail.mean_square + 1e-20)
+    fall = trail.log_gradient[0] - 0.5 * jnp.log(trail.mean_square + nothing)
     dynamic = jnp.stack(
         [
-            jnp.sqrt(numerator / (second + TINY) + TINY),
+            jnp.sqrt(numerator / (second + settings.eps_root) + TINY),
             *trail.alignment,
             jnp.tanh(trail.log_gradient[0] - trail.log_gradient[1]),
             jnp.tanh(0.3 * fall),

@@ -22,8 +22,7 @@ from l2l.optimizers import matrices, meshes, ranges
 from l2l.optimizers.matrices import Batch, Places, Plan, Stack, plan_of
 from l2l.optimizers.orthogonal import orthonormal
 
-# Added to mean squares before taking their roots or dividing by them, so that zeros have
-# derivatives too.
+# Added to means of about 1 before taking their roots, so that zeros have derivatives too.
 TINY = 1e-12
 # Arrays of up to this many numbers are summed together.
 SMALL = 8192
@@ -37,7 +36,8 @@ class Settings(NamedTuple):
     second_power: c; in step t that decay is 1 − t^−c where this is less than b2 (Shazeer and Stern
       2018, section 7.2), so that the moment remembers a shrinking part of the run; 0 for b2
       throughout.
-    eps, eps_root: the denominator is √(ν + eps_root) + eps.
+    eps, eps_root: the denominator is √(ν + eps_root) + eps. Gradients below √eps_root count as
+      none.
     nothing: second moments in the basis count as at least this fraction of their mean over the
       block: below it are directions in which the gradients contain nothing but rounding errors.
     block_size: sides longer than this are cut into equal blocks.
@@ -61,8 +61,8 @@ class Settings(NamedTuple):
     decays: tuple[float, ...] = (0.9,)
     second_decay: float = 0.999
     second_power: float = 0.0
-    eps: float = 1e-8
-    eps_root: float = 1e-12
+    eps: float = 1e-16
+    eps_root: float = 1e-28
     nothing: float = 1e-9
     block_size: int = 256
     longest: int = 8192
@@ -182,7 +182,7 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
     leaves, treedef = jax.tree.flatten(gradient)
     nu = jax.tree.leaves(state.nu)
     mu = [jax.tree.leaves(tree) for tree in state.mu]
-    leaves = [x.astype(kept.dtype) for x, kept in zip(leaves, nu, strict=True)]
+    leaves = [_bounded(x.astype(kept.dtype)) for x, kept in zip(leaves, nu, strict=True)]
     after_mu: list[list] = [[None] * plan.count for _ in mu]
     after_nu: list = [None] * plan.count
     count = state.count + 1
@@ -211,6 +211,13 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
     kept = tuple(bases[len(plan.stacks) :])
     state = SoapState(count, tuple(map(unflatten, after_mu)), unflatten(after_nu), kept)
     return Seen(tuple(blocks), tuple(scales), tuple(bases), pooled, places), state
+
+
+def _bounded(x: jax.Array) -> jax.Array:
+    """Numbers that are finite when they are squared and summed up. What is not finite stays so: it
+    is to be noticed."""
+    most = float(jnp.finfo(x.dtype).max) ** 0.4
+    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -most, most))
 
 
 def _areas(sides, dtype) -> jax.Array:
@@ -277,7 +284,7 @@ def _grafted(settings, sums, sides):
     scale = jnp.ones_like(directions)
     if sides and settings.graft:
         sizes = _areas(sides, scale.dtype)
-        length = numerators / (second + sizes * TINY)[None]
+        length = numerators / (second + sizes * settings.eps_root)[None]
         scale = jnp.sqrt((length + TINY) / (directions / sizes[None] + TINY))
         directions = directions * jnp.square(scale)
     return scale, jnp.concatenate([sums[:3], numerators[:1], second[None], directions])

@@ -74,6 +74,7 @@ EARLIER: dict[str, dict[str, Any]] = {
         "decays": [0.9],
         "second_decay": 0.999,
         "second_power": 0.0,
+        "eps_root": 1e-12,
         "mixture": False,
         "weight_decay": 0.0,
         "decay_anneal": 0.0,
