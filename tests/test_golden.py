@@ -1,11 +1,11 @@
 """The first updates of the released optimizers, held to recorded numbers.
 
-What is recorded in golden.json belongs to the weights and the versions of the rules that it names.
+What is recorded in golden.json belongs to the settings, weights and versions of rules that it names.
 After a change that is meant, see `l2l/optimizers/versions.py`, and then write the file anew:
 
     python tests/test_golden.py
 
-It refuses to record other updates of the same weights under the versions of before.
+It refuses to record other updates of the same settings and weights under the versions of before.
 """
 
 import json
@@ -56,9 +56,10 @@ def updates(name: str, told: bool) -> np.ndarray:
 
 
 def origin(name: str) -> dict:
-    """The versions of its rules, and the digest of its weights that its file holds."""
+    """What its file holds: its settings, the versions of its rules and the digest of its weights."""
     about = exports.read(l2l.released()[name])[2]
-    return {"rules": about["optimizer"]["rules"], "sha256": about["sha256"]}
+    rule = {key: about["optimizer"][key] for key in ("settings", "rules")}
+    return {**rule, "sha256": about["sha256"]}
 
 
 def apart(ours: np.ndarray, recorded) -> float:
@@ -72,7 +73,7 @@ def apart(ours: np.ndarray, recorded) -> float:
 def test_first_updates_are_those_recorded(name, told):
     golden = json.loads(FILE.read_text())[name]
     assert golden.items() >= origin(name).items(), (
-        "recorded for other weights or another version: python tests/test_golden.py"
+        "recorded for other settings, weights or versions: python tests/test_golden.py"
     )
     ours = updates(name, told == "told")
     assert apart(ours, golden[told]) < TOLERANCE, (
