@@ -1,6 +1,6 @@
 """The first updates of the released optimizers, held to recorded numbers.
 
-What is recorded in golden.json belongs to the settings, weights and versions of rules that it names.
+What is recorded in golden.json belongs to the settings, weights and versions of rules that it holds.
 After a change that is meant, see `l2l/optimizers/versions.py`, and then write the file anew:
 
     python tests/test_golden.py
@@ -56,7 +56,7 @@ def updates(name: str, told: bool) -> np.ndarray:
 
 
 def origin(name: str) -> dict:
-    """What its file holds: its settings, the versions of its rules and the digest of its weights."""
+    """What its file says: its settings, the versions of its rules, the digest of its weights."""
     about = exports.read(l2l.released()[name])[2]
     rule = {key: about["optimizer"][key] for key in ("settings", "rules")}
     return {**rule, "sha256": about["sha256"]}
