@@ -1,6 +1,6 @@
 """The first updates of the released optimizers, held to recorded numbers.
 
-What is recorded in golden.json belongs to the settings, weights and versions of rules that it holds.
+What is recorded in golden.json belongs to the settings, weights and versions of rules it names.
 After a change that is meant, see `l2l/optimizers/versions.py`, and then write the file anew:
 
     python tests/test_golden.py
