@@ -132,10 +132,11 @@ def test_a_loss_of_which_nothing_is_known_is_refused(tmp_path):
         entries.read(path)
 
 
-def test_a_start_of_another_model_is_refused_before_anything_is_tuned(tmp_path, monkeypatch):
+def test_a_start_of_another_model_is_refused_before_any_cell_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "tune", None)
     entry = entries.read(exported(tmp_path / "mine.safetensors", {}, start=[START]))
-    rows = comparison.measure([entry], [Cell("small", bowl(2))], (STEPS,), PROBLEMS)
+    cells = [Cell("its own", bowl()), Cell("small", bowl(2))]
+    rows = comparison.measure([entry], cells, (STEPS,), PROBLEMS)
     with pytest.raises(UserError, match=r"^mine on small: The learned start has 0: .*\(2,\)"):
         next(rows)
 

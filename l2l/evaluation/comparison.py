@@ -217,6 +217,9 @@ def measure(
     _check_names("optimizers", [e.name for e in entries] + [tuned_name(g.kind) for g in grids])
     _check_names("cells", [cell.name for cell in cells])
     parts = plan(cells, horizons) if parts is None else parts
+    if particular := [entry for entry in entries if _belongs_to_a_model(entry.optimizer)]:
+        for cell in {part.cell.name: part.cell for part in parts}.values():
+            _check_fit(particular, cell, problems.key)
     costs = [estimate(part, grids, problems.count, len(entries)) for part in parts]
     for i, (part, cost) in enumerate(zip(parts, costs, strict=True)):
         steps = ", ".join(f"{h:,}" for h in part.horizons)
@@ -236,6 +239,28 @@ def _check_names(what: str, names: Sequence[str]) -> None:
             f"Two {what} are called {twice[0]!r}, and their numbers are kept by their names: give "
             "them names that differ."
         )
+
+
+def _belongs_to_a_model(optimizer) -> bool:
+    """Whether theta holds a start or a loss, which are those of one model."""
+    learned = isinstance(optimizer, base.LearnedOptimizer)
+    return learned and not (optimizer.start is None and optimizer.loss is None)
+
+
+def _check_fit(entries: Sequence[Entry], cell: Cell, key) -> None:
+    """UserError, before anything is measured, for a start or a loss of another model than the
+    cell's."""
+    family, data = cell.load()
+    for entry in entries:
+
+        def step(theta, key, data, optimizer=entry.optimizer):
+            run = curves.beginning(family, key)
+            return curves.one_run(optimizer, theta, family, run, data, (1,))
+
+        try:
+            jax.eval_shape(step, entry.theta, key, data)
+        except UserError as error:
+            raise UserError(f"{entry.name} on {cell.name}: {error}") from None
 
 
 class Part(NamedTuple):
@@ -283,28 +308,9 @@ class _Field:
         self.entries, self.problems, self.grids = entries, problems, grids
         self.cache_dir, self.report = cache_dir, report
         self.family, self.data = self.cell.load()
-        for entry in entries:
-            self._check_fit(entry)
         # Made once, so that all settings of a kind share a compiled program.
         self.optimizers = [grid.optimizer() for grid in grids]
         self.tuned = [self._tune(i, grid) for i, grid in enumerate(grids)]
-
-    def _check_fit(self, entry: Entry) -> None:
-        """UserError, before the grids are tuned, for a start or a loss of another model than the
-        cell's."""
-        optimizer = entry.optimizer
-        learned = isinstance(optimizer, base.LearnedOptimizer)
-        if not learned or (optimizer.start is None and optimizer.loss is None):
-            return
-
-        def step(theta, key, data):
-            run = curves.beginning(self.family, key)
-            return curves.one_run(optimizer, theta, self.family, run, data, (1,))
-
-        try:
-            jax.eval_shape(step, entry.theta, self.problems.key, self.data)
-        except UserError as error:
-            raise UserError(f"{entry.name} on {self.cell.name}: {error}") from None
 
     def _tune(self, i: int, grid: Grid) -> tuning.Tuned:
         def progress(share, text):
