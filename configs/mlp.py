@@ -26,12 +26,12 @@ def get_config() -> ConfigDict:
         dict(digits, hidden=(64,), batch_size=64, distinct=(0.25, 1.0)),
     )
     config.augmentations = ()
-    # A rate far too low to begin with. Unlike `lstm` it goes on where gradients fall: here low
-    # training losses are wanted as well.
+    # A rate far too low to begin with. Unlike `lstm` it goes on as gradients fall, down to 1e-6.
     config.optimizer = dict(
         name="per_tensor",
         hidden_size=16,
         learning_rate=0.01,
+        eps_root=1e-12,
         weight_decay=0.5,
         decay_fall=0.0,
         decay_noise=0.0,
