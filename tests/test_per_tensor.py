@@ -418,6 +418,7 @@ def test_the_network_stays_within_its_reach():
 
 def test_no_feature_knows_the_scale_of_the_loss_or_the_size_of_a_tensor():
     rule = per_tensor().rule
+    observe = jax.jit(rule.observe)
 
     def features(factor, repeat):
         params = {name: jnp.tile(x, (repeat,) + (1,) * (x.ndim - 1)) for name, x in PARAMS.items()}
@@ -427,7 +428,7 @@ def test_no_feature_knows_the_scale_of_the_loss_or_the_size_of_a_tensor():
                 name: factor * jnp.tile(g, (repeat,) + (1,) * (g.ndim - 1))
                 for name, g in noisy(PARAMS, i).items()
             }
-            _, rows, accumulators = rule.observe(gradient, params, accumulators)
+            _, rows, accumulators = observe(gradient, params, accumulators)
         return rows[: len(FEATURES)]
 
     for factor in (1e-9, 1e9):
@@ -457,6 +458,42 @@ def test_updates_do_not_depend_on_the_scale_of_the_loss(power):
 def test_gradients_whose_squares_are_infinite_do_no_harm_but_infinite_ones_are_not_hidden(factor):
     finite = all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(under(factor)))
     assert finite == (factor < jnp.inf)
+
+
+def test_steps_without_a_gradient_are_no_evidence():
+    """Neither that gradients have fallen nor that they point anywhere; they are no first ones."""
+    rule = per_tensor().rule
+    observe = jax.jit(rule.observe)
+
+    def trail(gradients):
+        accumulators = rule.accumulators(PARAMS)
+        for gradient in gradients:
+            _, _, accumulators = observe(gradient, PARAMS, accumulators)
+        return accumulators.trail
+
+    gradients = [noisy(PARAMS, i) for i in range(3)]
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    plain = trail(gradients)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(same, trail([zeros, zeros, *gradients, zeros]), plain)
+    # Between two gradients momentum fades, and with it what the second is compared with.
+    between = trail([gradients[0], zeros, *gradients[1:]])
+    for name in ("seen", "log_gradient", "mean_square"):
+        same(getattr(between, name), getattr(plain, name))
+
+
+def test_tensors_that_never_have_a_gradient_do_not_change_what_others_do():
+    frozen = {"f": jnp.ones((7, 9)), "g": jnp.ones((50,))}
+    zeros = jax.tree.map(jnp.zeros_like, frozen)
+    transform = bound()
+    state, other = transform.init(PARAMS), transform.init(PARAMS | frozen)
+    for i in range(5):
+        gradient = noisy(PARAMS, i)
+        ours, state = transform.update(gradient, state, PARAMS, num_steps=2000)
+        theirs, other = transform.update(gradient | zeros, other, PARAMS | frozen, num_steps=2000)
+        for name, update in ours.items():
+            np.testing.assert_allclose(theirs[name], update, rtol=1e-4, atol=1e-6)
+        assert all(not theirs[name].any() for name in frozen)
 
 
 def test_state_has_the_shapes_of_the_parameters_and_lies_as_they_do():

@@ -132,6 +132,20 @@ def test_many_shapes_share_few_batches_and_move_as_alone(settings):
         np.testing.assert_allclose(together[i], alone, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("power", [-30, 30])
+def test_bases_do_not_depend_on_the_size_of_gradients(power):
+    """Gradients of 1e-9 and 1e9, whose fourth powers are no float32."""
+    params = jnp.zeros((6, 4))
+    gradients = gradients_like(params, 12)
+    scaled = [2.0**power * g for g in gradients]
+    ours = soap.scale_by_soap(soap.PUBLISHED._replace(eps=soap.PUBLISHED.eps * 2.0**power))
+    found, wanted = (
+        run(transform, params, given)[0]
+        for transform, given in ((ours, scaled), (soap.scale_by_soap(), gradients))
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_small_matrices_join_larger_ones_and_large_ones_do_not():
     plan = matrices.plan(((64, 32), (32, 10), (200, 200), (200, 10)), 256, 8192)
     assert {b.block: [m.leaf for m in b.members] for b in plan.batches} == {

@@ -20,8 +20,8 @@ FEATURES = (
 
 class Plain(NamedTuple):
     """The rows [G] that are hidden from the network. vector: 1 for vectors, 0 for matrices.
-    log_weights: log rms θ. log_size: of `_sizes`. log_depth: log of half the number of matrices.
-    fall: log f. steadiness: that of all tensors."""
+    log_weights: log rms θ. log_size: of `_sizes`. log_depth: log of half the number of matrices
+    that have had a gradient. fall: log f. steadiness: that of all tensors."""
 
     vector: jax.Array
     log_weights: jax.Array
@@ -34,8 +34,14 @@ class Plain(NamedTuple):
 class Trail(NamedTuple):
     """What is remembered of each of G tensors. alignment, log_gradient: [2, G], averaged fast and
     slow. steadiness: [G], |alignment| of single steps, averaged fast from 1 on. log_start: [G], log
-    rms θ before the first step. mean_square: [G], of the gradients of all steps so far."""
+    rms θ before the first step. mean_square: [G], of all gradients so far. seen: [G], how many
+    there have been that were not zero.
 
+    A gradient of nothing but zeros is no evidence: that of a head that is not trained in this step,
+    of an expert that was not asked, or of what lies before a layer that begins at zero.
+    """
+
+    seen: jax.Array
     alignment: jax.Array
     steadiness: jax.Array
     log_gradient: jax.Array
@@ -59,6 +65,7 @@ def start(settings, params) -> Accumulators:
     return Accumulators(
         soap_directions.start(settings, params),
         Trail(
+            seen=jnp.zeros_like(log_start),
             alignment=zeros,
             steadiness=jnp.ones_like(log_start),
             log_gradient=jnp.zeros_like(zeros),
@@ -80,7 +87,6 @@ def _log_rms(settings, params, dtype) -> jax.Array:
 def observe(settings, gradient, params, past: Accumulators):
     """(directions, rows [S, G], accumulators). The rows are `FEATURES`, `Plain` and the root mean
     squares of the directions; `parts` takes them apart."""
-    began = past.soap.count > 0
     seen, now = soap_directions.observe(settings, gradient, past.soap)
     leaves = jax.tree.leaves(params)
     dtype = past.trail.log_start.dtype
@@ -90,26 +96,31 @@ def observe(settings, gradient, params, past: Accumulators):
     log_gradient = 0.5 * jnp.log(square + nothing)
     # Where there is nothing to compare, neither the roots nor their derivatives are taken. Each of
     # the two has its own, since their product is too small a number where gradients are small.
+    began, here = past.trail.seen > 0, square > 0
     there = began & (jnp.minimum(ahead, square) > settings.eps_root)
     lengths_of = (jax.lax.rsqrt(jnp.where(there, x, 1)) for x in (ahead, square))
     cosine = jnp.where(there, along * math.prod(lengths_of), 0)
 
-    def average(past, new):
-        decays = jnp.asarray([[FAST], [SLOW]], dtype)
-        return decays * past + (1 - decays) * new[None]
+    def average(decays, past, new):
+        return jnp.where(here[None], decays * past + (1 - decays) * new[None], past)
 
+    decays = jnp.asarray([[FAST], [SLOW]], dtype)
+    before = past.trail
+    logs = jnp.where(began[None], before.log_gradient, log_gradient[None])
+    steady = jnp.where(began, jnp.abs(cosine), 1)
+    off = jnp.where(here, square - before.mean_square, 0)
     trail = Trail(
-        alignment=average(past.trail.alignment, cosine),
-        steadiness=FAST * past.trail.steadiness + (1 - FAST) * jnp.where(began, jnp.abs(cosine), 1),
-        log_gradient=average(
-            jnp.where(began, past.trail.log_gradient, log_gradient[None]), log_gradient
-        ),
-        log_start=past.trail.log_start,
-        mean_square=past.trail.mean_square
-        + (square - past.trail.mean_square) / now.count.astype(dtype),
+        seen=before.seen + here,
+        alignment=average(decays, before.alignment, cosine),
+        steadiness=average(FAST, before.steadiness[None], steady)[0],
+        log_gradient=average(decays, logs, log_gradient),
+        log_start=before.log_start,
+        mean_square=before.mean_square + off / (before.seen + 1),
     )
+    known = trail.seen > 0
     log_weights = _log_rms(settings, params, dtype)
     fall = trail.log_gradient[0] - 0.5 * jnp.log(trail.mean_square + nothing)
+    fall = jnp.where(known, fall, 0)
     dynamic = jnp.stack(
         [
             jnp.sqrt(numerator / (second + settings.eps_root) + TINY),
@@ -119,18 +130,19 @@ def observe(settings, gradient, params, past: Accumulators):
         ]
     )
     sizes = [x.size for x in leaves]
-    share = jnp.asarray(sizes, dtype) / max(sum(sizes), 1)
+    share = jnp.where(known, jnp.asarray(sizes, dtype), 0)
+    share = share / jnp.maximum(jnp.sum(share), 1)
     together = jnp.broadcast_to((dynamic @ share)[:, None], dynamic.shape)
     growth = jnp.tanh(log_weights - trail.log_start)
     vectors = settings.plan(params).vectors
     vector = jnp.asarray([float(i in vectors) for i in range(len(leaves))], dtype)
     log_size = jnp.asarray([math.log(x) for x in _sizes(leaves, vectors, settings.longest)], dtype)
-    log_depth = jnp.full_like(log_size, math.log(max(len(leaves) - len(vectors), 1) / 2))
+    depth = jnp.maximum(jnp.sum(jnp.where(known, 1 - vector, 0)), 1)
     plain = Plain(
         vector=vector,
         log_weights=log_weights,
         log_size=log_size,
-        log_depth=log_depth,
+        log_depth=jnp.broadcast_to(jnp.log(depth / 2), log_size.shape),
         fall=fall,
         steadiness=jnp.broadcast_to(trail.steadiness @ share, fall.shape),
     )

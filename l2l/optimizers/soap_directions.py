@@ -378,10 +378,12 @@ def _iterate(average, vectors, damping, lengths):
     """One step of orthogonal iteration towards the eigenvectors. lengths: of the k sides."""
     trace = jnp.trace(average, axis1=1, axis2=2)
     mean = (trace / jnp.asarray(lengths, trace.dtype))[:, None, None]
+    # Before the first gradient there is nothing to follow. In units of the mean eigenvalue the
+    # lengths of rows are numbers of which there are squares, however small or large gradients are.
+    there = mean > 0
     with jax.default_matmul_precision("highest"):
-        ahead = vectors @ average
-    # Before the first gradient there is nothing to follow.
-    return orthonormal(ahead + jnp.where(mean > 0, damping * mean, 1) * vectors)
+        ahead = vectors @ jnp.where(there, average / jnp.where(there, mean, 1), 0)
+    return orthonormal(ahead + jnp.where(there, damping, 1) * vectors)
 
 
 def into(blocks: jax.Array, pair) -> jax.Array:
