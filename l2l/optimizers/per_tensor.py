@@ -88,17 +88,18 @@ def per_tensor(
 
     with T the horizon (if none is known, s is 1, and T counts as 500 · max(1, t/250)^u), n the
     square root of a matrix's rows times its columns, L the number of matrices that have had a
-    gradient (a model's output moves with each of them), g the cosine between gradients and the momentum before them, averaged
-    over some ten steps and all tensors, f how far gradients have fallen (see below) and φ the same
-    between 0.1 and 1, r the `reach`, and a the network's output, zero at first: untrained, or with
-    `hidden_size` 0, the rule is SOAP with a schedule. With `mixture`, the further directions (one
-    for each further decay, and the gradient's) have the coefficients c₀ · tanh(bⱼ). Weight decay
-    adds c₀ · exp(δ + m · max(0, 1 − 3A) + r · tanh(e/r)) · (500/T)^j · s^k · φ^(−z) · θ to the
-    update (with c₀ as `bound` leaves it, and s = ½ if no horizon is known), only where the nominal step goes towards zero as
-    well: it is cautious (Chen et al. 2025, arXiv 2510.12402), and does not hold back weights that
-    the loss wants to grow. A is |g| of single steps, averaged over some ten of them: where it is
-    small, most of a gradient is noise, and noise is what gets memorised. Losses without noise, such
-    as that of a differential equation, have an A of 0.3 and more, and want little decay.
+    gradient (a model's output moves with each of them), g the cosine between gradients and the
+    momentum before them, averaged over some ten steps and all tensors, f how far gradients have
+    fallen (see below) and φ the same between 0.1 and 1, r the `reach`, and a the network's output,
+    zero at first: untrained, or with `hidden_size` 0, the rule is SOAP with a schedule. With
+    `mixture`, the further directions (one for each further decay, and the gradient's) have the
+    coefficients c₀ · tanh(bⱼ). Weight decay adds c₀ · exp(δ + m · max(0, 1 − 3A) + r · tanh(e/r)) ·
+    (500/T)^j · s^k · φ^(−z) · θ to the update (with c₀ as `bound` leaves it, and s = ½ if no horizon
+    is known), only where the nominal step goes towards zero as well: it is cautious (Chen et al.
+    2025, arXiv 2510.12402), and does not hold back weights that the loss wants to grow. A is |g| of
+    single steps, averaged over some ten of them: where it is small, most of a gradient is noise, and
+    noise is what gets memorised. Losses without noise, such as that of a differential equation, have
+    an A of 0.3 and more, and want little decay.
 
     Where a run is known to be long and gradients have fallen far, matrices decay without caution as
     well, since what is left to fit is mostly memorised. Each of their weights loses in a step
