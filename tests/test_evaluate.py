@@ -408,7 +408,10 @@ def test_two_devices_give_what_one_gives():
 def test_prefixes_of_a_constant_rate_equal_direct_runs():
     family, key = noisy(), jax.random.key(4)
     grid = Grid("adam", (1e-3, 1e-1, 3), eps_roots=(0.0, 1e-8), each=None, extensions=0)
-    tuned = tuning.tune(grid, family, (), Problems(key, 2), (3, 6))
+    told = []
+    problems, hear = Problems(key, 2), lambda share, text: told.append(share)
+    tuned = tuning.tune(grid, family, (), problems, (3, 6), progress=hear)
+    assert told == sorted(told) and told[-1] == 1  # All steps that were foreseen.
     assert len(tuned.points) == 2 * 2 * 3 * 3
     for point in tuned.points[:: len(tuned.points) // 5]:
         name = baselines.expression("adam", tuning.point_setting(point))
@@ -430,6 +433,19 @@ def test_a_grid_grows_where_its_best_is_at_the_edge_and_says_so():
     grid = Grid("sgd", rates=(1e-6, 1e-5, 5), schedules=("constant",), extensions=1)
     stuck = tuning.tune(grid, bowl(), (), problems, (10,))
     assert "sits at the edge" in stuck.notes[-1] and "allow more than 1" in stuck.notes[-1]
+
+
+def test_of_equal_accuracies_the_lower_training_loss_wins():
+    points = [
+        tuning.Point(
+            *("adam", 9, rate, "constant", 0.0, 0.0),
+            *([train], [1.0], [1.0], [accuracy], [False]),
+        )
+        for rate, train, accuracy in ((0.1, 2.0, 0.9), (0.2, 1.0, 0.9), (0.3, 0.5, 0.8))
+    ]
+    assert tuning._best(points)[3][9].learning_rate == 0.2
+    # In any order of trying.
+    assert tuning._best(points[::-1])[3][9].learning_rate == 0.2
 
 
 def test_the_cache_saves_the_work_and_knows_other_work(tmp_path, monkeypatch):
