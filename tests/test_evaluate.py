@@ -327,17 +327,16 @@ def is_run(x):
 
 
 def test_an_update_is_cast_as_optax_casts_it():
-    """bfloat16 parameters and float32 updates: the sum is rounded, not the update."""
-    family, steps = half("bfloat16"), 5
-    transform = optax.stateless(lambda g, p: jax.tree.map(lambda g: -0.3 * g.astype("float32"), g))
-    run = evaluate.opened(transform, evaluate.beginning(family, KEY), steps)
-    found, _ = unroll.unroll(run, (), family, optax.with_extra_args_support(transform), steps)
-    params = run.params
-    for _ in range(steps):
-        gradient = jax.grad(family.loss)(params, (), ())
-        params = optax.apply_updates(params, transform.update(gradient, (), params)[0])
-    assert found.params.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.params.astype("float32"), params.astype("float32"), rtol=1e-2)
+    """bfloat16 parameters and float32 updates: the sum is rounded, not the update. Next above 1 is
+    1 + 2⁻⁷: to it goes what adds more than half of that, and half of it exactly stays at 1."""
+    family = half("bfloat16")
+    run = evaluate.beginning(family, KEY)._replace(params=jnp.ones(3, jnp.bfloat16))
+    for more, end in ((2**-12, 1 + 2**-7), (0.0, 1.0)):
+        update = jnp.full(3, 2**-8 * (1 + more), jnp.float32)
+        transform = optax.with_extra_args_support(optax.stateless(lambda g, p, u=update: u))
+        found, _ = unroll.unroll(evaluate.opened(transform, run, 1), (), family, transform, 1)
+        assert found.params.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found.params.astype("float32"), np.full(3, end))
 
 
 def test_another_version_of_jax_is_another_program(monkeypatch):
@@ -497,6 +496,7 @@ def test_the_command_writes_table_json_and_figure(tmp_path):
 
 def test_options_are_read_as_typed():
     assert cli.split("adam, sgd(0.1, momentum=0.9)") == ["adam", "sgd(0.1, momentum=0.9)"]
+    assert cli.split("{'a': 1, 'b': 2}, [3, 4],") == ["{'a': 1, 'b': 2}", "[3, 4]"]
     assert cli._assignment("hidden=64,64") == ("hidden", (64, 64))
     assert cli._assignment("activations=relu") == ("activations", "relu")
     cells = cli.read_cells([{"name": "mlp", "hidden": 4}], "activations=relu,tanh")
