@@ -432,6 +432,21 @@ def test_a_grid_grows_where_its_best_is_at_the_edge_and_says_so():
     grid = Grid("sgd", rates=(1e-6, 1e-5, 5), schedules=("constant",), extensions=1)
     stuck = tuning.tune(grid, bowl(), (), problems, (10,))
     assert "sits at the edge" in stuck.notes[-1] and "allow more than 1" in stuck.notes[-1]
+    assert len(stuck.points) == 5 + tuning.EXTENSION
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"rates": (0.1, 0.01, 3)}, r"rates=\(0.1, 0.01, 3\) is not a grid"),
+        ({"rates": (0.0, 0.1, 3)}, r"rates=\(0, 0.1, 3\) is not a grid"),
+        ({"rates": (0.01, 0.1, 1)}, "2 rates or more"),
+        ({"schedules": ("cosine", "linear")}, r"Unknown schedules \['linear'\]: choose from"),
+    ],
+)
+def test_spaces_that_are_none_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Grid("adam", **settings).trials()
 
 
 def test_of_equal_accuracies_the_lower_training_loss_wins():
@@ -477,6 +492,11 @@ def test_nan_counts_as_infinite_and_never_wins():
     worst = max(tuned.points, key=lambda p: p.learning_rate)
     assert np.isinf(worst.train_loss).all() and all(worst.diverged)
     assert tuned.by_train_loss[60].learning_rate < 3 and tuned.by_test_accuracy == {}
+    # Where all are lost none is the best, and further rates are no remedy.
+    grid = grid._replace(rates=(1e6, 1e8, 3), schedules=("constant",))
+    lost = tuning.tune(grid, bowl(), (), Problems(jax.random.key(0), 2), (60,))
+    assert np.isinf([point.train_loss for point in lost.points]).all()
+    assert len(lost.points) == 3 and lost.notes == []
 
 
 def test_the_command_writes_table_json_and_figure(tmp_path):

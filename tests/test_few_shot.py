@@ -84,6 +84,7 @@ def test_points_of_a_sinusoid_lie_on_it_and_stay():
     "settings, sentence",
     [
         ({"ways": 11}, "ways=11 does not fit the 10 classes"),
+        ({"ways": 1}, "ways=1 does not fit the 10 classes .* use 2 to 10"),
         ({"shots": 0}, "shots=0"),
         ({"rotation": -10.0}, "rotation=-10.0 is not how far"),
         ({"shift": -1.0}, "shift=-1.0 is not how far"),

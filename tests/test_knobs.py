@@ -106,6 +106,11 @@ def test_knobs_that_do_not_go_together(knobs, said):
         l2l.load("lstm", **knobs)
 
 
+def test_a_rule_without_state_for_each_coordinate_keeps_none_in_half_precision(exported):
+    with pytest.raises(l2l.UserError, match="no recurrent state for each coordinate to keep"):
+        l2l.load(exported, state_dtype=jnp.bfloat16)
+
+
 def test_a_horizon_of_none_is_none_given():
     """A generic loop may pass `num_steps=None` on."""
     transform = l2l.load("lstm", num_steps=9)

@@ -573,6 +573,18 @@ def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
     assert all((float(abs(x)) > 0) == (learn != "network") for x in slopes.values()), slopes
 
 
+@pytest.mark.parametrize(
+    "learn, sentence",
+    [
+        ("nothing", "no learn='nothing': choose network, numbers or all"),
+        ("network", "hidden_size=0 leaves nothing to learn: set hidden_size=16"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_sentence(learn, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        per_tensor(learn=learn)
+
+
 def test_a_second_decay_of_1_leaves_the_moment_to_its_power():
     learned = per_tensor(second_decay=1.0, second_power=0.6, basis_every=np.int64(2))
     params = {"w": jnp.ones((3, 2))}
