@@ -9,6 +9,7 @@ import pytest
 from l2l.core import base
 from l2l.core.unroll import Inner
 from l2l.estimators import autodiff
+from l2l.estimators.first_order import Teacher
 from l2l.estimators.objective import Objective
 from l2l.optimizers.lstm import lstm
 
@@ -180,6 +181,35 @@ def test_memory_of_segments_grows_with_the_square_root():
     assert ours[2] / ours[0] < 5  # ... where ours grows with √K: 4.
     assert ours[1] / ours[0] < 2.5
     assert plain[1] / ours[2] > 4
+
+
+def test_the_student_comes_to_its_teacher_and_not_the_teacher_to_it():
+    """SGD at rate α on Σ ½ x² from 1: gₜ = (1 − α)ᵗ, and with Adam's directions dₜ held constant
+    the imitation term mean((dₜ − α gₜ/r)²) has the slope mean(2 (dₜ − α gₜ/r) (−(α gₜ)′/r))."""
+    family = base.TaskFamily(
+        sample=lambda key: (),
+        init=lambda key, problem: jnp.ones(2),
+        batch=lambda key, problem, data, split: (),
+        loss=lambda x, problem, batch: 0.5 * jnp.sum(x**2),
+    )
+    learned, teacher = base.lift(lambda key: jnp.asarray(0.1), optax.sgd), Teacher(0.05)
+    with jax.enable_x64(True):
+        theta, found = jnp.asarray(0.1), []
+        inner = Inner(family, learned, 4, stagger=False)
+        estimator = autodiff.truncated(inner, Objective(), order="exact", teacher=teacher)
+        for imitation in (0.0, 1.0):
+            stage = base.Stage(jnp.asarray(4), jnp.asarray(4), jnp.asarray(imitation))
+            state = estimator.init(jax.random.key(0)[None], theta, stage)
+            found.append(float(estimator.estimate(theta, state, (), stage)[0][0]))
+        gradients = 0.9 ** np.arange(4.0)
+        directions, adam = [], teacher.adam.init(jnp.ones(()))
+        for gradient in gradients:
+            direction, adam = teacher.adam.update(jnp.asarray(gradient), adam)
+            directions.append(direction)
+    off = np.asarray(directions) - 0.1 * gradients / 0.05
+    moves = gradients - 0.1 * np.arange(4) * 0.9 ** (np.arange(4.0) - 1)
+    wanted = np.mean(2 * off * -moves / 0.05)
+    np.testing.assert_allclose(found[1] - found[0], wanted, rtol=1e-6)
 
 
 def test_state_carries_over_between_windows():

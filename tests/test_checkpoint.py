@@ -175,3 +175,6 @@ def test_the_checksum_sees_one_bit_and_no_devices():
     bits = jax.lax.bitcast_convert_type(data["w"], jnp.uint32).at[3].add(1)
     other = data | {"w": jax.lax.bitcast_convert_type(bits, jnp.float32)}
     assert total != int(checkpoint.checksum(other))
+    one, two = jnp.arange(3.0), jnp.arange(3.0) + 7
+    sums = [int(checkpoint.checksum({"a": a, "b": b})) for a, b in ((one, two), (two, one))]
+    assert sums[0] != sums[1]  # Nor may two arrays change places.

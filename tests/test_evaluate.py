@@ -327,17 +327,16 @@ def is_run(x):
 
 
 def test_an_update_is_cast_as_optax_casts_it():
-    """bfloat16 parameters and float32 updates: the sum is rounded, not the update."""
-    family, steps = half("bfloat16"), 5
-    transform = optax.stateless(lambda g, p: jax.tree.map(lambda g: -0.3 * g.astype("float32"), g))
-    run = evaluate.opened(transform, evaluate.beginning(family, KEY), steps)
-    found, _ = unroll.unroll(run, (), family, optax.with_extra_args_support(transform), steps)
-    params = run.params
-    for _ in range(steps):
-        gradient = jax.grad(family.loss)(params, (), ())
-        params = optax.apply_updates(params, transform.update(gradient, (), params)[0])
-    assert found.params.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.params.astype("float32"), params.astype("float32"), rtol=1e-2)
+    """bfloat16 parameters and float32 updates: the sum is rounded, not the update. Next above 1 is
+    1 + 2⁻⁷: to it goes what adds more than half of that, and half of it exactly stays at 1."""
+    family = half("bfloat16")
+    run = evaluate.beginning(family, KEY)._replace(params=jnp.ones(3, jnp.bfloat16))
+    for more, end in ((2**-12, 1 + 2**-7), (0.0, 1.0)):
+        update = jnp.full(3, 2**-8 * (1 + more), jnp.float32)
+        transform = optax.with_extra_args_support(optax.stateless(lambda g, p, u=update: u))
+        found, _ = unroll.unroll(evaluate.opened(transform, run, 1), (), family, transform, 1)
+        assert found.params.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found.params.astype("float32"), np.full(3, end))
 
 
 def test_another_version_of_jax_is_another_program(monkeypatch):
@@ -408,7 +407,10 @@ def test_two_devices_give_what_one_gives():
 def test_prefixes_of_a_constant_rate_equal_direct_runs():
     family, key = noisy(), jax.random.key(4)
     grid = Grid("adam", (1e-3, 1e-1, 3), eps_roots=(0.0, 1e-8), each=None, extensions=0)
-    tuned = tuning.tune(grid, family, (), Problems(key, 2), (3, 6))
+    told = []
+    problems, hear = Problems(key, 2), lambda share, text: told.append(share)
+    tuned = tuning.tune(grid, family, (), problems, (3, 6), progress=hear)
+    assert told == sorted(told) and told[-1] == 1  # All steps that were foreseen.
     assert len(tuned.points) == 2 * 2 * 3 * 3
     for point in tuned.points[:: len(tuned.points) // 5]:
         name = baselines.expression("adam", tuning.point_setting(point))
@@ -430,6 +432,34 @@ def test_a_grid_grows_where_its_best_is_at_the_edge_and_says_so():
     grid = Grid("sgd", rates=(1e-6, 1e-5, 5), schedules=("constant",), extensions=1)
     stuck = tuning.tune(grid, bowl(), (), problems, (10,))
     assert "sits at the edge" in stuck.notes[-1] and "allow more than 1" in stuck.notes[-1]
+    assert len(stuck.points) == 5 + tuning.EXTENSION
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"rates": (0.1, 0.01, 3)}, r"rates=\(0.1, 0.01, 3\) is not a grid"),
+        ({"rates": (0.0, 0.1, 3)}, r"rates=\(0, 0.1, 3\) is not a grid"),
+        ({"rates": (0.01, 0.1, 1)}, "2 rates or more"),
+        ({"schedules": ("cosine", "linear")}, r"Unknown schedules \['linear'\]: choose from"),
+    ],
+)
+def test_spaces_that_are_none_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Grid("adam", **settings).trials()
+
+
+def test_of_equal_accuracies_the_lower_training_loss_wins():
+    points = [
+        tuning.Point(
+            *("adam", 9, rate, "constant", 0.0, 0.0),
+            *([train], [1.0], [1.0], [accuracy], [False]),
+        )
+        for rate, train, accuracy in ((0.1, 2.0, 0.9), (0.2, 1.0, 0.9), (0.3, 0.5, 0.8))
+    ]
+    assert tuning._best(points)[3][9].learning_rate == 0.2
+    # In any order of trying.
+    assert tuning._best(points[::-1])[3][9].learning_rate == 0.2
 
 
 def test_the_cache_saves_the_work_and_knows_other_work(tmp_path, monkeypatch):
@@ -462,6 +492,11 @@ def test_nan_counts_as_infinite_and_never_wins():
     worst = max(tuned.points, key=lambda p: p.learning_rate)
     assert np.isinf(worst.train_loss).all() and all(worst.diverged)
     assert tuned.by_train_loss[60].learning_rate < 3 and tuned.by_test_accuracy == {}
+    # Where all are lost none is the best, and further rates are no remedy.
+    grid = grid._replace(rates=(1e6, 1e8, 3), schedules=("constant",))
+    lost = tuning.tune(grid, bowl(), (), Problems(jax.random.key(0), 2), (60,))
+    assert np.isinf([point.train_loss for point in lost.points]).all()
+    assert len(lost.points) == 3 and lost.notes == []
 
 
 def test_the_command_writes_table_json_and_figure(tmp_path):
@@ -481,6 +516,7 @@ def test_the_command_writes_table_json_and_figure(tmp_path):
 
 def test_options_are_read_as_typed():
     assert cli.split("adam, sgd(0.1, momentum=0.9)") == ["adam", "sgd(0.1, momentum=0.9)"]
+    assert cli.split("{'a': 1, 'b': 2}, [3, 4],") == ["{'a': 1, 'b': 2}", "[3, 4]"]
     assert cli._assignment("hidden=64,64") == ("hidden", (64, 64))
     assert cli._assignment("activations=relu") == ("activations", "relu")
     cells = cli.read_cells([{"name": "mlp", "hidden": 4}], "activations=relu,tanh")

@@ -11,7 +11,7 @@ import pytest
 
 from l2l.console.errors import UserError
 from l2l.optimizers import lstm, registry, versions
-from l2l.storage import export_header, exports, files
+from l2l.storage import export_header, exports, files, trees
 
 SPECIFICATION = {"name": "lstm", "hidden_size": 3, "decays": (0.9, 0.99)}
 
@@ -55,12 +55,13 @@ def test_an_export_comes_back(path, theta):
 
 
 def test_metadata_of_another_export_say_nothing_of_this_theta(path, theta, tmp_path):
-    about = exports.read(path)[2]
+    about = exports.read(path)[2] | {trees.HELD: {"start": [["w"]]}}  # Of one with a start.
     moved = jax.tree.map(lambda x: 2 * x, theta)
     again = exports.export(tmp_path / "again.safetensors", SPECIFICATION, moved, about)
     _, found, told = exports.read(again)
     jax.tree.map(np.testing.assert_array_equal, moved, found)
     assert told["seed"] == about["seed"] and told["sha256"] != about["sha256"]
+    assert trees.HELD not in told
 
 
 def test_load_takes_a_horizon_that_update_overrides(path, theta):
@@ -194,6 +195,33 @@ def test_an_export_of_a_later_l2l_is_refused(path):
     now = versions.VERSIONS["lstm"]
     with pytest.raises(UserError, match=rf"version 99 of 'lstm', and this l2l has {now}: install"):
         exports.load(path)
+
+
+@pytest.mark.parametrize(
+    "paths, sentence",
+    [
+        ([["w"], ["w"]], "two tensors have the same path"),
+        ([["w"], ["w", "b"]], "one tensor begins with that of another"),
+        ([["w"], [0]], "both text and numbers"),
+    ],
+)
+def test_paths_that_make_no_tree_are_refused(paths, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        trees.tree("start", paths, dict.fromkeys(trees.names("start", paths)))
+
+
+@pytest.mark.parametrize(
+    "held, sentence",
+    [
+        ({"end": [["w"]]}, "what it holds is not known"),
+        ({"start": []}, "not lists of paths"),
+        ({"start": [["w"] * 33]}, "at most 32 keys"),
+        ({"start": [[True]]}, "neither text nor integers"),
+    ],
+)
+def test_a_header_that_holds_other_than_paths_is_refused(held, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        trees.declared({trees.HELD: held}, ("start", "loss"))
 
 
 def drop(key):

@@ -34,6 +34,21 @@ def test_support_and_query_are_other_images_of_the_same_classes():
             assert all(found) and len(np.unique(own, axis=0)) == count, split
 
 
+def test_classes_differ_and_are_turned_and_shifted_each_by_itself():
+    family = few_shot(ways=5, rotation=90.0, shift=2.0)
+    problems = jax.vmap(family.sample)(jax.random.split(jax.random.key(0), 400))
+    assert all(len(set(classes)) == 5 for classes in np.asarray(problems.classes).tolist())
+    np.testing.assert_allclose(np.bincount(np.ravel(problems.classes)) / 2000, 0.1, atol=0.02)
+    for drawn, most in ((problems.angle, np.pi / 2), (problems.shift, 2.0)):
+        numbers = np.asarray(drawn).reshape(400, -1)
+        # Uniform in ± most, which has the deviation most/√3, and independent of one another.
+        assert np.abs(numbers).max() <= most
+        np.testing.assert_allclose(numbers.mean(), 0, atol=0.05 * most)
+        np.testing.assert_allclose(numbers.std(), most / 3**0.5, rtol=0.05)
+        correlations = np.corrcoef(numbers.T) - np.eye(numbers.shape[1])
+        assert np.abs(correlations).max() < 0.2
+
+
 @pytest.mark.parametrize("setting, split", [("shots", "train"), ("queries", "validation")])
 def test_more_images_than_there_are_is_one_sentence(setting, split):
     data = by_class("digits")
@@ -69,6 +84,7 @@ def test_points_of_a_sinusoid_lie_on_it_and_stay():
     "settings, sentence",
     [
         ({"ways": 11}, "ways=11 does not fit the 10 classes"),
+        ({"ways": 1}, "ways=1 does not fit the 10 classes .* use 2 to 10"),
         ({"shots": 0}, "shots=0"),
         ({"rotation": -10.0}, "rotation=-10.0 is not how far"),
         ({"shift": -1.0}, "shift=-1.0 is not how far"),

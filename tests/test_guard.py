@@ -394,6 +394,44 @@ def test_huge_gradients_are_finite_ones():
         np.testing.assert_allclose(params["x"][:2], start["x"][:2] - [0.9, -0.9], atol=0.05)
 
 
+def heard(values, **options):
+    """The states after each of these losses, of an optimizer that stands still."""
+    transform = guard(acting(lambda g, step: 0.0 * g), **options)
+
+    def step(state, value):
+        state = transform.update(START, state, START, value=value)[1]
+        return state, state._replace(adam=(), learned=(), anchor=())
+
+    return jax.jit(lambda x: jax.lax.scan(step, transform.init(START), x)[1])(jnp.asarray(values))
+
+
+def test_the_record_of_the_first_losses_is_their_mean_and_variance():
+    values = 5 + np.random.RandomState(0).standard_normal(20)
+    losses = heard(values).losses
+    means = np.array([values[: i + 1].mean() for i in range(20)])
+    np.testing.assert_allclose(losses.mean, means, rtol=1e-5)
+    variances = [values[: i + 1].var() for i in range(20)]
+    np.testing.assert_allclose(losses.variance, variances, rtol=1e-4, atol=1e-6)
+    best = means.min()
+    limit = best + max(4 * values.std(), 0.02 * (values[0] - best))
+    np.testing.assert_allclose(losses.limit[-1], limit, rtol=1e-5)
+
+
+def test_the_limit_never_rises_and_no_loss_counts_for_more():
+    """A sudden descent makes the variance large, and a spike the mean by a window's part."""
+    values = np.concatenate([np.full(25, 10.0), np.linspace(9, 2, 20), [1e9], np.full(9, 2.0)])
+    losses = heard(values + 0.01 * np.cos(np.arange(len(values)))).losses
+    assert np.all(np.diff(losses.limit[19:]) <= 0) and losses.limit[-1] > 2
+    before, after = losses.mean[44:46]
+    np.testing.assert_allclose(after, before + (losses.limit[44] - before) / 20, rtol=1e-5)
+
+
+def test_the_first_loss_is_that_of_the_whole_run():
+    seen = heard(np.concatenate([[100.0], np.ones(120), np.full(60, 50.0)]), period=5)
+    assert seen.falls[-1] == 1 and 0 < seen.losses.seen[-1] < 60
+    assert set(seen.losses.first.tolist()) == {100.0}
+
+
 def test_huge_losses_leave_the_limit_finite():
     """A rise is seen after losses whose squares overflow."""
     transform = guard(acting(lambda g, step: 0.0 * g))

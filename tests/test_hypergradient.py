@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import l2l
+from l2l.core import base
 from l2l.evaluation import random_search
 from l2l.optimizers.adamw import learned_adamw
 from l2l.training import searching
@@ -68,9 +69,29 @@ def test_draws_are_within_their_ranges_and_of_three_schedules():
         values = np.exp(thetas[name])
         assert limits[0] <= values.min() < 2 * limits[0]
         assert limits[1] / 2 < values.max() <= limits[1] * 1.0001
+    drawn = [thetas["log_learning_rate"], thetas["log_weight_decay"], thetas["schedule"][:, 1]]
+    assert np.abs(np.corrcoef(drawn) - np.eye(3)).max() < 4 / 300**0.5  # Each by itself.
     factors = np.unique(np.exp(thetas["schedule"]).round(3), axis=0)
     expected = [[1, 0.667, 0.333, 0.01], [1, 0.75, 0.25, 0.01], [1, 1, 1, 1]]
     np.testing.assert_allclose(factors, expected, atol=2e-3)
+
+
+def test_a_run_ends_on_whole_splits_of_either_kind():
+    # SGD at rate α on ½ x² from 1 is at (1 − α)ⁿ after n steps; splits add what they are called by.
+    extra = {"train": 0.0, "validation": 3.0, "test": 5.0}
+    family = base.TaskFamily(
+        sample=lambda key: (),
+        init=lambda key, problem: jnp.ones(()),
+        batch=lambda key, problem, data, split: extra[split],
+        loss=lambda x, problem, batch: 0.5 * x**2 + batch,
+    )
+    learned = base.lift(lambda key: jnp.float32(0.1), optax.sgd)
+    rates, keys = jnp.array([0.1, 0.5]), jax.random.split(jax.random.key(0), 2)
+    ended = random_search.compile_runs(learned, family, 4)(rates, keys, ())
+    losses = 0.5 * (1 - np.array([0.1, 0.5])) ** 8
+    np.testing.assert_allclose(ended.validation, 3 + losses, rtol=1e-6)
+    np.testing.assert_allclose(ended.test, 5 + losses, rtol=1e-6)
+    assert np.isnan(ended.accuracy).all()
 
 
 def test_the_best_draw_has_the_lowest_validation_loss():

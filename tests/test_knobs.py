@@ -8,7 +8,7 @@ import pytest
 
 import l2l
 from l2l.optimizers import registry
-from l2l.optimizers.binding import OFTEN, repeated_decay
+from l2l.optimizers.binding import repeated_decay
 from l2l.optimizers.per_tensor import per_tensor
 from l2l.storage import exports
 
@@ -77,11 +77,10 @@ def test_decay_is_times_the_rate_that_a_rule_anneals():
 
 
 def test_epochs_set_the_decay(exported):
-    """None to speak of for data that are seen once, and from twenty times on all there is."""
-    parts = [repeated_decay(x) for x in (0.5, 1, 5, OFTEN, 1000)]
-    assert parts == sorted(parts)
-    assert parts[1] < 0.01 < parts[2] < parts[3] / 5
-    assert parts[3] == parts[4]
+    """None to speak of for data that are seen once, and from twenty times on all there is:
+    0.3 · min(1, epochs/20)^1.5, which is 0.3/8 for five."""
+    parts = [repeated_decay(x) for x in (0.8, 5, 20, 1000)]
+    np.testing.assert_allclose(parts, [0.3 / 125, 0.3 / 8, 0.3, 0.3])
     told, decayed = (
         run(l2l.load(exported, num_steps=9, **knob), 2)
         for knob in ({"epochs": 5}, {"weight_decay": repeated_decay(5)})
@@ -105,6 +104,11 @@ def test_epochs_that_are_no_number(epochs):
 def test_knobs_that_do_not_go_together(knobs, said):
     with pytest.raises(l2l.UserError, match=said):
         l2l.load("lstm", **knobs)
+
+
+def test_a_rule_without_state_for_each_coordinate_keeps_none_in_half_precision(exported):
+    with pytest.raises(l2l.UserError, match="no recurrent state for each coordinate to keep"):
+        l2l.load(exported, state_dtype=jnp.bfloat16)
 
 
 def test_a_horizon_of_none_is_none_given():

@@ -117,3 +117,6 @@ def test_one_device_a_core_unless_told_otherwise(request, monkeypatch, tmp_path)
     host.prepare(16)
     assert "device_count=3" in os.environ["XLA_FLAGS"]
     assert os.environ["XLA_FLAGS"].count("device_count") == 1
+    monkeypatch.setenv("XLA_FLAGS", "")
+    host.prepare(12, {"num_processes": 4})  # Of each process are 3, which 6 does not divide.
+    assert "--xla_force_host_platform_device_count=3" in os.environ["XLA_FLAGS"].split()

@@ -45,9 +45,9 @@ def constant(gradients, losses):
     return base.MetaGradient(init, estimate)
 
 
-def steps_of(estimator, devices, group=1, clip=10.0):
+def steps_of(estimator, devices, group=1, clip=10.0, by=optax.sgd):
     """(the state after `group` meta-steps by SGD at rate 1 from theta = 0, metrics)."""
-    made = meta_step.Meta(estimator, THETA, optax.sgd(1.0), num_problems=4, clip=clip)
+    made = meta_step.Meta(estimator, THETA, by(1.0), num_problems=4, clip=clip)
     state = meta_step.spread(meta_step.meta_init(jax.random.key(5), made, STAGE), devices)
     return meta_step.compile_steps(made, group, jax.devices()[:devices])(state, ())
 
@@ -74,8 +74,10 @@ def test_a_problem_that_is_not_finite_counts_as_zero(devices, where):
 
 
 def test_a_step_without_any_finite_problem_changes_nothing():
-    state, _ = steps_of(constant(GRADIENTS, np.full(4, -INF, np.float32)), 2, group=3)
+    lost = constant(GRADIENTS, np.full(4, -INF, np.float32))
+    state, _ = steps_of(lost, 2, group=3, by=optax.adam)
     np.testing.assert_array_equal(jax.device_get(state.theta), np.zeros(2))
+    assert int(optax.tree.get(state.opt_state, "count")) == 0
     assert [int(x) for x in (state.step, state.bad, state.skipped, state.dropped)] == [3, 3, 3, 12]
 
 
@@ -212,7 +214,8 @@ def test_what_a_run_goes_on_without_is_counted_by_task_and_not_searched(
 
 
 @pytest.mark.parametrize(
-    "counts, expected", [((2, 5), (0, 1)), ((1, 0, 3, 6), (2, 0)), ((6,), (0, 0))]
+    "counts, expected",
+    [((2, 5), (0, 1)), ((1, 0, 3, 6), (2, 0)), ((6,), (0, 0)), ((2, 1, 4, 7), (1, 2))],
 )
 def test_the_search_begins_where_the_steps_in_a_row_did(monkeypatch, counts, expected):
     """`bad` after each group of three: the group and the step in it whose problem is searched."""

@@ -93,6 +93,10 @@ def test_the_lowest_loss_is_of_what_the_meta_loss_reads():
     assert Objective(on="train").lowest(training, validation) == 2.0
     assert Objective(on="both").lowest(training, validation) == -3.0
     assert Objective(on="train").lowest(training[1:], ()) == np.inf
+    # Of a window the form "last" reads the last.
+    rising = jnp.asarray([-4.0, 3.0])
+    assert Objective(on="train", form="last").lowest(rising, ()) == 3.0
+    assert Objective(on="both", form="last").lowest(rising, validation) == 3.0
 
 
 def test_losses_that_are_not_finite():

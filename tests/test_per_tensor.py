@@ -19,7 +19,7 @@ from l2l.estimators.objective import Objective
 from l2l.optimizers import soap, soap_directions
 from l2l.optimizers.per_tensor import RAMP, per_tensor
 from l2l.optimizers.per_tensor_evidence import FAST, FEATURES, SLOW, Plain
-from l2l.optimizers.per_tensor_numbers import Numbers
+from l2l.optimizers.per_tensor_numbers import ANNEALED, Numbers
 from l2l.training import meta_step
 
 # What a tensor's coefficients are made of, where there is one direction.
@@ -116,13 +116,29 @@ def test_decay_acts_where_the_step_goes_towards_zero_too():
         np.testing.assert_allclose(decayed[name] - plain[name], wanted, rtol=1e-3, atol=1e-7)
 
 
-def test_the_horizon_lowers_the_rate_as_the_cosine_does():
-    plain = bound(**PLAIN)
-    steady, annealed = run(plain, 4), run(plain, 4, num_steps=4)
-    factors = [float(b["b"][0] / a["b"][0]) for a, b in zip(steady, annealed, strict=True)]
-    assert factors[0] == pytest.approx(1.0, rel=1e-5)
-    # The gradients follow the parameters, so only the first steps can be compared number by number.
-    assert factors[1] == pytest.approx(0.5 * (1 + np.cos(np.pi / 4)), rel=0.05)
+def rate_at(step, horizon, **settings):
+    """The coefficient of the nominal direction where nothing is seen but the clock."""
+    learned = per_tensor(**PLAIN | settings)
+    theta, rows = learned.init(jax.random.key(0)), jnp.zeros((len(ROWS), 1))
+    clock = jnp.int32(step), jnp.int32(horizon)
+    return -float(learned.rule.propose(theta, rows, *clock, ())[0][0, 0])
+
+
+@pytest.mark.parametrize("power", [0.7, 2.0])
+def test_the_horizon_lowers_the_rate_as_the_cosine_does(power):
+    """To a power, from 1 to what is left at the horizon and stays so after it."""
+    settings = dict(learning_rate=0.03, anneal=power)
+    for step in (0, 1, 3, 4, 5, 8, 20):
+        left = (0.5 * (1 + np.cos(np.pi * min(step / 4, 1))) + ANNEALED) / (1 + ANNEALED)
+        assert rate_at(step, 4, **settings) == pytest.approx(0.03 * left**power, rel=1e-4)
+        assert rate_at(step, 0, **settings) == pytest.approx(0.03, rel=1e-5)
+
+
+def test_a_warm_up_is_an_exponential():
+    """1 − exp(−(t + 1)/w)."""
+    for step in (0, 1, 7, 40):
+        found = rate_at(step, 0, learning_rate=0.03, warm_up=5.0)
+        assert found == pytest.approx(0.03 * (1 - np.exp(-(step + 1) / 5)), rel=1e-5)
 
 
 def test_decay_goes_before_the_rate():
@@ -405,6 +421,34 @@ def test_no_update_is_longer_than_its_bound():
         assert 0.5 * 0.1 * max(rms, 0.03) < moved <= 0.1 * max(rms, 0.03) * 1.0001, name
 
 
+def test_directions_that_the_network_subtracts_count_for_the_bound_too():
+    """Σⱼ |cⱼ| · lengthⱼ, which bounds the length of Σⱼ cⱼ dⱼ, is what is bounded."""
+    settings = PLAIN | {"learning_rate": 9.0, "bound": 0.1, "mixture": True}
+    learned = per_tensor(hidden_size=2, decays=(0.9, 0.99), **settings)
+    theta, zero = learned.init(jax.random.key(0)), jnp.zeros((), jnp.int32)
+    hidden = learned.rule.hidden(theta, 1)
+    rows = jnp.zeros((len(FEATURES) + len(Plain._fields) + 3, 1)).at[-3:, 0].set(1.0)
+    for signs in ((1, 1), (-1, 1), (-1, -1)):
+        theta["network"]["out"]["b"] = 1e3 * jnp.asarray([0.0, *signs])
+        coefficients = learned.rule.propose(theta, rows, zero, zero, hidden)[0][:, 0]
+        np.testing.assert_allclose(np.sign(coefficients), [-1, *-np.asarray(signs)])
+        np.testing.assert_allclose(np.abs(coefficients).sum(), 0.1, rtol=1e-3)
+
+
+def test_the_network_has_a_say_of_its_own_in_the_decay():
+    learned = per_tensor(hidden_size=2, reach=0.7, fitted_decay=0.0, bound=0.0)
+    theta, zero = learned.init(jax.random.key(0)), jnp.zeros((), jnp.int32)
+    hidden, rows = learned.rule.hidden(theta, 1), jnp.zeros((len(ROWS), 1))
+
+    def coefficients(*asked):
+        theta["network"]["out"]["b"] = jnp.asarray(asked)
+        return learned.rule.propose(theta, rows, zero, zero, hidden)[0][:, 0]
+
+    plain, slower, freer = (coefficients(*x) for x in ((0.0, 0.0), (-1e3, 0.0), (0.0, -1e3)))
+    np.testing.assert_allclose(slower / plain, [np.exp(-0.7)] * 2, rtol=1e-5)
+    np.testing.assert_allclose(freer / plain, [1.0, np.exp(-0.7)], rtol=1e-5)
+
+
 def test_the_network_stays_within_its_reach():
     learned = per_tensor(hidden_size=4, reach=0.7, **PLAIN)
     theta = learned.init(jax.random.key(0))
@@ -496,6 +540,44 @@ def test_tensors_that_never_have_a_gradient_do_not_change_what_others_do():
         assert all(not theirs[name].any() for name in frozen)
 
 
+def test_what_is_seen_is_what_numpy_pools():
+    """Sums of squares and of products over a matrix are the same in every basis."""
+    rule, steps, params = per_tensor(second_power=0.6).rule, 6, {n: PARAMS[n] for n in "bw"}
+    past, observe = rule.accumulators(params), jax.jit(rule.observe)
+    sizes = np.array([x.size for x in params.values()])
+    starts = [np.asarray(x, np.float64) for x in params.values()]
+    m, nu, total = [0 * x for x in starts], np.zeros(2), np.zeros(2)
+    along, logs = np.zeros((2, 2)), None
+    slowly = np.array([[FAST], [SLOW]])
+    for t in range(1, steps + 1):
+        given = jax.tree.map(lambda x, t=t: x / t, noisy(params, t))
+        grown = jax.tree.map(lambda x, t=t: x * 1.1 ** (t - 1), params)
+        _, rows, past = observe(given, grown, past)
+        g = [np.asarray(x, np.float64) for x in given.values()]
+        squares = np.array([np.mean(x * x) for x in g])
+        if t > 1:
+            inner = [np.mean(x * y) / np.sqrt(np.mean(x * x)) for x, y in zip(m, g, strict=True)]
+            along = slowly * along + (1 - slowly) * inner / np.sqrt(squares)
+        m = [0.9 * x + 0.1 * y for x, y in zip(m, g, strict=True)]
+        nu = (1 - t**-0.6) * nu + t**-0.6 * squares
+        total += squares
+        new = np.log(np.sqrt(squares))
+        logs = np.stack([new, new]) if logs is None else slowly * logs + (1 - slowly) * new
+    ahead = [0.9 * x / (1 - 0.9**steps) + 0.1 * y for x, y in zip(m, g, strict=True)]
+    dynamic = [
+        np.sqrt([np.mean(x * x) for x in ahead] / nu),
+        *along,
+        np.tanh(logs[0] - logs[1]),
+        np.tanh(0.3 * (logs[0] - np.log(np.sqrt(total / steps)))),
+    ]
+    size = np.array([np.sqrt(np.mean(x * x) + 1e-6) for x in starts])
+    now = np.array([np.sqrt(np.mean(x * x) * 1.21 ** (steps - 1) + 1e-6) for x in starts])
+    together = [np.full(2, x @ sizes / sum(sizes)) for x in dynamic]
+    wanted = [*dynamic, np.tanh(np.log(now / size)), *together]
+    for name, found, truth in zip(FEATURES, rows, wanted, strict=False):
+        np.testing.assert_allclose(found, truth, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
 def test_state_has_the_shapes_of_the_parameters_and_lies_as_they_do():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     specs = {"w": P("data"), "v": P(None, "data"), "b": P()}
@@ -551,6 +633,18 @@ def test_the_meta_gradient_reaches_what_is_to_be_learned(learn):
     network = optax.tree.norm(slopes.pop("network"))
     assert (float(network) > 0) == (learn != "numbers")
     assert all((float(abs(x)) > 0) == (learn != "network") for x in slopes.values()), slopes
+
+
+@pytest.mark.parametrize(
+    "learn, sentence",
+    [
+        ("nothing", "no learn='nothing': choose network, numbers or all"),
+        ("network", "hidden_size=0 leaves nothing to learn: set hidden_size=16"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_sentence(learn, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        per_tensor(learn=learn)
 
 
 def test_a_second_decay_of_1_leaves_the_moment_to_its_power():

@@ -119,6 +119,17 @@ def test_signals_reach_the_coordinates_of_their_tensor_whatever_the_block():
         np.testing.assert_array_equal(block[1:], expected[:, start : start + 16])
 
 
+def test_untrained_they_leave_the_rate_alone_and_ask_for_a_decay_of_one_in_fifty():
+    """0.02 of the rate: the logistic function of −4. What the network asks for moves it from
+    there."""
+    theta, tensors = LEARNED.init(jax.random.key(0)), RULE.tensors
+    rows, context = jnp.ones((len(NAMES), 2)), RULE.context(jnp.int32(0), jnp.int32(9))
+    signals, _ = tensors.propose(theta, rows, context, tensors.hidden(theta, 2))
+    wanted = np.zeros((per_tensor_signals.NUM_SIGNALS, 2))
+    wanted[1] = 1 / (1 + np.exp(4))
+    np.testing.assert_allclose(signals, wanted, rtol=1e-5)
+
+
 def test_blocks_change_nothing():
     theta = LEARNED.init(jax.random.key(0))
     theta = jax.tree.map(lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), theta)

@@ -189,6 +189,24 @@ def test_twins_see_the_same_batches():
     np.testing.assert_array_equal(gradients, np.zeros(3))
 
 
+def test_the_lowest_loss_is_of_either_twin():
+    """x = 1 + t (θ ± σ ε) after t steps."""
+    inner = Inner(bowl(), nudge(), LENGTH, stagger=False)
+    theta, stage, epsilon = nudge().init(None), stage_of(), np.array([3.0, -1.0])
+    estimator = pes.pes(
+        *(inner, Objective(form="plain")),
+        sigma=0.1,
+        noise=lambda key, theta: jnp.asarray(epsilon, jnp.float32),
+    )
+    state = estimator.init(jax.random.key(0)[None], theta, stage)
+    t = np.arange(1, LENGTH + 1)[:, None]
+    twins = [1 + t * (np.asarray(theta) + sign * epsilon) for sign in (0.1, -0.1)]
+    lows = [np.min(np.sum(0.5 * CURVATURES * x**2, axis=1)) for x in twins]
+    assert min(lows) < 0.9 * max(lows)
+    lowest = jax.jit(estimator.estimate)(theta, state, (), stage)[2]["lowest"]
+    np.testing.assert_allclose(lowest, [min(lows)], rtol=1e-5)
+
+
 def test_sigma_zero_is_refused():
     with pytest.raises(ValueError, match=r"sigma=0 perturbs nothing"):
         pes.pes(Inner(bowl(), sgd(), LENGTH), Objective(), sigma=0)

@@ -17,6 +17,7 @@ from together import config_of
 
 import l2l
 from l2l.cluster import environment
+from l2l.console import progress
 from l2l.evaluation import curves
 from l2l.storage import checkpoint
 from l2l.training import run
@@ -128,6 +129,22 @@ def test_rows_of_the_log_are_json(tmp_path):
     assert row == {"step": 1, "loss": None, "best": "inf", "worst": "-inf", "n": 3}
 
 
+def test_a_board_forgets_what_comes_again(tmp_path):
+    """Of TensorBoard's events, those of the steps after the one that a run goes on from."""
+    from tensorboardX.proto import event_pb2
+
+    RunLog(tmp_path, 9, begun=3, stream=io.StringIO()).close()
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    content, starts = path.read_bytes(), []
+    while content:  # Of each event its length in 8 bytes, 4 of a checksum, and 4 behind it.
+        size = int.from_bytes(content[:8], "little")
+        event = event_pb2.Event.FromString(content[12 : 12 + size])
+        if event.session_log.status == event_pb2.SessionLog.START:
+            starts.append(event.step)
+        content = content[16 + size :]
+    assert starts == [4]
+
+
 def test_a_configuration_is_json_and_its_own_again(tiny, tmp_path, monkeypatch):
     tiny["objective"]["cap"] = float("inf")
     monkeypatch.setattr(run, "_run", lambda *_: DONE)
@@ -187,6 +204,21 @@ def test_a_claim_stays_where_something_was_saved_or_was_claimed_before(tiny, tmp
 
 
 # --- terminals ---------------------------------------------------------------------------------
+
+
+def test_the_time_left_is_told_at_the_pace_of_this_process(monkeypatch):
+    """Not at that of what was done before it; and every ten seconds at most, but for the end."""
+    now, out = [1000.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bar = progress.Bar(40, "meta-step", 10, out)
+    for second, done in ((1030, 20), (1035, 25), (1040, 30), (1041, 40)):
+        now[0] = second
+        bar.show(done, "fine")
+    # 30 s for the first 10 of the 30 that were left, 40 s for 20.
+    said = [line.partition("meta-step ")[2] for line in out.getvalue().splitlines()]
+    wanted = [f"{n}/40, fine, {left} left" for n, left in ((20, "0:01:00"), (30, "0:00:20"))]
+    assert said == [*wanted, "40/40, fine, 0:00:00 left"]
+
 
 SWEEP = """
 import sys

@@ -67,6 +67,12 @@ def test_how_many_trials_match_is_the_closed_form():
     assert "best of 5" not in first
 
 
+def test_a_trial_that_failed_kept_the_start_of_its_own_runs():
+    """Which is not that of an optimizer that begins with parameters it has learned."""
+    rows = [row("mine", 2.0, 1.0, start=0.5), row("adam, tuned", 3, 3, [(math.inf, 3.0)])]
+    np.testing.assert_allclose(trials.matches(rows)[0].ratios, [8.0 / 2.0])
+
+
 def test_trials_over_cells_are_geometric_means_and_medians():
     rows = []
     for cell, own in (("a", 1.0), ("b", 2.0), ("c", 8.0)):

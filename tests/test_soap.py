@@ -181,10 +181,11 @@ def test_the_rows_of_an_embedding_have_no_basis():
     assert sides == {(50_000, 8): (False, True), (40, 8): (True, True)}
 
 
-def test_turns_of_the_basis_leave_the_first_moment_what_it_is():
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6)], ids=str)
+def test_turns_of_the_basis_leave_the_first_moment_what_it_is(shape):
     """Kept in a basis that moves every step, m is the average of the gradients all the same."""
     settings = soap_directions.Settings(often=100)
-    params = jnp.zeros((6, 5))
+    params = jnp.zeros(shape)
     gradients = gradients_like(params, 9)
     _, state = run(soap.scale_by_soap(settings), params, gradients)
     (pair,) = state.bases
@@ -194,7 +195,49 @@ def test_turns_of_the_basis_leave_the_first_moment_what_it_is():
     np.testing.assert_allclose(
         soap_directions.out_of(state.mu[0][None], pair)[0], wanted, atol=1e-6
     )
-    assert float(jnp.abs(pair[0].vectors[0] - jnp.eye(6)).max()) > 0.1
+    for side, d in zip(pair, shape, strict=True):
+        assert float(jnp.abs(side.vectors[0] - jnp.eye(d)).max()) > 0.1
+
+
+def test_a_grafted_direction_is_as_long_as_steady_the_gradients_are():
+    """|m̃|/√E|g|², whatever the basis: with m̃ = b1·m̂ + (1 − b1)·g."""
+    gradients = [1 + g for g in gradients_like(jnp.zeros((6, 5)), 7)]
+    updates, _ = run(soap.scale_by_soap(soap_directions.Settings()), gradients[0], gradients)
+    m, nu = np.zeros((6, 5)), 0.0
+    for t, (g, update) in enumerate(zip(gradients, updates, strict=True), start=1):
+        m, nu = 0.9 * m + 0.1 * g, 0.999 * nu + 0.001 * np.mean(g**2)
+        ahead = 0.9 * m / (1 - 0.9**t) + 0.1 * g
+        wanted = np.sqrt(np.mean(ahead**2) / (nu / (1 - 0.999**t)))
+        np.testing.assert_allclose(np.sqrt(np.mean(np.square(update))), wanted, rtol=1e-4)
+
+
+def test_directions_in_which_there_is_nothing_stay_short():
+    """Of a diagonal gradient the basis is the coordinates; second moments count as at least 1e-9 of
+    their mean: here ¼."""
+    settings = soap_directions.Settings(graft=False, eps=0.0, eps_root=0.0)
+    small = np.array([1.0, 1e-4, 1e-5])
+    for number in small:
+        gradient = jnp.diag(jnp.asarray([1.0, number], jnp.float32))
+        (update,), _ = run(soap.scale_by_soap(settings), gradient, [gradient])
+        mean = (1 + number**2) / 4
+        wanted = number / np.sqrt(number**2 + 1e-9 * mean)
+        np.testing.assert_allclose(np.diag(update)[1], wanted, rtol=1e-4)
+
+
+def test_averages_that_are_made_less_often_remember_as_long():
+    """Every third gradient counts as three: with the decay to the third power."""
+    settings = soap_directions.Settings(often=2, average_every=3)
+    gradients = gradients_like(jnp.zeros((4, 3)), 9)
+    _, state = run(soap.scale_by_soap(settings), gradients[0], gradients)
+    rows, columns = np.zeros((4, 4)), np.zeros((3, 3))
+    for step, g in enumerate(np.asarray(gradients)):
+        if step < 2 or step % 3 == 0:
+            decay = 0.95 if step < 2 else 0.95**3
+            rows = decay * rows + (1 - decay) * g @ g.T / np.mean(g**2)
+            columns = decay * columns + (1 - decay) * g.T @ g / np.mean(g**2)
+    (pair,) = state.bases
+    for side, wanted in zip(pair, (rows, columns), strict=True):
+        np.testing.assert_allclose(side.average[0], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_bases_become_the_eigenvectors():

@@ -72,6 +72,14 @@ def test_of_one_gradient_forever_it_is_the_polar_factor(shape):
     np.testing.assert_allclose(told[-1, 1, 0], np.mean(polar * np.sign(g.reshape(-1))), atol=0.02)
 
 
+def test_directions_in_which_there_is_nothing_stay_short():
+    """Of a diagonal gradient the basis is the coordinates; second moments count as at least 1e-9 of
+    their mean more: here ¼."""
+    directions, _ = see(np.array([[1.0, 0.0, 0.0, 1e-5]], np.float32), {"g": (2, 2)})
+    first, _, _, last = directions[0]
+    np.testing.assert_allclose(last / first, 1e-5 / np.sqrt(1e-10 + 1e-9 / 4), rtol=1e-3)
+
+
 def test_where_no_side_is_short_enough_it_is_adams():
     directions, told = see(noise(), largest=1)
     np.testing.assert_allclose(directions[-1], adam(noise()), rtol=2e-4, atol=1e-5)

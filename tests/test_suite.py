@@ -1,6 +1,7 @@
 """Suites: definitions against closed forms, cells that build, runs that go on after a stop."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 from l2l.cluster import environment
 from l2l.console.errors import UserError
@@ -29,6 +31,7 @@ from l2l.evaluation import (
     stored,
     suites,
     timing,
+    tuning,
 )
 from l2l.evaluation.comparison import Cell, Entry
 from l2l.evaluation.curves import Problems
@@ -73,12 +76,13 @@ def test_a_run_that_diverges_is_as_slow_as_can_be():
         np.testing.assert_array_equal(statistics.speed_up(diverged, diverged), [1.0])
 
 
-def test_smoothing_is_a_trailing_mean():
-    losses = np.random.RandomState(1).rand(2, 100)
-    truth = [[row[max(0, t - 4) : t + 1].mean() for t in range(100)] for row in losses]
+@pytest.mark.parametrize("steps, width", [(100, 5), (39, 1), (139, 6)])
+def test_smoothing_is_a_trailing_mean(steps, width):
+    losses = np.random.RandomState(1).rand(2, steps)
+    truth = [[row[max(0, t + 1 - width) : t + 1].mean() for t in range(steps)] for row in losses]
     np.testing.assert_allclose(statistics.smooth(losses), truth)
-    losses[0, 50] = np.inf
-    assert np.isinf(statistics.smooth(losses)[0]).sum() == 5
+    losses[0, 20] = np.inf
+    assert np.isinf(statistics.smooth(losses)[0]).sum() == width
 
 
 def test_ratios_count_what_is_not_finite_or_too_small():
@@ -95,6 +99,12 @@ def test_the_interval_is_students():
     assert np.isinf(statistics.interval([1.0, np.inf])[0]) and np.isnan(
         statistics.interval([2.0])[1]
     )
+
+
+def test_the_standard_error_is_that_of_the_samples_own_mean():
+    values = np.random.RandomState(2).rand(7)
+    assert statistics.standard_error(values) == pytest.approx(stats.sem(values))
+    assert statistics.standard_error([3.0]) == 0
 
 
 def test_seconds_of_a_step():
@@ -153,8 +163,9 @@ def test_new_activations_are_in_no_default_mixture():
 
 def test_absent_data_are_told_and_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path))
-    wanted = ("mlp", "adult", "fashion", "mnist", "regression")
+    wanted = ("mlp", "adult", "fashion", "mnist", "breast cancer", "regression")
     cells, notes = suites.available([suites.CELLS[name] for name in wanted])
+    # Once, though it is asked for itself too.
     assert [cell.name for cell in cells] == ["mlp", "breast cancer", "regression"]
     assert "adult: skipped: adult is not present below" in notes[0]
     assert "breast cancer in its place" in notes[0] and len(notes) == 3
@@ -191,6 +202,10 @@ def test_short_horizons_come_first_and_cheap_cells_before_dear_ones():
     grids = suites.find("scorecard").grids
     costs = [comparison.estimate(part, grids, 6, 1) for part in order]
     assert costs[2] > costs[0] and costs[3] > costs[2] > 0
+    # Up to a thousand steps it is not the horizon that decides, but what a step costs.
+    dear = cells[0]._replace(horizons=(500,))
+    order = comparison.plan([dear, cells[1]], (200, 1_000))
+    assert [part.cell.name for part in order] == ["logistic", "conv"]
     # Runs at a constant rate serve all horizons of a part, so that a single cell is one.
     assert comparison.plan(cells[:1], (20_000, 200)) == [comparison.Part(cells[0], (200, 20_000))]
 
@@ -314,11 +329,13 @@ def timed(monkeypatch):
     monkeypatch.setattr(timing, "pace", pace)
 
 
-def measure(directory=None, cells=CELLS, **more):
-    entries = [Entry("slow", optax.sgd(1e-3))]
+SLOW = Entry("slow", optax.sgd(1e-3))
+
+
+def measure(directory=None, cells=CELLS, entries=(SLOW,), **more):
     problems = Problems(jax.random.key(0), 2)
     more = dict(grids=GRIDS, timed=True, cache_dir=directory) | more
-    return comparison.measure(entries, cells, HORIZONS, problems, **more)
+    return comparison.measure(list(entries), cells, HORIZONS, problems, **more)
 
 
 def live() -> int:
@@ -363,6 +380,8 @@ def test_a_baseline_beside_itself_is_even(measured):
         np.testing.assert_allclose(slow.sooner["adam"]["time"], slow.sooner["adam"]["steps"] / 2)
         assert baselines.parse(adam.setting) and slow.setting is None
         assert adam.test_ratio == pytest.approx(1) and slow.runs == 2
+        # What is said of a whole search is said once.
+        assert adam.notes == () or adam.steps == HORIZONS[-1]
         assert slow.trials == () and slow.by_validation is None
         check_trials(adam)
     summary = statistics.summarise(rows)
@@ -405,6 +424,30 @@ def beside_adam(own, adam, monkeypatch):
     """The row of an optimizer whose runs are `own`, where tuned Adam's are `adam`."""
     monkeypatch.setattr(cache, "trained", lambda optimizer, theta, *a: adam if theta != () else own)
     return next(measure(cells=CELLS[:1], grids=GRIDS[:1]))
+
+
+def test_a_test_split_is_compared_with_the_best_trial_by_it(timed, monkeypatch):
+    """Which is another than the best by training loss, and by accuracy again another."""
+    points = [
+        tuning.Point(
+            *("adam", 3, rate, "constant", 0.0, 0.0),
+            *([train] * 2, [train] * 2, [test] * 2, [accuracy] * 2, [False] * 2),
+        )
+        for rate, train, test, accuracy in ((0.1, 1, 4, 0.5), (0.2, 2, 2, 0.6), (0.3, 3, 3, 0.9))
+    ]
+    by_train, by_test, by_accuracy = ({3: point} for point in points)
+    tuned = tuning.Tuned(by_train, by_train, by_test, by_accuracy, points, [])
+    monkeypatch.setattr(tuning, "tune", lambda *a, **k: tuned)
+    own = flat([1.0, 1.0], [3.0, 5.0])._replace(test_accuracy=np.full((2, 1), 0.8))
+    row = beside_adam(own, flat([1.0, 1.0], [1.0, 1.0]), monkeypatch)
+    assert row.test_ratio == 4 / 2 and row.points == pytest.approx(100 * (0.8 - 0.9))
+
+
+def test_a_variant_costs_what_its_optimizer_does(timed):
+    """Its steps are not timed for themselves."""
+    variant = Entry("slow, told nothing", SLOW.optimizer, variant_of="slow")
+    slow, other = list(measure(cells=CELLS[:1], entries=(SLOW, variant), grids=()))[:2]
+    assert other.variant_of == "slow" and other.seconds == slow.seconds == pytest.approx(4e-5)
 
 
 def test_a_diverged_run_is_in_every_number(timed, monkeypatch):
@@ -525,6 +568,12 @@ def test_what_was_stored_makes_the_same_tables(measured, tmp_path):
     read, found, _ = stored.read(tmp_path / "b" / "mine.json")
     assert str(read[0]._replace(curves=None)) == str(rows[0]._replace(curves=None))
     assert [cell.steps(()) for cell in found] == [(3, 6), (3, 6), (7,)]
+
+
+def test_numbers_come_back_from_json():
+    numbers = {"a": [1.5, math.nan, math.inf], "b": (-math.inf, {"c": 0.1})}
+    again = stored._numbers(json.loads(json.dumps(report.plain(numbers), allow_nan=False)))
+    assert str(again) == str({"a": tuple(numbers["a"]), "b": numbers["b"]})
 
 
 def test_what_is_no_result_is_told(tmp_path):

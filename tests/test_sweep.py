@@ -39,7 +39,8 @@ if code != "0":
 row = {"steps": 6, "optimizer": "lstm", "ratio": 2.0 ** int(seed), "points": float(seed),
        "diverged": 1}
 adam = dict(row, optimizer="adam, tuned", **{"ratio": 1.0})
-(folder / "results.json").write_text(json.dumps({"rows": [row, adam], "summary": [row, adam]}))
+summary = [row, dict(row, steps="all", ratio=9.0), adam, dict(adam, steps="all")]
+(folder / "results.json").write_text(json.dumps({"rows": [row, adam], "summary": summary}))
 (folder / "summary.txt").write_text("done")
 """
 
@@ -67,7 +68,8 @@ def test_seeds_are_run_once_and_summed_up(place, capsys):
     assert order(place) == ["seed_3", "seed_4", "seed_5"]  # From that of the configuration on.
     assert "sweep.md" in capsys.readouterr().out
     (row,) = json.loads((place / "all/sweep.json").read_text())["results"]
-    # Ratios 2³, 2⁴, 2⁵: geometric mean 2⁴. Points 3, 4, 5: deviation 1. Adam's rows are left out.
+    # Ratios 2³, 2⁴, 2⁵: geometric mean 2⁴. Points 3, 4, 5: deviation 1. Adam's rows are left out,
+    # and those over all horizons.
     assert row["ratio"] == pytest.approx(16) and (row["lowest"], row["highest"]) == (8, 32)
     assert (row["points"], row["±"], row["diverged"], row["seeds"]) == (4, 1, 3, 3)
     assert start("--seeds=4") == 0

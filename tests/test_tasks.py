@@ -293,6 +293,15 @@ def test_text_rows_are_stretches_of_the_text():
     )
 
 
+def test_text_rows_begin_at_every_place_that_a_row_fits():
+    family, data = tasks.gru(context=16, width=2, batch_size=100), datasets.load("pydoc")
+    text = data.validation.inputs[:19]
+    short = data._replace(validation=datasets.Split(text[:18], text[1:]))
+    batch = family.batch(jax.random.key(1), None, short, "validation")
+    found = {np.asarray(row, np.uint8).tobytes() for row in batch.labels}
+    assert found == {text[1 + i : 17 + i].tobytes() for i in range(3)}
+
+
 @pytest.mark.parametrize("make", [tasks.nanogpt, tasks.gru])
 def test_a_split_shorter_than_a_row_is_one_sentence(make, tmp_path, monkeypatch):
     (tmp_path / "tinyshakespeare").mkdir()
@@ -357,6 +366,9 @@ def test_chunks_are_invisible():
     inputs = jnp.arange(25.0).reshape(25, 1)
     for rows in (1, 4, 5, 25, 100):
         np.testing.assert_array_equal(supervised.in_chunks(lambda x: x**2, inputs, rows), inputs**2)
+    # What depends on the whole chunk sees one of full length at the end too.
+    centred = supervised.in_chunks(lambda x: x - x.mean(), inputs, 10)
+    np.testing.assert_array_equal(centred[20:], inputs[20:] - inputs[15:].mean())
 
 
 # --- problems --------------------------------------------------------------------------------

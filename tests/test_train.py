@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.flatten_util
@@ -18,7 +19,7 @@ from l2l.storage import exports, files
 from l2l.training import ahead_of_time, finish
 from l2l.training.callbacks import DONE, NOT_FINITE, TERMINATED
 from l2l.training.experiment import build_experiment
-from l2l.training.loop import start
+from l2l.training.loop import Loop, start
 from l2l.training.run import train
 from l2l.training.run_directory import lock
 
@@ -169,6 +170,16 @@ def test_a_run_that_goes_on_knows_the_time_left_before_its_first_step():
     # 30 s for 10 of 40 steps: 90 s for the other 30.
     assert ahead_of_time.remaining(30.0, 10, 40) == " 0:01:30 left at the pace so far."
     assert ahead_of_time.remaining(0.0, 0, 40) == ""
+
+
+@pytest.mark.parametrize("group, every", [(5, 3), (3, 5), (4, 4), (6, 1)])
+def test_what_is_due_at_a_step_is_done_after_the_group_that_takes_it(group, every):
+    for step in range(group, 61, group):
+        running = SimpleNamespace(group=group)
+        loop = SimpleNamespace(step=step, experiment=SimpleNamespace(running=running))
+        taken = range(step - group + 1, step + 1)
+        assert Loop.passed(loop, every) == any(one % every == 0 for one in taken)
+        assert not Loop.passed(loop, 0)
 
 
 def test_a_finished_run_says_so(tiny, whole, capsys):

@@ -94,12 +94,12 @@ def per_tensor(
     zero at first: untrained, or with `hidden_size` 0, the rule is SOAP with a schedule. With
     `mixture`, the further directions (one for each further decay, and the gradient's) have the
     coefficients c₀ · tanh(bⱼ). Weight decay adds c₀ · exp(δ + m · max(0, 1 − 3A) + r · tanh(e/r)) ·
-    (500/T)^j · s^k · φ^(−z) · θ to the update (with c₀ as `bound` leaves it, and s = ½ if no horizon
-    is known), only where the nominal step goes towards zero as well: it is cautious (Chen et al.
+    (500/T)^j · s^k · φ^(−z) · θ to the update (c₀ as `bound` leaves it, and s = ½ if no horizon is
+    known), only where the nominal step goes towards zero as well: it is cautious (Chen et al.
     2025, arXiv 2510.12402), and does not hold back weights that the loss wants to grow. A is |g| of
-    single steps, averaged over some ten of them: where it is small, most of a gradient is noise, and
-    noise is what gets memorised. Losses without noise, such as that of a differential equation, have
-    an A of 0.3 and more, and want little decay.
+    single steps, averaged over some ten of them: where it is small, most of a gradient is noise,
+    and noise is what gets memorised. Losses without noise, such as that of a differential equation,
+    have an A of 0.3 and more, and want little decay.
 
     Where a run is known to be long and gradients have fallen far, matrices decay without caution as
     well, since what is left to fit is mostly memorised. Each of their weights loses in a step
