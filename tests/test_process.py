@@ -162,11 +162,15 @@ def test_a_start_that_fails_leaves_no_claim(tiny, tmp_path, monkeypatch):
     assert train(other, tmp_path / "run") == DONE
 
 
-def test_a_claim_stays_where_something_was_saved_or_was_claimed_before(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", ["checkpoints/3/_METADATA", "metrics.jsonl"])
+def test_a_claim_stays_where_something_was_made_or_was_claimed_before(
+    tiny, tmp_path, monkeypatch, left
+):
     experiment = build_experiment(tiny)
 
     def saves(experiment, directory, *_):
-        (directory / "checkpoints" / "3").mkdir(parents=True)
+        (directory / left).parent.mkdir(parents=True, exist_ok=True)
+        (directory / left).write_text('{"step": 3}')
         raise RuntimeError("later")
 
     def fails(*_):
@@ -176,7 +180,7 @@ def test_a_claim_stays_where_something_was_saved_or_was_claimed_before(tiny, tmp
         patch.setattr(run, "_run", saves)
         with pytest.raises(RuntimeError, match="later"):
             train(experiment, tmp_path / "saved")
-    assert (tmp_path / "saved" / "config.json").exists()
+    assert (tmp_path / "saved" / "config.json").exists() and (tmp_path / "saved" / left).exists()
     with monkeypatch.context() as patch:
         patch.setattr(run, "_run", lambda *_: TERMINATED)
         train(experiment, tmp_path / "claimed")

@@ -149,11 +149,11 @@ class Experiment(NamedTuple):
         """How many inner problems a meta-step has, of all families together."""
         return self.running.num_problems * len(self.families)
 
-    def windows(self) -> int:
-        """How many windows of inner training the whole of meta-training takes."""
+    def windows(self, steps: int) -> int:
+        """How many windows of inner training so many meta-steps take."""
         # Evolution strategies train every problem twice, by either sign of the noise.
         runs = 2 if self.config.get("estimator", {}).get("name") == "pes" else 1
-        return self.running.steps * self.problems() * runs
+        return steps * self.problems() * runs
 
 
 # With what stands for a section that is left out.

@@ -91,6 +91,12 @@ def conclude(experiment: Experiment, theta, directory, key, snapshot) -> str:
     else:
         text = _scored(experiment, theta, directory, key, snapshot)
     text += f"\n{directory / 'metrics.jsonl'}\n{path}\n"
+    taken, steps = int(snapshot.state.step), experiment.running.steps
+    if taken < steps:
+        text += (
+            f"A callback ended meta-training after {taken} of {steps} meta-steps. To train on, "
+            f"remove {directory / SUMMARY} and give the same command.\n"
+        )
     files.write(directory / SUMMARY, text.encode())
     return text
 
@@ -137,18 +143,18 @@ def about(experiment: Experiment, snapshot) -> dict:
     """Where an optimizer comes from, as plain data: what exports and results say of it."""
     inner = experiment.config.get("inner", {})
     before = earlier(experiment)[1] if experiment.start else {}
-    devices = snapshot.state.step.devices()
+    devices, taken = snapshot.state.step.devices(), int(snapshot.state.step)
     return {
         "config": experiment.config,
         "seed": experiment.seed,
-        "meta_steps": experiment.running.steps,
+        "meta_steps": taken,
         "skipped": int(snapshot.state.skipped),
         "dropped": int(snapshot.state.dropped),
         "training": {
             "seconds": round(float(snapshot.seconds), 1),
             "devices": len(devices),
             "platform": min(devices, key=lambda device: device.id).device_kind,
-            "inner_steps": experiment.windows() * inner.get("length", LENGTH),
+            "inner_steps": experiment.windows(taken) * inner.get("length", LENGTH),
             "data": [family.name for family in experiment.families],
         },
         # Of the optimizer that this one went on from, and of those before it.

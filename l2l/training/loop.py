@@ -112,11 +112,14 @@ class Loop:
         stage, name = self.experiment.curriculum.stage(self.memory, self.step)
         stage = collectives.place(jax.tree.map(np.float32, stage), self.layout.same)
         before = self.state._replace(stage=stage)
-        self.state, metrics = self._steps(before, self.data)
+        state, metrics = self._steps(before, self.data)
         collectives.wait(metrics)
+        metrics = jax.device_get(metrics)
+        # Only now, and all at once: where the group failed, the loop is as it was before.
+        self.state = state
         self.seconds += time.monotonic() - began
         self.step += self.experiment.running.group
-        return Group(jax.device_get(metrics), before, stage, name)
+        return Group(metrics, before, stage, name)
 
     def passed(self, every: int) -> bool:
         """Whether the last group took a meta-step whose number is a multiple of `every`; never for

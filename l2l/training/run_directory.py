@@ -25,7 +25,7 @@ _BEGUN = ("config.json", "lock", "metrics.jsonl", "checkpoints", "events.out.tfe
 @contextlib.contextmanager
 def entered(directory: Path, config: dict):
     """Holds a directory, made if need be, for a run of this configuration. A start that fails
-    before its first checkpoint leaves nothing behind, so that the next may be of another one.
+    before anything is logged or saved leaves nothing behind, so that the next may be of another.
 
     Raises:
       UserError: it cannot be made, another run holds it, or it is another configuration's.
@@ -39,10 +39,17 @@ def entered(directory: Path, config: dict):
             claim(directory, config)
             yield
         except BaseException:
-            saved = any(path.name.isdigit() for path in directory.glob("checkpoints/*"))
-            if "config.json" not in before and not saved:
+            if "config.json" not in before and not _trained(directory):
                 _leave(directory, before, made)
             raise
+
+
+def _trained(directory: Path) -> bool:
+    """Whether a meta-step has been logged or saved."""
+    with contextlib.suppress(OSError):  # What is wrong with the directory is being told already.
+        if (directory / "metrics.jsonl").stat().st_size:
+            return True
+    return any(path.name.isdigit() for path in directory.glob("checkpoints/*"))
 
 
 def _leave(directory: Path, before: set[str], made: list[Path]) -> None:
