@@ -119,6 +119,36 @@ def test_the_loop_by_itself_is_the_same_training(tiny, whole):
     jax.tree.map(np.testing.assert_array_equal, loop.result(), theta_of(whole))
 
 
+@pytest.mark.parametrize("ends", ["by a signal", "killed", "by a callback"])
+def test_a_comparison_is_made_where_a_run_was_stopped_when_it_was_due(
+    tiny, tmp_path, monkeypatch, ends
+):
+    """Once, with the theta of its meta-step, and before the row of the next."""
+    tiny["evaluation"]["every"] = 6
+    compared = []
+
+    def compare(theta):
+        if ends == "killed" and not compared:
+            compared.append(None)
+            raise SystemExit("killed")  # The checkpoint of this meta-step is on the disk.
+        compared.append(jax.flatten_util.ravel_pytree(theta)[0])
+        return {"comparison/loss": float(np.linalg.norm(compared[-1]))}, "compared"
+
+    monkeypatch.setattr(finish, "comparing", lambda *_: compare)
+    experiment = build_experiment(tiny)
+    if ends == "killed":
+        with pytest.raises(SystemExit):
+            train(experiment, tmp_path / "parts")
+    else:
+        end = stop_after(6) if "signal" in ends else lambda loop, _: 7 if loop.step == 6 else None
+        assert train(experiment, tmp_path / "parts", extra=[end]) in (TERMINATED, 7)
+    assert train(experiment, tmp_path / "parts", extra=[stop_after(9)]) == TERMINATED
+    rows = rows_of(tmp_path / "parts")
+    assert [row["step"] for row in rows] == [3, 6, 6, 9]
+    assert train(experiment, tmp_path / "uninterrupted") == DONE
+    assert rows == rows_of(tmp_path / "uninterrupted")[:4]
+
+
 def saved(directory):
     return sorted(int(path.name) for path in (directory / "checkpoints").iterdir())
 

@@ -213,13 +213,30 @@ class Compare:
         self.phrase = "not yet compared"
 
     def __call__(self, loop: Loop, group: Group) -> None:
-        experiment = loop.experiment
-        if loop.passed(experiment.evaluation.every) and loop.step < experiment.running.steps:
+        if self.is_due(loop):
             theta = loop.theta
             with self.save.rescuing(loop):
                 numbers, self.phrase = collectives.together(lambda: self.compare(theta))
             self.log.log(loop.step, numbers)
         self.log.show(loop.step, mean(group.metrics["meta_loss"]), group.name, self.phrase)
+
+    def is_due(self, loop: Loop) -> bool:
+        experiment = loop.experiment
+        every, steps = experiment.evaluation.every, experiment.running.steps
+        return loop.passed(every) and 0 < loop.step < steps
+
+    def catch_up(self, loop: Loop) -> None:
+        """Compares before a run goes on, if it was stopped between its save and its comparison."""
+        if not self.is_due(loop):
+            return
+        theta = loop.theta
+
+        def owed():
+            return None if self.log.has_comparison(loop.step) else self.compare(theta)
+
+        if found := collectives.together(owed):
+            numbers, self.phrase = found
+            self.log.log(loop.step, numbers)
 
 
 def mean(x: np.ndarray) -> float:

@@ -87,13 +87,15 @@ def _run(experiment: Experiment, directory, devices, signals, extra) -> int:
                 experiment, directory, jax.random.fold_in(loop.key, COMPARE), log.say
             )
             save = callbacks.Save(saver, signals, begun)
+            comparisons = callbacks.Compare(log, compare, save)
             after = (
                 callbacks.Watch(log),
                 callbacks.Validate(log),
                 callbacks.Called(extra, save),
                 save,
-                callbacks.Compare(log, compare, save),
+                comparisons,
             )
+            comparisons.catch_up(loop)
             log.say(loop.compile())
             log.start(loop.step)
             code = advance(loop, after, save)
