@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -298,6 +299,39 @@ def test_a_run_may_begin_with_the_theta_of_another(tiny, whole, tmp_path):
     tiny["optimizer"]["hidden_size"] = 3
     with pytest.raises(ValueError, match=r"another optimizer \(optimizer.hidden_size is 2 there"):
         train(build_experiment(tiny), tmp_path / "other")
+
+
+@pytest.mark.parametrize("becomes", ["gone", "another"])
+def test_a_start_is_read_when_the_run_begins_and_never_again(tiny, whole, tmp_path, becomes):
+    """What is in its place later changes neither the blend nor what the export says of it, in a run
+    that is resumed too."""
+    start = tmp_path / "start.safetensors"
+    shutil.copy(whole / exports.EXPORT, start)
+    tiny["start"], tiny["meta"]["blend"] = str(start), 0.5
+    # A rate of 0: both ends of the blend are the start.
+    tiny["meta"]["optimizer"]["learning_rate"] = 0.0
+    experiment = build_experiment(tiny)
+
+    def changes(loop, group):
+        start.unlink(missing_ok=True)
+        if becomes == "another":
+            theta = jax.tree.map(lambda x: x + 1, theta_of(whole))
+            exports.export(start, experiment.specification, theta, {"training": "other"})
+
+    assert train(experiment, tmp_path / "on", extra=[changes, stop_after(6)]) == TERMINATED
+    assert train(experiment, tmp_path / "on", extra=[changes]) == DONE
+    jax.tree.map(np.testing.assert_array_equal, theta_of(tmp_path / "on"), theta_of(whole))
+    before, now = (exports.read(path / exports.EXPORT)[2] for path in (whole, tmp_path / "on"))
+    assert now["training_before"] == [before["training"]] and now["config"]["start"] == str(start)
+
+
+def test_a_loop_by_itself_reads_its_start_once(tiny, whole, tmp_path):
+    start_path = tmp_path / "start.safetensors"
+    shutil.copy(whole / exports.EXPORT, start_path)
+    tiny["start"], tiny["meta"]["blend"] = str(start_path), 0.5
+    loop = start(build_experiment(tiny))
+    start_path.unlink()
+    jax.tree.map(np.testing.assert_array_equal, loop.result(), theta_of(whole))
 
 
 def test_the_end_lies_between_the_first_theta_and_the_trained_one(tiny, whole, tmp_path):

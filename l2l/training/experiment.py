@@ -112,6 +112,7 @@ class Experiment(NamedTuple):
     reads:         for each family, which entry of `data()` is its own.
     objective:     the meta-loss, of all families.
     start:         an export or released name whose theta training begins with; "" for a fresh one.
+                   A run reads its own copy.
     judged:        what the optimizer is compared with Adam on: (name, family) pairs.
     """
 

@@ -21,7 +21,7 @@ from l2l.optimizers import versions
 from l2l.storage import exports, files
 from l2l.training import adapting, searching
 from l2l.training.experiment import LENGTH, Experiment
-from l2l.training.run_directory import differences
+from l2l.training.run_directory import START, differences
 from l2l.version import __version__
 
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
@@ -130,6 +130,31 @@ def earlier(experiment) -> tuple[base.PyTree, dict]:
         )
     like = jax.eval_shape(experiment.optimizer.init, jax.random.key(0))
     return exports.fitted(theta, like, f"start={experiment.start!r}"), metadata
+
+
+def keep_start(experiment: Experiment, directory) -> None:
+    """Copies the export that training begins with to the run's directory, if it begins with one and
+    has no copy yet: at the end theta may be blended with it, and what is there by then may be
+    another.
+
+    Raises:
+      UserError: it cannot be read, or does not fit.
+    """
+    path = Path(directory) / START
+    if not experiment.start or path.exists():
+        return
+    earlier(experiment)
+    source = exports.locate(experiment.start)
+    with files.reached(source), files.copied(source) as local:
+        content = local.read_bytes()
+    files.write(path, content)
+
+
+def with_own_start(experiment: Experiment, directory) -> Experiment:
+    """The experiment that begins with what `keep_start` has copied."""
+    if not experiment.start:
+        return experiment
+    return experiment._replace(start=str(Path(directory) / START))
 
 
 def finished(directory) -> str | None:

@@ -78,6 +78,9 @@ class Loop:
     def __init__(self, experiment: Experiment, layout: Layout, data, snapshot: Snapshot):
         self.experiment, self.layout, self.data = experiment, layout, data
         self.memory, self.seconds = snapshot.memory, float(snapshot.seconds)
+        # Of a file, read now: at the end it may hold another, or be gone.
+        blends = experiment.running.blend < 1.0
+        self._first = jax.device_get(_first_theta(experiment)) if blends else None
         where = meta_step.split_of(layout.same, layout.problems)
         spread = partial(meta_step.spread, num_devices=len(layout.devices))
         self.state = jax.jit(spread, out_shardings=where)(snapshot.state)
@@ -140,8 +143,9 @@ class Loop:
         part = self.experiment.running.blend
         if part == 1.0:
             return theta
-        first = jax.device_get(_first_theta(self.experiment))
-        return jax.tree.map(lambda x, y: x + np.asarray(part, x.dtype) * (y - x), first, theta)
+        return jax.tree.map(
+            lambda x, y: x + np.asarray(part, x.dtype) * (y - x), self._first, theta
+        )
 
 
 def start(

@@ -57,7 +57,10 @@ def train(
 
         def enter():
             held.enter_context(entered(directory, experiment.config))
-            return finish.finished(directory)
+            if summary := finish.finished(directory):
+                return summary
+            finish.keep_start(experiment, directory)
+            return None
 
         summary = collectives.together(enter)
         if summary:
@@ -65,6 +68,7 @@ def train(
             _say(summary)
             return DONE
         shared(directory, experiment.config)
+        experiment = finish.with_own_start(experiment, directory)
         with Signals() as signals:
             return _run(experiment, directory, devices, signals, extra)
 

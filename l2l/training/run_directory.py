@@ -18,8 +18,9 @@ from l2l.console.errors import UserError
 from l2l.evaluation import report
 from l2l.storage import files
 
+START = "start.safetensors"  # A copy of the export that a run's theta begins with.
 # What a run has made by the time it begins to train.
-_BEGUN = ("config.json", "lock", "metrics.jsonl", "checkpoints", "events.out.tfevents.*")
+_BEGUN = ("config.json", "lock", START, "metrics.jsonl", "checkpoints", "events.out.tfevents.*")
 
 
 @contextlib.contextmanager
@@ -119,8 +120,11 @@ def shared(directory: Path, config: dict) -> None:
         "The processes were started with different configurations: give all the same command.",
     )
     # A network file system may show another host's file late.
+    names = ["config.json", START] if config.get("start") else ["config.json"]
     deadline = time.monotonic() + 20
-    while not (seen := (directory / "config.json").exists()) and time.monotonic() < deadline:
+    while not (seen := all((directory / name).exists() for name in names)):
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.2)
     if collectives.largest(np.int32(not seen)):
         raise UserError(
