@@ -301,6 +301,28 @@ def test_a_run_may_begin_with_the_theta_of_another(tiny, whole, tmp_path):
         train(build_experiment(tiny), tmp_path / "other")
 
 
+TASK = """
+from l2l.tasks import quadratic
+
+def task():
+    family = quadratic(dimension=2, batch_size=3)
+    return family._replace(loss=lambda *of: {factor} * family.loss(*of))
+"""
+
+
+def test_a_task_that_is_edited_between_two_calls_is_told_of(tiny, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    tiny["task"] = {"name": f"{file}:task"}
+    file.write_text(TASK.format(factor=1))
+    assert train(build_experiment(tiny), tmp_path / "run", extra=[stop_after(6)]) == TERMINATED
+    file.write_text("# The same.\n" + TASK.format(factor=1))
+    assert train(build_experiment(tiny), tmp_path / "run", extra=[stop_after(9)]) == TERMINATED
+    assert "Not as before" not in capsys.readouterr().err
+    file.write_text(TASK.format(factor=2))
+    assert train(build_experiment(tiny), tmp_path / "run") == DONE
+    assert "Not as before meta-step 9: task " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("becomes", ["gone", "another"])
 def test_a_start_is_read_when_the_run_begins_and_never_again(tiny, whole, tmp_path, becomes):
     """What is in its place later changes neither the blend nor what the export says of it, in a run

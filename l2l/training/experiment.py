@@ -105,7 +105,7 @@ class Saving(NamedTuple):
 class Experiment(NamedTuple):
     """What `run.train` runs.
 
-    config:        plain data, as config.json holds it.
+    config:        plain data, as it was typed; config.json holds the defaults as well.
     specification: the part of it that rebuilds the optimizer.
     families:      what is trained on: one, or several that make a mixture.
     weights:       of the families in a mixture.
@@ -470,6 +470,38 @@ def settings_of(path: tuple[str, ...], config: Mapping) -> Mapping[str, Any] | N
     return {"name": section["name"], **schema.settings_of(factory, given)}
 
 
+def filled(config: Mapping) -> dict:
+    """A configuration with the defaults of what it leaves out, in all of its sections. Of a section
+    whose name is not known, and of defaults that are not plain data, nothing is filled in."""
+    return _filled((), {**SECTIONS, **config})
+
+
+def _filled(path: tuple[str, ...], section) -> Any:
+    if isinstance(section, list | tuple):
+        # Of a mixture, or a chain; numbers stay as they are.
+        return [_filled(path, one) for one in section]
+    if not isinstance(section, Mapping):
+        return section
+    whole: Any = section
+    for key in reversed(path):
+        whole = {key: whole}
+    try:
+        known = settings_of(path, whole) or {}
+    except Exception:  # A file of the user's from which the task can no longer be imported.
+        known = {}
+    # None also stands for what has no default.
+    known = {key: value for key, value in known.items() if value is not None and _is_plain(value)}
+    return {key: _filled((*path, key), value) for key, value in {**known, **section}.items()}
+
+
+def _is_plain(value) -> bool:
+    try:
+        schema.plain(value)
+    except UserError:
+        return False
+    return True
+
+
 _RECORDS = {
     "checkpoint": Saving,
     "evaluation": Evaluation,
@@ -492,6 +524,8 @@ def _table(path: tuple[str, ...]) -> Mapping[str, Callable] | None:
         return META_OPTIMIZERS if len(path) == 2 else SCHEDULES
     if path[:2] == ("optimizer", "parts"):
         return OPTIMIZERS
+    if path == ("task", "augmentations"):
+        return tasks.AUGMENTATIONS
     if path == ("theta", "loss"):
         return LOSSES
     return _NAMED.get(path[0]) if len(path) == 1 else None

@@ -11,7 +11,7 @@ from l2l.cluster import collectives
 from l2l.console.progress import clock
 from l2l.core import base
 from l2l.storage import checkpoint, exports, files
-from l2l.training import callbacks, finish
+from l2l.training import callbacks, finish, provenance
 from l2l.training.callbacks import DONE, NOT_FINITE, Callback
 from l2l.training.experiment import Experiment
 from l2l.training.loop import COMPARE, FINAL, Loop, Snapshot, layout_of, shapes, start
@@ -87,6 +87,11 @@ def _run(experiment: Experiment, directory, devices, signals, extra) -> int:
             for sentence in (*sentences, _opening(experiment, directory, layout, like, begun)):
                 log.say(sentence)
             loop = start(experiment, devices, snapshot)
+            data = collectives.whole(loop.data, loop.layout.same)
+            if changed := collectives.together(
+                lambda: provenance.record(experiment, data, directory, begun)
+            ):
+                log.say(changed)
             compare = finish.comparing(
                 experiment, directory, jax.random.fold_in(loop.key, COMPARE), log.say
             )

@@ -17,10 +17,15 @@ from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.evaluation import report
 from l2l.storage import files
+from l2l.training.experiment import filled
 
 START = "start.safetensors"  # A copy of the export that a run's theta begins with.
+PROVENANCE = "provenance.json"  # What it was made of besides its configuration.
 # What a run has made by the time it begins to train.
-_BEGUN = ("config.json", "lock", START, "metrics.jsonl", "checkpoints", "events.out.tfevents.*")
+_BEGUN = (
+    *("config.json", "lock", START, PROVENANCE),
+    *("metrics.jsonl", "checkpoints", "events.out.tfevents.*"),
+)
 
 
 @contextlib.contextmanager
@@ -95,16 +100,18 @@ def check(directory: Path, config: dict) -> None:
         raise UserError(
             f"{path} is damaged ({error}): restore it, or choose another directory."
         ) from error
-    if different := differences(theirs, _written(config)):
+    # Filled in as well: runs of before wrote down only what was typed.
+    if different := differences(_written(theirs), _written(config)):
         raise UserError(
             f"{directory} holds a run of another configuration ({'; '.join(different[:8])}). "
-            "Choose another --workdir, or remove that directory."
+            "Choose another --workdir, set that as it is there to go on, or remove that directory."
         )
 
 
 def _written(config: dict) -> dict:
-    """A configuration as config.json gives it back."""
-    return json.loads(json.dumps(report.plain(config), allow_nan=False))
+    """A configuration as config.json gives it back: with the defaults of today, so that a later
+    l2l with others does not go on with them without a word."""
+    return json.loads(json.dumps(report.plain(filled(config)), allow_nan=False))
 
 
 def shared(directory: Path, config: dict) -> None:
