@@ -66,6 +66,19 @@ def test_inner_steps_are_counted_of_every_run(tiny, estimator, runs):
     assert about["dropped"] == 3
 
 
+@pytest.mark.parametrize("taken", [6, 12])
+def test_a_summary_says_that_a_run_ended_early(tiny, tmp_path, monkeypatch, taken):
+    experiment = build_experiment(tiny)
+    monkeypatch.setattr(finish, "_scored", lambda *_: "the table")
+    state = SimpleNamespace(step=jnp.int32(taken), skipped=0, dropped=0)
+    theta, snapshot = experiment.optimizer.init(jax.random.key(0)), SimpleNamespace(state=state)
+    snapshot.seconds = 1.0
+    finish.conclude(experiment, theta, tmp_path, jax.random.key(0), snapshot)
+    said = finish.finished(tmp_path)
+    assert said is not None and said.startswith("the table")
+    assert ("after 6 of 12 meta-steps. To train on, remove" in said) == (taken == 6)
+
+
 def test_data_that_stand_twice_are_placed_once():
     mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
     same = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

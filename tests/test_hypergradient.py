@@ -140,7 +140,7 @@ def test_the_search_has_two_runs_for_a_problem_of_evolution_strategies(config, t
     config |= {"estimator": {"name": "pes"}, "task": {"name": "quadratic", "dimension": 2}}
     experiment = build_experiment(config)
     theta, key = experiment.optimizer.init(jax.random.key(0)), jax.random.key(1)
-    searching.conclude(experiment, theta, tmp_path, key, {})
+    searching.conclude(experiment, theta, tmp_path, key, {"meta_steps": 2})
     # Two meta-steps of two problems, each by either sign of the noise.
     assert len(json.loads((tmp_path / "results.json").read_text())["search"]) == 8
 

@@ -18,9 +18,11 @@ from together import config_of
 import l2l
 from l2l.cluster import environment
 from l2l.console import progress
+from l2l.console.errors import UserError
 from l2l.evaluation import curves
 from l2l.storage import checkpoint
-from l2l.training import run
+from l2l.training import experiment as experiments
+from l2l.training import provenance, run
 from l2l.training.callbacks import DONE, TERMINATED
 from l2l.training.experiment import build_experiment
 from l2l.training.run import train
@@ -153,6 +155,81 @@ def test_a_configuration_is_json_and_its_own_again(tiny, tmp_path, monkeypatch):
     assert strict((tmp_path / "config.json").read_text())["objective"]["cap"] == "inf"
 
 
+def test_a_default_is_the_same_written_down_or_not(tiny, tmp_path, monkeypatch):
+    """In directories of before too, which hold what was typed alone."""
+    monkeypatch.setattr(run, "_run", lambda *_: DONE)
+    explicit = {**tiny, "start": "", "meta": {**tiny["meta"], "clip": 1.0}}
+    explicit["task"] = {**tiny["task"], "weight": 1.0}
+    assert train(build_experiment(tiny), tmp_path / "new") == DONE
+    assert train(build_experiment(explicit), tmp_path / "new") == DONE
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(tiny))
+    for config in (tiny, explicit):
+        assert train(build_experiment(config), tmp_path / "old") == DONE
+
+
+def test_a_run_does_not_go_on_with_other_defaults(tiny, tmp_path, monkeypatch):
+    """As of a later l2l; it goes on where the earlier one is written down."""
+    monkeypatch.setattr(run, "_run", lambda *_: DONE)
+    del tiny["checkpoint"]["keep"]
+    assert train(build_experiment(tiny), tmp_path) == DONE
+    later = {"checkpoint": lambda every=200, keep=5: None}
+    monkeypatch.setattr(experiments, "_RECORDS", experiments._RECORDS | later)
+    with pytest.raises(UserError, match=r"\(checkpoint.keep is 3 there, 5 here\). .* set that as"):
+        train(build_experiment(tiny), tmp_path)
+    tiny["checkpoint"]["keep"] = 3
+    assert train(build_experiment(tiny), tmp_path) == DONE
+
+
+def test_a_filled_configuration_is_one_and_stays_as_it_is(tiny):
+    """Of a mixture, augmentations, chains and schedules."""
+    noise = {"name": "noise"}
+    tiny["task"] = ({"name": "mlp", "augmentations": (noise,)}, {**tiny["task"], "weight": 2.0})
+    schedule = {"name": "cosine_decay_schedule", "init_value": 0.1}
+    tiny["meta"]["optimizer"] = (
+        {"name": "clip", "max_delta": 1.0},
+        {"name": "sgd", "learning_rate": schedule},
+    )
+    whole = experiments.filled(tiny)
+    assert whole["task"][0]["augmentations"][0].keys() > noise.keys()
+    assert whole["meta"]["optimizer"][1]["learning_rate"]["alpha"] == 0.0
+    assert experiments.filled(whole) == whole
+    assert build_experiment(whole).running == build_experiment(experiments.filled(whole)).running
+
+
+def test_what_a_run_was_made_of_is_noted_and_told_of(tiny, tmp_path):
+    """Once for each change; what a crash has undone is forgotten."""
+    experiment = build_experiment(tiny)
+    family = experiment.families[0]
+
+    def loss(params, problem, batch):
+        return 2 * family.loss(params, problem, batch)
+
+    other = experiment._replace(families=(family._replace(loss=loss),))
+    data, more = (np.zeros(3),), (np.ones(3),)
+
+    def record(experiment, data, step):
+        return provenance.record(experiment, data, tmp_path, step)
+
+    assert record(experiment, data, 0) is None
+    assert record(other, data, 0) is None  # From the beginning again.
+    assert record(experiment, data, 0) is None
+    assert record(build_experiment(tiny), (np.zeros(3),), 3) is None  # Made anew, and the same.
+    said = record(other, data, 6)
+    assert said is not None and "task quadratic-2 computes something else." in said
+    assert record(other, data, 9) is None
+    said = record(other, more, 9)
+    assert said is not None and "before meta-step 9: the data are others." in said
+    rows = strict((tmp_path / "provenance.json").read_text())
+    assert [row["meta_step"] for row in rows] == [0, 6, 9]
+    rows[-1]["versions"]["l2l"] = "0.0.1"
+    (tmp_path / "provenance.json").write_text(json.dumps(rows))
+    said = record(other, more, 12)
+    assert said is not None and f"l2l is {l2l.__version__}, and was 0.0.1." in said
+    (tmp_path / "provenance.json").write_text("[{")
+    assert record(other, more, 15) is None
+
+
 # --- a failed start ----------------------------------------------------------------------------
 
 
@@ -179,11 +256,15 @@ def test_a_start_that_fails_leaves_no_claim(tiny, tmp_path, monkeypatch):
     assert train(other, tmp_path / "run") == DONE
 
 
-def test_a_claim_stays_where_something_was_saved_or_was_claimed_before(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", ["checkpoints/3/_METADATA", "metrics.jsonl"])
+def test_a_claim_stays_where_something_was_made_or_was_claimed_before(
+    tiny, tmp_path, monkeypatch, left
+):
     experiment = build_experiment(tiny)
 
     def saves(experiment, directory, *_):
-        (directory / "checkpoints" / "3").mkdir(parents=True)
+        (directory / left).parent.mkdir(parents=True, exist_ok=True)
+        (directory / left).write_text('{"step": 3}')
         raise RuntimeError("later")
 
     def fails(*_):
@@ -193,7 +274,7 @@ def test_a_claim_stays_where_something_was_saved_or_was_claimed_before(tiny, tmp
         patch.setattr(run, "_run", saves)
         with pytest.raises(RuntimeError, match="later"):
             train(experiment, tmp_path / "saved")
-    assert (tmp_path / "saved" / "config.json").exists()
+    assert (tmp_path / "saved" / "config.json").exists() and (tmp_path / "saved" / left).exists()
     with monkeypatch.context() as patch:
         patch.setattr(run, "_run", lambda *_: TERMINATED)
         train(experiment, tmp_path / "claimed")

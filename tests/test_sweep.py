@@ -220,7 +220,7 @@ def end(config: dict, directory) -> dict:
     """Ends a run in a directory as `l2l.launch` does, but untrained: its results.json."""
     built = build_experiment(config)
     directory.mkdir(parents=True)
-    state = SimpleNamespace(step=jnp.int32(0), skipped=0, dropped=0)
+    state = SimpleNamespace(step=jnp.int32(built.running.steps), skipped=0, dropped=0)
     snapshot, key = SimpleNamespace(state=state, seconds=0.0), jax.random.key(built.seed)
     finish.conclude(built, built.optimizer.init(key), directory, key, snapshot)
     return json.loads((directory / "results.json").read_text())

@@ -3,20 +3,23 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.flatten_util
 import numpy as np
 import pytest
 
+from l2l.cluster import collectives
 from l2l.console.errors import UserError
 from l2l.storage import exports, files
-from l2l.training import ahead_of_time, finish
+from l2l.training import ahead_of_time, callbacks, finish
 from l2l.training.callbacks import DONE, NOT_FINITE, TERMINATED
 from l2l.training.experiment import build_experiment
 from l2l.training.loop import Loop, start
@@ -63,7 +66,7 @@ def crash_after(step):
 
     def crash(loop, group):
         if loop.step == step:
-            raise RuntimeError("killed")
+            raise SystemExit("killed")  # No Exception, for which a checkpoint would be saved.
 
     return crash
 
@@ -103,7 +106,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(tiny, whole, tmp_path, horizon):
         experiment, whole = build_experiment(tiny | {"horizon": horizon}), tmp_path / "whole"
         assert train(experiment, whole) == DONE
     assert train(experiment, parts, extra=[stop_after(6)]) == TERMINATED
-    with pytest.raises(RuntimeError):  # Between saves: meta-step 9 is on the disk, 12 is not.
+    with pytest.raises(SystemExit):  # Between saves: meta-step 9 is on the disk, 12 is not.
         train(experiment, parts, extra=[crash_after(12)])
     assert train(experiment, parts) == DONE
     jax.tree.map(np.testing.assert_array_equal, theta_of(whole), theta_of(parts))
@@ -118,15 +121,124 @@ def test_the_loop_by_itself_is_the_same_training(tiny, whole):
     jax.tree.map(np.testing.assert_array_equal, loop.result(), theta_of(whole))
 
 
-def test_a_callback_ends_a_run(tiny, tmp_path):
+@pytest.mark.parametrize("ends", ["by a signal", "killed", "by a callback"])
+def test_a_comparison_is_made_where_a_run_was_stopped_when_it_was_due(
+    tiny, tmp_path, monkeypatch, ends
+):
+    """Once, with the theta of its meta-step, and before the row of the next."""
+    tiny["evaluation"]["every"] = 6
+    compared = []
+
+    def compare(theta):
+        if ends == "killed" and not compared:
+            compared.append(None)
+            raise SystemExit("killed")  # The checkpoint of this meta-step is on the disk.
+        compared.append(jax.flatten_util.ravel_pytree(theta)[0])
+        return {"comparison/loss": float(np.linalg.norm(compared[-1]))}, "compared"
+
+    monkeypatch.setattr(finish, "comparing", lambda *_: compare)
+    experiment = build_experiment(tiny)
+    if ends == "killed":
+        with pytest.raises(SystemExit):
+            train(experiment, tmp_path / "parts")
+    else:
+        end = stop_after(6) if "signal" in ends else lambda loop, _: 7 if loop.step == 6 else None
+        assert train(experiment, tmp_path / "parts", extra=[end]) in (TERMINATED, 7)
+    assert train(experiment, tmp_path / "parts", extra=[stop_after(9)]) == TERMINATED
+    rows = rows_of(tmp_path / "parts")
+    assert [row["step"] for row in rows] == [3, 6, 6, 9]
+    assert train(experiment, tmp_path / "uninterrupted") == DONE
+    assert rows == rows_of(tmp_path / "uninterrupted")[:4]
+
+
+def saved(directory):
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("code", [3, np.int64(200)])
+def test_a_callback_ends_a_run_which_goes_on_from_there(tiny, whole, tmp_path, capsys, code):
+    """Also with codes that are the run's own, and between checkpoints."""
+    tiny["checkpoint"]["every"] = 12
     met = []
 
     def end(loop, group):
         met.append((loop.step, group.metrics["meta_loss"].shape))
-        return 7 if loop.step == 6 else None
+        return code if loop.step == 6 else None
 
-    assert train(build_experiment(tiny), tmp_path, extra=[end]) == 7
+    assert train(build_experiment(tiny), tmp_path, extra=[end]) == code
     assert met == [(3, (3, 8)), (6, (3, 8))]
+    said = capsys.readouterr().err
+    assert f"A callback ended the run with code {code}: saved meta-step 6 of 12." in said
+    assert saved(tmp_path) == [6] and [row["step"] for row in rows_of(tmp_path)] == [3, 6]
+    assert train(build_experiment(tiny), tmp_path) == DONE
+    jax.tree.map(np.testing.assert_array_equal, theta_of(whole), theta_of(tmp_path))
+    assert rows_of(whole) == rows_of(tmp_path)
+
+
+def test_a_callback_that_returns_0_concludes_the_run_early(tiny, whole, tmp_path, capsys):
+    """The export says how far it got; the run trains on where its summary is removed."""
+    end = [lambda loop, group: DONE if loop.step == 6 else None]
+    assert train(build_experiment(tiny), tmp_path, extra=end) == DONE
+    assert "ended meta-training at meta-step 6 of 12" in capsys.readouterr().err
+    about, all_of_it = (exports.read(x / exports.EXPORT)[2] for x in (tmp_path, whole))
+    assert about["meta_steps"] == 6 and all_of_it["meta_steps"] == 12
+    steps = [x["training"]["inner_steps"] for x in (about, all_of_it)]
+    assert steps[0] == 6 * 8 * 4 and steps[1] == 2 * steps[0]
+    assert saved(tmp_path) == [3, 6] and [row["step"] for row in rows_of(tmp_path)] == [3, 6]
+    (tmp_path / finish.SUMMARY).unlink()
+    assert train(build_experiment(tiny), tmp_path) == DONE
+    jax.tree.map(np.testing.assert_array_equal, theta_of(whole), theta_of(tmp_path))
+    assert rows_of(whole) == rows_of(tmp_path)
+
+
+@pytest.mark.parametrize("returned", [False, 0.5, "stop", 256, -1])
+def test_what_is_no_exit_code_is_refused(returned):
+    called: Any = callbacks.Called([lambda loop, group: returned], callbacks.Save(None, None, 0))
+    with pytest.raises(UserError, match=r"callback \S+ returned .*no exit code: let it"):
+        called(None, None)
+
+
+def test_a_signal_comes_before_a_callback_that_concludes(tiny, tmp_path):
+    end = [stop_after(6), lambda loop, group: DONE if loop.step == 6 else None]
+    assert train(build_experiment(tiny), tmp_path, extra=end) == TERMINATED
+    assert saved(tmp_path) == [3, 6] and not (tmp_path / finish.SUMMARY).exists()
+
+
+def test_a_callback_that_raises_costs_no_training(tiny, whole, tmp_path):
+    """Before the first checkpoint is due."""
+    tiny["checkpoint"]["every"] = 12
+
+    def fails(loop, group):
+        if loop.step == 6:
+            raise OSError("the tracker is down")
+
+    with pytest.raises(OSError, match="the tracker is down"):
+        train(build_experiment(tiny), tmp_path, extra=[fails])
+    assert saved(tmp_path) == [6] and [row["step"] for row in rows_of(tmp_path)] == [3, 6]
+    assert train(build_experiment(tiny), tmp_path) == DONE
+    assert rows_of(whole) == rows_of(tmp_path)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_task_that_fails_leaves_what_was_trained_before(tiny, tmp_path, monkeypatch, first):
+    """In the first group of meta-steps nothing was; in a later one there is a checkpoint of the
+    group before it, whatever had been assigned in the middle of it."""
+    tiny["checkpoint"]["every"] = 12
+    wait = collectives.wait
+
+    def fails(metrics):
+        wait(metrics)
+        if first or len(rows_of(tmp_path / "run")) == 2:
+            raise RuntimeError("of the task")
+
+    monkeypatch.setattr(collectives, "wait", fails)
+    with pytest.raises(RuntimeError, match="of the task"):
+        train(build_experiment(tiny), tmp_path / "run")
+    monkeypatch.undo()
+    if first:
+        assert not (tmp_path / "run").exists()
+    else:
+        assert saved(tmp_path / "run") == [6]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +310,61 @@ def test_a_run_may_begin_with_the_theta_of_another(tiny, whole, tmp_path):
     tiny["optimizer"]["hidden_size"] = 3
     with pytest.raises(ValueError, match=r"another optimizer \(optimizer.hidden_size is 2 there"):
         train(build_experiment(tiny), tmp_path / "other")
+
+
+TASK = """
+from l2l.tasks import quadratic
+
+def task():
+    family = quadratic(dimension=2, batch_size=3)
+    return family._replace(loss=lambda *of: {factor} * family.loss(*of))
+"""
+
+
+def test_a_task_that_is_edited_between_two_calls_is_told_of(tiny, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    tiny["task"] = {"name": f"{file}:task"}
+    file.write_text(TASK.format(factor=1))
+    assert train(build_experiment(tiny), tmp_path / "run", extra=[stop_after(6)]) == TERMINATED
+    file.write_text("# The same.\n" + TASK.format(factor=1))
+    assert train(build_experiment(tiny), tmp_path / "run", extra=[stop_after(9)]) == TERMINATED
+    assert "Not as before" not in capsys.readouterr().err
+    file.write_text(TASK.format(factor=2))
+    assert train(build_experiment(tiny), tmp_path / "run") == DONE
+    assert "Not as before meta-step 9: task " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("becomes", ["gone", "another"])
+def test_a_start_is_read_when_the_run_begins_and_never_again(tiny, whole, tmp_path, becomes):
+    """What is in its place later changes neither the blend nor what the export says of it, in a run
+    that is resumed too."""
+    start = tmp_path / "start.safetensors"
+    shutil.copy(whole / exports.EXPORT, start)
+    tiny["start"], tiny["meta"]["blend"] = str(start), 0.5
+    # A rate of 0: both ends of the blend are the start.
+    tiny["meta"]["optimizer"]["learning_rate"] = 0.0
+    experiment = build_experiment(tiny)
+
+    def changes(loop, group):
+        start.unlink(missing_ok=True)
+        if becomes == "another":
+            theta = jax.tree.map(lambda x: x + 1, theta_of(whole))
+            exports.export(start, experiment.specification, theta, {"training": "other"})
+
+    assert train(experiment, tmp_path / "on", extra=[changes, stop_after(6)]) == TERMINATED
+    assert train(experiment, tmp_path / "on", extra=[changes]) == DONE
+    jax.tree.map(np.testing.assert_array_equal, theta_of(tmp_path / "on"), theta_of(whole))
+    before, now = (exports.read(path / exports.EXPORT)[2] for path in (whole, tmp_path / "on"))
+    assert now["training_before"] == [before["training"]] and now["config"]["start"] == str(start)
+
+
+def test_a_loop_by_itself_reads_its_start_once(tiny, whole, tmp_path):
+    start_path = tmp_path / "start.safetensors"
+    shutil.copy(whole / exports.EXPORT, start_path)
+    tiny["start"], tiny["meta"]["blend"] = str(start_path), 0.5
+    loop = start(build_experiment(tiny))
+    start_path.unlink()
+    jax.tree.map(np.testing.assert_array_equal, loop.result(), theta_of(whole))
 
 
 def test_the_end_lies_between_the_first_theta_and_the_trained_one(tiny, whole, tmp_path):

@@ -51,11 +51,11 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
     """Measures the start beside a random and a pretrained one on the tasks of section `evaluation`,
     and writes table.md, results.json and figures; returns what a terminal is shown."""
     directory, settings = Path(directory), experiment.evaluation
-    sections, stored, paths = [], {}, []
+    sections, stored, paths, steps = [], {}, [], about["meta_steps"]
     for i, (name, family) in enumerate(experiment.judged):
         data, own = jax.device_put(family.data()), jax.random.fold_in(key, i)
         problems = Problems(own, settings.num_problems)
-        found = _beside_others(experiment, theta, (family, data), problems)
+        found = _beside_others(experiment, theta, (family, data), problems, steps)
         several = len(experiment.judged) > 1
         title = f"\n## {name}\n\n" if several else ""
         sections.append(title + report.table(adaptation.rows(found)))
@@ -69,7 +69,9 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
     return f"{text}\n" + "\n".join(map(str, listed))
 
 
-def _beside_others(experiment, theta, task, problems) -> dict[str, adaptation.Adapted]:
+def _beside_others(
+    experiment, theta, task, problems, meta_steps: int
+) -> dict[str, adaptation.Adapted]:
     """{start: what it came to}."""
     optimizer, steps = experiment.optimizer, experiment.evaluation.horizons
     assert optimizer.start is not None
@@ -77,7 +79,7 @@ def _beside_others(experiment, theta, task, problems) -> dict[str, adaptation.Ad
         task[0],
         task[1],
         jax.random.fold_in(problems.key, problems.count),
-        steps=experiment.running.steps,
+        steps=meta_steps,
         num_problems=experiment.problems(),
     )
     measure = functools.partial(adaptation.adapt, optimizer, theta)

@@ -1,11 +1,14 @@
-"""What a run does after every group of meta-steps: log, refuse, explain, validate, save, compare.
+"""What a run does after every group of meta-steps: refuse, log, explain, validate, call the user's
+own callbacks, save, compare.
 
 A callback is called with the loop and its last group; what it returns other than None ends the run,
 as its exit code.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +25,7 @@ DONE, NOT_FINITE, INTERRUPTED, TERMINATED = 0, 3, 130, 143
 
 
 class Watch:
-    """Logs the group, refuses losses that the meta-loss cannot take, and counts the problems left
+    """Refuses losses that the meta-loss cannot take, logs the group, and counts the problems left
     out as not finite; ends a run in which all of them are, and says where that began."""
 
     def __init__(self, log):
@@ -31,8 +34,9 @@ class Watch:
         self.since: tuple[Group, int] | None = None
 
     def __call__(self, loop: Loop, group: Group) -> int | None:
-        self.log.log(loop.step, summary(loop, group))
+        # Before the first row: a directory without any is free for a mended configuration.
         refuse(loop, group)
+        self.log.log(loop.step, summary(loop, group))
         for sentence in left_out(loop, group):
             self.log.say(sentence)
         bad, steps = int(loop.state.bad), len(group.metrics["finite"])
@@ -125,27 +129,77 @@ def _judges(experiment, horizon: int) -> list[Callable]:
 
 
 class Save:
-    """Saves checkpoints, and on a signal ends the run with one."""
+    """Saves checkpoints, and ends the run with one on a signal, or where a callback of the user's
+    wants it.
+
+    ending: the exit code that such a callback has returned, None until one does.
+    """
 
     def __init__(self, saver, signals, saved: int):
         self.saver, self.signals, self.saved = saver, signals, saved
+        self.ending: int | None = None
 
     def __call__(self, loop: Loop, group: Group) -> int | None:
         del group
         running = loop.experiment.running
         # While meta-gradients fail nothing is saved, so that good checkpoints stay.
         due = loop.passed(loop.experiment.saving.every) and not int(loop.state.bad)
-        if due or loop.step >= running.steps:
+        if due or loop.step >= running.steps or self.ending is not None:
             self.save(loop)
         if got := collectives.stopped(self.signals.got, loop.step // running.group):
             self.save(loop)
+            self.ending = None  # It is the signal that ends the run.
             return 128 + got
-        return None
+        return self.ending
 
     def save(self, loop: Loop) -> None:
         if self.saved < loop.step:
             self.saver.save(loop.step, loop.snapshot())
             self.saved = loop.step
+
+    @contextlib.contextmanager
+    def rescuing(self, loop: Loop) -> Iterator[None]:
+        """Where what is inside raises, what was trained until then is saved first, if it can be:
+        not while meta-gradients fail, nor in one of several processes, as all would have to."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(Exception):  # The first error is the one to tell.
+                if collectives.count() == 1 and not int(loop.state.bad):
+                    self.save(loop)
+            raise
+
+
+class Called:
+    """Calls the user's own callbacks in turn, until one of them ends the run: `save` then does."""
+
+    def __init__(self, callbacks: Sequence[Callback], save: Save):
+        self.callbacks, self.save = callbacks, save
+
+    def __call__(self, loop: Loop, group: Group) -> None:
+        code = None
+        with self.save.rescuing(loop):
+            for callback in self.callbacks:
+                code = _code(callback, callback(loop, group))
+                if code is not None:
+                    break
+        if self.callbacks:  # One process's word ends all of them.
+            found = int(collectives.largest(np.int32(-1 if code is None else code)))
+            self.save.ending = None if found < 0 else found
+
+
+def _code(callback: Callback, returned: Any) -> int | None:
+    """What a user's callback returned, if it is None or an exit code."""
+    if returned is None:
+        return None
+    is_number = isinstance(returned, int | np.integer) and not isinstance(returned, bool)
+    if is_number and 0 <= returned <= 255:
+        return int(returned)
+    name = getattr(callback, "__qualname__", type(callback).__qualname__)
+    raise UserError(
+        f"The callback {name} returned {str(returned)[:100]!r}, which is no exit code: let it "
+        "return None to go on, 0 to conclude the run early, or another number up to 255 to stop it."
+    )
 
 
 class Compare:
@@ -154,17 +208,35 @@ class Compare:
     compare: (theta) -> (numbers for the log, a phrase).
     """
 
-    def __init__(self, log, compare: Callable):
-        self.log, self.compare = log, compare
+    def __init__(self, log, compare: Callable, save: Save):
+        self.log, self.compare, self.save = log, compare, save
         self.phrase = "not yet compared"
 
     def __call__(self, loop: Loop, group: Group) -> None:
-        experiment = loop.experiment
-        if loop.passed(experiment.evaluation.every) and loop.step < experiment.running.steps:
+        if self.is_due(loop):
             theta = loop.theta
-            numbers, self.phrase = collectives.together(lambda: self.compare(theta))
+            with self.save.rescuing(loop):
+                numbers, self.phrase = collectives.together(lambda: self.compare(theta))
             self.log.log(loop.step, numbers)
         self.log.show(loop.step, mean(group.metrics["meta_loss"]), group.name, self.phrase)
+
+    def is_due(self, loop: Loop) -> bool:
+        experiment = loop.experiment
+        every, steps = experiment.evaluation.every, experiment.running.steps
+        return loop.passed(every) and 0 < loop.step < steps
+
+    def catch_up(self, loop: Loop) -> None:
+        """Compares before a run goes on, if it was stopped between its save and its comparison."""
+        if not self.is_due(loop):
+            return
+        theta = loop.theta
+
+        def owed():
+            return None if self.log.has_comparison(loop.step) else self.compare(theta)
+
+        if found := collectives.together(owed):
+            numbers, self.phrase = found
+            self.log.log(loop.step, numbers)
 
 
 def mean(x: np.ndarray) -> float:

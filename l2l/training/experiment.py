@@ -105,13 +105,14 @@ class Saving(NamedTuple):
 class Experiment(NamedTuple):
     """What `run.train` runs.
 
-    config:        plain data, as config.json holds it.
+    config:        plain data, as it was typed; config.json holds the defaults as well.
     specification: the part of it that rebuilds the optimizer.
     families:      what is trained on: one, or several that make a mixture.
     weights:       of the families in a mixture.
     reads:         for each family, which entry of `data()` is its own.
     objective:     the meta-loss, of all families.
     start:         an export or released name whose theta training begins with; "" for a fresh one.
+                   A run reads its own copy.
     judged:        what the optimizer is compared with Adam on: (name, family) pairs.
     """
 
@@ -149,11 +150,11 @@ class Experiment(NamedTuple):
         """How many inner problems a meta-step has, of all families together."""
         return self.running.num_problems * len(self.families)
 
-    def windows(self) -> int:
-        """How many windows of inner training the whole of meta-training takes."""
+    def windows(self, steps: int) -> int:
+        """How many windows of inner training so many meta-steps take."""
         # Evolution strategies train every problem twice, by either sign of the noise.
         runs = 2 if self.config.get("estimator", {}).get("name") == "pes" else 1
-        return self.running.steps * self.problems() * runs
+        return steps * self.problems() * runs
 
 
 # With what stands for a section that is left out.
@@ -469,6 +470,38 @@ def settings_of(path: tuple[str, ...], config: Mapping) -> Mapping[str, Any] | N
     return {"name": section["name"], **schema.settings_of(factory, given)}
 
 
+def filled(config: Mapping) -> dict:
+    """A configuration with the defaults of what it leaves out, in all of its sections. Of a section
+    whose name is not known, and of defaults that are not plain data, nothing is filled in."""
+    return _filled((), {**SECTIONS, **config})
+
+
+def _filled(path: tuple[str, ...], section) -> Any:
+    if isinstance(section, list | tuple):
+        # Of a mixture, or a chain; numbers stay as they are.
+        return [_filled(path, one) for one in section]
+    if not isinstance(section, Mapping):
+        return section
+    whole: Any = section
+    for key in reversed(path):
+        whole = {key: whole}
+    try:
+        known = settings_of(path, whole) or {}
+    except Exception:  # A file of the user's from which the task can no longer be imported.
+        known = {}
+    # None also stands for what has no default.
+    known = {key: value for key, value in known.items() if value is not None and _is_plain(value)}
+    return {key: _filled((*path, key), value) for key, value in {**known, **section}.items()}
+
+
+def _is_plain(value) -> bool:
+    try:
+        schema.plain(value)
+    except UserError:
+        return False
+    return True
+
+
 _RECORDS = {
     "checkpoint": Saving,
     "evaluation": Evaluation,
@@ -491,6 +524,8 @@ def _table(path: tuple[str, ...]) -> Mapping[str, Callable] | None:
         return META_OPTIMIZERS if len(path) == 2 else SCHEDULES
     if path[:2] == ("optimizer", "parts"):
         return OPTIMIZERS
+    if path == ("task", "augmentations"):
+        return tasks.AUGMENTATIONS
     if path == ("theta", "loss"):
         return LOSSES
     return _NAMED.get(path[0]) if len(path) == 1 else None

@@ -21,7 +21,7 @@ from l2l.optimizers import versions
 from l2l.storage import exports, files
 from l2l.training import adapting, searching
 from l2l.training.experiment import LENGTH, Experiment
-from l2l.training.run_directory import differences
+from l2l.training.run_directory import START, differences
 from l2l.version import __version__
 
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
@@ -91,6 +91,12 @@ def conclude(experiment: Experiment, theta, directory, key, snapshot) -> str:
     else:
         text = _scored(experiment, theta, directory, key, snapshot)
     text += f"\n{directory / 'metrics.jsonl'}\n{path}\n"
+    taken, steps = int(snapshot.state.step), experiment.running.steps
+    if taken < steps:
+        text += (
+            f"A callback ended meta-training after {taken} of {steps} meta-steps. To train on, "
+            f"remove {directory / SUMMARY} and give the same command.\n"
+        )
     files.write(directory / SUMMARY, text.encode())
     return text
 
@@ -126,6 +132,31 @@ def earlier(experiment) -> tuple[base.PyTree, dict]:
     return exports.fitted(theta, like, f"start={experiment.start!r}"), metadata
 
 
+def keep_start(experiment: Experiment, directory) -> None:
+    """Copies the export that training begins with to the run's directory, if it begins with one and
+    has no copy yet: at the end theta may be blended with it, and what is there by then may be
+    another.
+
+    Raises:
+      UserError: it cannot be read, or does not fit.
+    """
+    path = Path(directory) / START
+    if not experiment.start or path.exists():
+        return
+    earlier(experiment)
+    source = exports.locate(experiment.start)
+    with files.reached(source), files.copied(source) as local:
+        content = local.read_bytes()
+    files.write(path, content)
+
+
+def with_own_start(experiment: Experiment, directory) -> Experiment:
+    """The experiment that begins with what `keep_start` has copied."""
+    if not experiment.start:
+        return experiment
+    return experiment._replace(start=str(Path(directory) / START))
+
+
 def finished(directory) -> str | None:
     """The summary of a run that has ended in a directory, or None."""
     path = Path(directory) / SUMMARY
@@ -137,18 +168,18 @@ def about(experiment: Experiment, snapshot) -> dict:
     """Where an optimizer comes from, as plain data: what exports and results say of it."""
     inner = experiment.config.get("inner", {})
     before = earlier(experiment)[1] if experiment.start else {}
-    devices = snapshot.state.step.devices()
+    devices, taken = snapshot.state.step.devices(), int(snapshot.state.step)
     return {
         "config": experiment.config,
         "seed": experiment.seed,
-        "meta_steps": experiment.running.steps,
+        "meta_steps": taken,
         "skipped": int(snapshot.state.skipped),
         "dropped": int(snapshot.state.dropped),
         "training": {
             "seconds": round(float(snapshot.seconds), 1),
             "devices": len(devices),
             "platform": min(devices, key=lambda device: device.id).device_kind,
-            "inner_steps": experiment.windows() * inner.get("length", LENGTH),
+            "inner_steps": experiment.windows(taken) * inner.get("length", LENGTH),
             "data": [family.name for family in experiment.families],
         },
         # Of the optimizer that this one went on from, and of those before it.

@@ -78,6 +78,9 @@ class Loop:
     def __init__(self, experiment: Experiment, layout: Layout, data, snapshot: Snapshot):
         self.experiment, self.layout, self.data = experiment, layout, data
         self.memory, self.seconds = snapshot.memory, float(snapshot.seconds)
+        # Of a file, read now: at the end it may hold another, or be gone.
+        blends = experiment.running.blend < 1.0
+        self._first = jax.device_get(_first_theta(experiment)) if blends else None
         where = meta_step.split_of(layout.same, layout.problems)
         spread = partial(meta_step.spread, num_devices=len(layout.devices))
         self.state = jax.jit(spread, out_shardings=where)(snapshot.state)
@@ -112,11 +115,14 @@ class Loop:
         stage, name = self.experiment.curriculum.stage(self.memory, self.step)
         stage = collectives.place(jax.tree.map(np.float32, stage), self.layout.same)
         before = self.state._replace(stage=stage)
-        self.state, metrics = self._steps(before, self.data)
+        state, metrics = self._steps(before, self.data)
         collectives.wait(metrics)
+        metrics = jax.device_get(metrics)
+        # Only now, and all at once: where the group failed, the loop is as it was before.
+        self.state = state
         self.seconds += time.monotonic() - began
         self.step += self.experiment.running.group
-        return Group(jax.device_get(metrics), before, stage, name)
+        return Group(metrics, before, stage, name)
 
     def passed(self, every: int) -> bool:
         """Whether the last group took a meta-step whose number is a multiple of `every`; never for
@@ -137,8 +143,9 @@ class Loop:
         part = self.experiment.running.blend
         if part == 1.0:
             return theta
-        first = jax.device_get(_first_theta(self.experiment))
-        return jax.tree.map(lambda x, y: x + np.asarray(part, x.dtype) * (y - x), first, theta)
+        return jax.tree.map(
+            lambda x, y: x + np.asarray(part, x.dtype) * (y - x), self._first, theta
+        )
 
 
 def start(

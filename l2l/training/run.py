@@ -11,7 +11,7 @@ from l2l.cluster import collectives
 from l2l.console.progress import clock
 from l2l.core import base
 from l2l.storage import checkpoint, exports, files
-from l2l.training import callbacks, finish
+from l2l.training import callbacks, finish, provenance
 from l2l.training.callbacks import DONE, NOT_FINITE, Callback
 from l2l.training.experiment import Experiment
 from l2l.training.loop import COMPARE, FINAL, Loop, Snapshot, layout_of, shapes, start
@@ -30,16 +30,23 @@ def train(
     Args:
       devices: by default all those of all processes. A run may be resumed with other devices: it
         makes no difference.
-      extra: callbacks of your own, called after every group of meta-steps before the run's own.
+      extra: callbacks of your own: (loop, group) -> None, or an exit code that ends the run. They
+        are called after every group of meta-steps, once it is logged. 0 concludes the run early:
+        what was trained until then is evaluated and exported, as it is at the end, with the number
+        of its meta-steps; until summary.txt is removed the same command says so, and from then on
+        it trains on. Any other code up to 255 stops the run, and the next call goes on. In either
+        case, and where a callback raises, a checkpoint is saved first (of several processes only
+        where none raises).
 
     Returns:
       0 when training is done and evaluated; 130 or 143 after SIGINT or SIGTERM, everything saved;
       3 when for `meta.max_bad` meta-steps in a row, or in all of a shorter run, some family had no
-        meta-gradient that was finite.
+        meta-gradient that was finite; what a callback of `extra` ended it with.
 
     Raises:
       UserError: the directory holds another configuration, or a second run is at work in it, or
-        the devices do not divide the problems; or the processes do not see the same files; or
+        the devices do not divide the problems; or a callback of `extra` returns what is neither
+        None nor an exit code; or the processes do not see the same files; or
         the directory cannot be written; or a task has a loss of which objective.form="log" cannot
         take the logarithm, and then nothing is exported; or what it would learn cannot be exported,
         which is said before training, or if only its end can tell, with all checkpoints kept.
@@ -50,7 +57,10 @@ def train(
 
         def enter():
             held.enter_context(entered(directory, experiment.config))
-            return finish.finished(directory)
+            if summary := finish.finished(directory):
+                return summary
+            finish.keep_start(experiment, directory)
+            return None
 
         summary = collectives.together(enter)
         if summary:
@@ -58,6 +68,7 @@ def train(
             _say(summary)
             return DONE
         shared(directory, experiment.config)
+        experiment = finish.with_own_start(experiment, directory)
         with Signals() as signals:
             return _run(experiment, directory, devices, signals, extra)
 
@@ -76,30 +87,43 @@ def _run(experiment: Experiment, directory, devices, signals, extra) -> int:
             for sentence in (*sentences, _opening(experiment, directory, layout, like, begun)):
                 log.say(sentence)
             loop = start(experiment, devices, snapshot)
+            data = collectives.whole(loop.data, loop.layout.same)
+            if changed := collectives.together(
+                lambda: provenance.record(experiment, data, directory, begun)
+            ):
+                log.say(changed)
             compare = finish.comparing(
                 experiment, directory, jax.random.fold_in(loop.key, COMPARE), log.say
             )
-            own = (
+            save = callbacks.Save(saver, signals, begun)
+            comparisons = callbacks.Compare(log, compare, save)
+            after = (
                 callbacks.Watch(log),
                 callbacks.Validate(log),
-                callbacks.Save(saver, signals, begun),
-                callbacks.Compare(log, compare),
+                callbacks.Called(extra, save),
+                save,
+                comparisons,
             )
+            comparisons.catch_up(loop)
             log.say(loop.compile())
             log.start(loop.step)
-            code = advance(loop, (*extra, *own))
+            code = advance(loop, after, save)
             saver.close()  # All is on the disk before anything is said of it, or evaluated.
-            log.say(_ending(code, loop))
+            if save.ending is not None:
+                log.say(_ended_by_callback(code, loop))
+            if save.ending in (None, DONE):
+                log.say(_ending(code, loop))
         if code == DONE:
             signals.release()  # What there is to save is saved: nobody has to wait for the table.
             _say(_conclusion(loop, directory))
         return code
 
 
-def advance(loop: Loop, after: Sequence[Callback]) -> int:
+def advance(loop: Loop, after: Sequence[Callback], save: callbacks.Save) -> int:
     """Trains to the end, or until a callback ends it: the exit code."""
     while loop.step < loop.experiment.running.steps:
-        group = loop.advance()
+        with save.rescuing(loop):
+            group = loop.advance()
         for callback in after:
             code = callback(loop, group)
             if code is not None:
@@ -144,10 +168,15 @@ def _ending(code: int, loop: Loop) -> str:
             "loss is not finite, mend that; else try a lower meta learning rate, shorter horizons "
             "or a smaller meta.clip."
         )
-    if code > 128:
-        name = signal.Signals(code - 128).name
-        return f"{name}: saved meta-step {loop.step}. The same command goes on from there."
-    return f"Ended by a callback at meta-step {loop.step}."
+    name = signal.Signals(code - 128).name
+    return f"{name}: saved meta-step {loop.step}. The same command goes on from there."
+
+
+def _ended_by_callback(code: int, loop: Loop) -> str:
+    where = f"meta-step {loop.step} of {loop.experiment.running.steps}"
+    if code == DONE:
+        return f"A callback ended meta-training at {where}, which is saved and concluded."
+    return f"A callback ended the run with code {code}: saved {where}. The same command goes on."
 
 
 def _say(text: str, stream=None) -> None:

@@ -17,15 +17,21 @@ from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.evaluation import report
 from l2l.storage import files
+from l2l.training.experiment import filled
 
+START = "start.safetensors"  # A copy of the export that a run's theta begins with.
+PROVENANCE = "provenance.json"  # What it was made of besides its configuration.
 # What a run has made by the time it begins to train.
-_BEGUN = ("config.json", "lock", "metrics.jsonl", "checkpoints", "events.out.tfevents.*")
+_BEGUN = (
+    *("config.json", "lock", START, PROVENANCE),
+    *("metrics.jsonl", "checkpoints", "events.out.tfevents.*"),
+)
 
 
 @contextlib.contextmanager
 def entered(directory: Path, config: dict):
     """Holds a directory, made if need be, for a run of this configuration. A start that fails
-    before its first checkpoint leaves nothing behind, so that the next may be of another one.
+    before anything is logged or saved leaves nothing behind, so that the next may be of another.
 
     Raises:
       UserError: it cannot be made, another run holds it, or it is another configuration's.
@@ -39,10 +45,17 @@ def entered(directory: Path, config: dict):
             claim(directory, config)
             yield
         except BaseException:
-            saved = any(path.name.isdigit() for path in directory.glob("checkpoints/*"))
-            if "config.json" not in before and not saved:
+            if "config.json" not in before and not _trained(directory):
                 _leave(directory, before, made)
             raise
+
+
+def _trained(directory: Path) -> bool:
+    """Whether a meta-step has been logged or saved."""
+    with contextlib.suppress(OSError):  # What is wrong with the directory is being told already.
+        if (directory / "metrics.jsonl").stat().st_size:
+            return True
+    return any(path.name.isdigit() for path in directory.glob("checkpoints/*"))
 
 
 def _leave(directory: Path, before: set[str], made: list[Path]) -> None:
@@ -87,16 +100,18 @@ def check(directory: Path, config: dict) -> None:
         raise UserError(
             f"{path} is damaged ({error}): restore it, or choose another directory."
         ) from error
-    if different := differences(theirs, _written(config)):
+    # Filled in as well: runs of before wrote down only what was typed.
+    if different := differences(_written(theirs), _written(config)):
         raise UserError(
             f"{directory} holds a run of another configuration ({'; '.join(different[:8])}). "
-            "Choose another --workdir, or remove that directory."
+            "Choose another --workdir, set that as it is there to go on, or remove that directory."
         )
 
 
 def _written(config: dict) -> dict:
-    """A configuration as config.json gives it back."""
-    return json.loads(json.dumps(report.plain(config), allow_nan=False))
+    """A configuration as config.json gives it back: with the defaults of today, so that a later
+    l2l with others does not go on with them without a word."""
+    return json.loads(json.dumps(report.plain(filled(config)), allow_nan=False))
 
 
 def shared(directory: Path, config: dict) -> None:
@@ -112,8 +127,11 @@ def shared(directory: Path, config: dict) -> None:
         "The processes were started with different configurations: give all the same command.",
     )
     # A network file system may show another host's file late.
+    names = ["config.json", START] if config.get("start") else ["config.json"]
     deadline = time.monotonic() + 20
-    while not (seen := (directory / "config.json").exists()) and time.monotonic() < deadline:
+    while not (seen := all((directory / name).exists() for name in names)):
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.2)
     if collectives.largest(np.int32(not seen)):
         raise UserError(

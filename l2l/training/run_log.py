@@ -34,6 +34,15 @@ class RunLog:
         """Says a sentence at once."""
         self.bar.say(sentence)
 
+    def has_comparison(self, step: int) -> bool:
+        """Whether a comparison after meta-step `step` is in metrics.jsonl."""
+        with errors.naming(self.path):
+            rows = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return any(
+            row["step"] == step and any(name.startswith("comparison/") for name in row)
+            for row in rows
+        )
+
     def start(self, step: int) -> None:
         """The first meta-step begins: the pace is told from here."""
         self.bar.resume(step)
@@ -73,7 +82,7 @@ class Silence:
     def _nothing(self, *_) -> None:
         pass
 
-    say = start = log = show = close = _nothing
+    say = start = log = show = close = has_comparison = _nothing
 
 
 class _Board:

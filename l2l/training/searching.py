@@ -23,7 +23,7 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
     writes table.md and results.json; returns what a terminal is shown."""
     directory, settings = Path(directory), experiment.evaluation
     ((_, family),), (steps,) = experiment.judged, settings.horizons
-    count = experiment.windows()  # A run is one window.
+    count = experiment.windows(about["meta_steps"])  # A run is one window.
     data = jax.device_put(family.data())
     run = random_search.compile_runs(experiment.optimizer, family, steps)
     drawn = random_search.draws(key, experiment.specification.get("knots", 0), count)
