@@ -3,9 +3,8 @@ scikit-learn's digits: the default product, without download.
 
     python -m l2l.launch --config=configs/mlp.py
 
-Batches of 16 to 512, widths of 32 and 64, sizes of the data and initial scales are drawn. Some
-three minutes on 2 cores, and four for the comparison; docs/results.md says what came out.
-"""
+Batches of 16 to 512, widths of 32 and 64, data sizes and initial scales are drawn. Some three
+minutes on 2 cores, four more for the comparison; docs/results.md says what came out."""
 
 from ml_collections import ConfigDict
 
@@ -29,6 +28,7 @@ def get_config() -> ConfigDict:
     # A rate far too low to begin with. Unlike `lstm` it goes on as gradients fall, down to 1e-6.
     config.optimizer = dict(
         name="per_tensor",
+        faded=0.0,
         hidden_size=16,
         learning_rate=0.01,
         eps_root=1e-12,

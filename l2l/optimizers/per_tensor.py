@@ -55,6 +55,7 @@ def per_tensor(
     second_decay: float = 0.999,
     second_power: float = 0.6,
     eps_root: float = 1e-28,
+    faded: float = 1e-7,
     mixture: bool = False,
     weight_decay: float = 0.7,
     decay_anneal: float = 2.0,
@@ -135,6 +136,8 @@ def per_tensor(
       eps_root: added to mean squares of gradients before taking their roots or dividing by them, so
         that zeros have derivatives too. Gradients below its root count as none: above, the rule
         does the same whatever the loss is multiplied by.
+      faded: gradients whose mean squares are below this part of what they have been so far on
+        average count as none, too.
       mixture: whether the network mixes in further directions.
       weight_decay: exp(δ) at the start, times the schedule's rate; not for vectors. 0 for none.
       decay_anneal: k: decay fades before the rate does, and the end of a run fits what is left.
@@ -176,6 +179,7 @@ def per_tensor(
     if learn not in LEARN:
         raise UserError(f"There is no learn={learn!r}: choose {', '.join(LEARN[:-1])} or all.")
     ranges.positive("eps_root", eps_root)
+    ranges.not_negative("faded", faded)
     decays = tuple(decays)
     settings = soap_directions.Settings(
         decays=decays,
@@ -227,7 +231,7 @@ def per_tensor(
 
     rule = base.PerTensorRule(
         accumulators=partial(evidence.start, settings),
-        observe=partial(evidence.observe, settings),
+        observe=partial(evidence.observe, settings, faded),
         hidden=network.hidden,
         propose=propose,
         combine=partial(_combine, settings, (weight_decay > 0, fitted_decay > 0)),

@@ -84,10 +84,11 @@ def _log_rms(settings, params, dtype) -> jax.Array:
     return 0.5 * jnp.log(squares / sizes + 1e-6)
 
 
-def observe(settings, gradient, params, past: Accumulators):
+def observe(settings, faded: float, gradient, params, past: Accumulators):
     """(directions, rows [S, G], accumulators). The rows are `FEATURES`, `Plain` and the root mean
     squares of the directions; `parts` takes them apart."""
-    seen, now = soap_directions.observe(settings, gradient, past.soap)
+    floors = settings.eps_root + faded * past.trail.mean_square
+    seen, now = soap_directions.observe(settings, gradient, past.soap, floors)
     leaves = jax.tree.leaves(params)
     dtype = past.trail.log_start.dtype
     along, ahead, square, numerator, second = seen.pooled[: len(POOLED)].astype(dtype)
@@ -97,7 +98,7 @@ def observe(settings, gradient, params, past: Accumulators):
     # Where there is nothing to compare, neither the roots nor their derivatives are taken. Each of
     # the two has its own, since their product is too small a number where gradients are small.
     began, here = past.trail.seen > 0, square > 0
-    there = began & (jnp.minimum(ahead, square) > settings.eps_root)
+    there = began & (jnp.minimum(ahead, square) > floors)
     lengths_of = (jax.lax.rsqrt(jnp.where(there, x, 1)) for x in (ahead, square))
     cosine = jnp.where(there, along * math.prod(lengths_of), 0)
 
@@ -123,7 +124,7 @@ def observe(settings, gradient, params, past: Accumulators):
     fall = jnp.where(known, fall, 0)
     dynamic = jnp.stack(
         [
-            jnp.sqrt(numerator / (second + settings.eps_root) + TINY),
+            jnp.sqrt(numerator / (second + floors) + TINY),
             *trail.alignment,
             jnp.tanh(trail.log_gradient[0] - trail.log_gradient[1]),
             jnp.tanh(0.3 * fall),

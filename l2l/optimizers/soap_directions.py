@@ -174,9 +174,9 @@ def start(settings: Settings, params) -> SoapState:
     )
 
 
-def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapState]:
+def observe(settings: Settings, gradient, state: SoapState, floors=None) -> tuple[Seen, SoapState]:
     """The directions that a gradient (a pytree like the parameters) leads to, and the state after
-    it. Derivatives treat the bases as constants: those of eigenvectors are infinite where two
+    it. floors: [G], of each tensor, mean squares in place of eps_root. Derivatives treat the bases as constants: those of eigenvectors are infinite where two
     eigenvalues meet."""
     plan = settings.plan(gradient)
     leaves, treedef = jax.tree.flatten(gradient)
@@ -195,8 +195,11 @@ def observe(settings: Settings, gradient, state: SoapState) -> tuple[Seen, SoapS
         sides = group.sides
         if sides:
             pair, first = _follow(settings, g, pair, sides, first, state.count)
-        rows, first, second, own = _directions(settings, into(g, pair), first, second, count, sides)
-        scale, own = _grafted(settings, own, sides)
+        floor = settings.eps_root if floors is None else floors[np.asarray(group.owners)]
+        rows, first, second, own = _directions(
+            settings, into(g, pair), first, second, count, sides, floor
+        )
+        scale, own = _grafted(settings, own, sides, floor)
         for found, one in zip((blocks, scales, bases, sums), (rows, scale, pair, own), strict=True):
             found.append(one)
         for tree, new in zip([*after_mu, after_nu], [*first, second], strict=True):
@@ -225,10 +228,11 @@ def _areas(sides, dtype) -> jax.Array:
     return jnp.asarray(np.prod(sides, 0), dtype)
 
 
-def _directions(settings, g, mu, nu, count, sides):
+def _directions(settings, g, mu, nu, count, sides, floor):
     """(directions [J, k, …], mu [D, k, …], nu, sums [S, k]) of k gradients and earlier moments.
     sums, over each of the k: g·m, m², g², ν̂, the squares of the J numerators, and those of the J
-    directions. sides: of blocks in their bases; () of tensors that have none."""
+    directions. sides: of blocks in their bases; () of tensors that have none. floor: of each of the
+    k, or of all."""
     b1, b2 = settings.decays[0], settings.second_decay
     step = count.astype(g.dtype)
     if settings.second_power:  # The first gradient is all of ν: no bias to correct.
@@ -256,11 +260,10 @@ def _directions(settings, g, mu, nu, count, sides):
     )
     # The squared length of the nominal numerator, without a pass over it.
     length = part * part * ahead + 2 * part * other * along + other * other * square
-    floor = settings.eps_root
     if sides:
-        mean = total * whole / _areas(sides, g.dtype)
-        floor = floor + settings.nothing * mean[..., None, None]
-    root = jnp.sqrt(nu * whole + floor) + settings.eps
+        floor = floor + settings.nothing * (total * whole / _areas(sides, g.dtype))
+    floor = jnp.broadcast_to(jnp.asarray(floor, g.dtype), total.shape)
+    root = jnp.sqrt(nu * whole + floor.reshape(-1, *[1] * (g.ndim - 1))) + settings.eps
     directions = jnp.stack(rows) / root[None]
     squares = _sums([x * x for x in directions], over)
     lengths = [jnp.maximum(length, 0), *further]
@@ -276,7 +279,7 @@ def _sums(products, over) -> list[jax.Array]:
     return list(jnp.sum(jnp.stack(products), over))
 
 
-def _grafted(settings, sums, sides):
+def _grafted(settings, sums, sides, floor):
     """(the factors [J, k] on the directions whose sums `_directions` found, the sums that
     `Seen.pooled` are means of). What has no `sides`, like vectors, is not grafted."""
     own = (len(sums) - 4) // 2
@@ -284,7 +287,7 @@ def _grafted(settings, sums, sides):
     scale = jnp.ones_like(directions)
     if sides and settings.graft:
         sizes = _areas(sides, scale.dtype)
-        length = numerators / (second + sizes * settings.eps_root)[None]
+        length = numerators / (second + sizes * floor)[None]
         scale = jnp.sqrt((length + TINY) / (directions / sizes[None] + TINY))
         directions = directions * jnp.square(scale)
     return scale, jnp.concatenate([sums[:3], numerators[:1], second[None], directions])

@@ -75,6 +75,7 @@ EARLIER: dict[str, dict[str, Any]] = {
         "second_decay": 0.999,
         "second_power": 0.0,
         "eps_root": 1e-12,
+        "faded": 0.0,
         "mixture": False,
         "weight_decay": 0.0,
         "decay_anneal": 0.0,
