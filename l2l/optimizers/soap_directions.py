@@ -176,8 +176,11 @@ def start(settings: Settings, params) -> SoapState:
 
 def observe(settings: Settings, gradient, state: SoapState, floors=None) -> tuple[Seen, SoapState]:
     """The directions that a gradient (a pytree like the parameters) leads to, and the state after
-    it. floors: [G], of each tensor, mean squares in place of eps_root. Derivatives treat the bases as constants: those of eigenvectors are infinite where two
-    eigenvalues meet."""
+    it. Derivatives treat the bases as constants: those of eigenvectors are infinite where two
+    eigenvalues meet.
+
+    floors: [G], in place of `Settings.eps_root`, of each tensor.
+    """
     plan = settings.plan(gradient)
     leaves, treedef = jax.tree.flatten(gradient)
     nu = jax.tree.leaves(state.nu)
