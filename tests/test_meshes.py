@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from l2l.optimizers import meshes
 from l2l.optimizers.guard import guard
+from l2l.optimizers.soap import scale_by_soap, soap
 from l2l.storage import exports
 
 STEPS = 3
@@ -42,7 +43,7 @@ def gradients(params):
 
 def optimizers():
     found = {name: (lambda name=name: exports.load(name, num_steps=9)) for name in LEARNED}
-    return found | {"guarded mlp": lambda: guard(exports.load("mlp"))}
+    return found | {"guarded mlp": lambda: guard(exports.load("mlp")), "soap": lambda: soap(1e-2)}
 
 
 LEARNED = sorted(exports.released())
@@ -203,6 +204,19 @@ def test_inside_shard_map_each_device_may_have_its_own(optimizer, apart, kind):
     close(jax.tree.map(lambda x: np.asarray(x)[5], together), single, apart)
 
 
+def test_soap_lies_as_its_parameters_and_as_gradients_where_it_is_given_none():
+    """The state, laid end to end, does not know how the parameters lay."""
+    mesh = mesh_of("explicit")
+    params = lie(parameters(), mesh, LAYOUTS["tensor parallel"])
+    seen = lie(gradients(parameters()), mesh, LAYOUTS["fsdp"])
+    transform = scale_by_soap()
+    with jax.set_mesh(mesh):
+        state = transform.init(params)
+        for like, given in ((params, params), (seen, None)):
+            updates, _ = jax.jit(transform.update)(seen, state, given)
+            assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, like)
+
+
 @pytest.mark.parametrize("name", sorted(set(LEARNED) - set(WHOLE)))
 def test_inside_shard_map_a_shared_tensor_stays_shared_beside_split_ones(name):
     """Rows of w a device, one bias: coordinatewise rules give the numbers of one device."""
@@ -216,3 +230,22 @@ def test_inside_shard_map_a_shared_tensor_stays_shared_beside_split_ones(name):
 
     split = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=specs)
     close(jax.jit(split)(lie(parameters(), mesh, specs)), jax.jit(body)(parameters()))
+
+
+def test_inside_shard_map_soap_treats_the_rows_of_a_device_as_a_matrix():
+    """A matrix moves as its rows on each device would alone, and a shared vector stays shared."""
+    transform = soap(1e-2)
+    specs = {"w": P("data"), "v": P("data"), "b": P(), "scale": P()}
+
+    def body(params):
+        updates, _ = transform.update(gradients(params), transform.init(params), params)
+        return updates
+
+    mesh = jax.make_mesh((4,), ("data",))
+    split = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=specs)
+    found, params = jax.jit(split)(lie(parameters(), mesh, specs)), parameters()
+    found = jax.tree.map(np.asarray, found)
+    for i in range(4):
+        own = params | {"w": params["w"][4 * i :][:4], "v": params["v"][2 * i :][:2]}
+        there = found | {"w": found["w"][4 * i :][:4], "v": found["v"][2 * i :][:2]}
+        close(there, jax.jit(body)(own))

@@ -364,6 +364,13 @@ def test_gradients_that_do_not_fit_are_one_sentence():
             transform.update(odd, state, params)
 
 
+def test_a_state_of_other_parameters_is_one_sentence():
+    state = l2l.soap(1e-2).init({"w": jnp.ones((5, 4))})
+    params = {"w": jnp.ones((4, 5))}
+    with pytest.raises(l2l.UserError, match=r"moments have shape \(5, 4\) .*`init`"):
+        l2l.soap(1e-2).update(params, state, params)
+
+
 @pytest.mark.parametrize("leaf", [1j * jnp.ones(3), jnp.arange(3), 2, "text"], ids=str)
 def test_parameters_without_a_real_gradient_are_one_sentence(leaf):
     """Of complex numbers it took g² for |g|², and so it did not descend."""

@@ -155,6 +155,7 @@ def state_type(state_dtype: Any) -> np.dtype | None:
 
 _REMEDY = {
     "gradients": "give `update` the gradients of the parameters that it is given",
+    "moments": "call `init` again when the parameters change in structure or shape",
     "remembered parameters": "call `init` again when the parameters change in structure or shape",
 }
 

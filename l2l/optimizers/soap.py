@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l.optimizers import ranges, soap_directions
+from l2l.optimizers import meshes, ranges, soap_directions
 from l2l.optimizers.leaves import abstract, check, matched
 from l2l.optimizers.soap_directions import Settings, SoapState
 
@@ -40,13 +40,16 @@ def scale_by_soap(settings: Settings = PUBLISHED) -> optax.GradientTransformatio
         check(params)
         if abstract(params):
             return jax.eval_shape(partial(_begin, fixed), params)
-        return _begin(fixed, params)
+        return meshes.together(_begin(fixed, params), params)
 
     def update(updates, state, params=None):
-        del params
+        gradients = matched(updates, state.nu if params is None else params)
+        if params is not None:
+            matched(state.nu, params, "moments")
+            params = jax.tree.leaves(params)
         if not jax.tree.leaves(state.nu):
             return updates, state
-        return _advance(fixed, arrays, matched(updates, state.nu), state)
+        return _advance(fixed, arrays, gradients, state, params)
 
     return optax.GradientTransformation(init, update)
 
@@ -71,18 +74,24 @@ def _begin(fixed: Settings, params):
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
-def _advance(fixed: Settings, arrays: Settings, gradients: list, state: SoapState):
-    """(directions like the parameters, state). `gradients` are those of `leaves.matched`: None
-    counts as zero, and gets none."""
+def _advance(
+    fixed: Settings, arrays: Settings, gradients: list, state: SoapState, params: list | None
+):
+    """(directions, state). The directions lie on devices as the parameters do, or as the gradients
+    where params is None. `gradients` are those of `leaves.matched`: None counts as zero, and gets
+    none."""
     settings = jax.tree.map(
         lambda x, array: array if x is None else x, fixed, arrays, is_leaf=lambda x: x is None
     )
     kept, treedef = jax.tree.flatten(state.nu)
     pairs = zip(gradients, kept, strict=True)
-    given = treedef.unflatten([jnp.zeros_like(x) if g is None else g for g, x in pairs])
+    given = [jnp.zeros_like(x) if g is None else g for g, x in pairs]
+    likes = given if params is None else params
+    given, state = meshes.together((given, state), likes)
+    given = treedef.unflatten(given)
     seen, state = soap_directions.observe(settings, given, state)
     directions = soap_directions.back(settings, seen, jnp.ones((1, len(kept))), given)
-    out = treedef.flatten_up_to(directions)
+    out = meshes.alike(treedef.flatten_up_to(directions), likes)
     out = [None if g is None else d for g, d in zip(gradients, out, strict=True)]
     return treedef.unflatten(out), state
 
