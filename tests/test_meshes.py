@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -222,7 +223,7 @@ def test_inside_shard_map_a_shared_tensor_stays_shared_beside_split_ones(name):
     """Rows of w a device, one bias: coordinatewise rules give the numbers of one device."""
     optimizer = exports.load(name, num_steps=9)
     mesh = jax.make_mesh((8,), ("data",))
-    specs = {"w": P("data"), "v": P("data"), "b": P(), "scale": P()}
+    specs = LAYOUTS["fsdp"]
 
     def body(params):
         updates, _ = optimizer.update(gradients(params), optimizer.init(params), params)
@@ -235,7 +236,7 @@ def test_inside_shard_map_a_shared_tensor_stays_shared_beside_split_ones(name):
 def test_inside_shard_map_soap_treats_the_rows_of_a_device_as_a_matrix():
     """A matrix moves as its rows on each device would alone, and a shared vector stays shared."""
     transform = soap(1e-2)
-    specs = {"w": P("data"), "v": P("data"), "b": P(), "scale": P()}
+    specs = LAYOUTS["fsdp"]
 
     def body(params):
         updates, _ = transform.update(gradients(params), transform.init(params), params)
@@ -249,3 +250,57 @@ def test_inside_shard_map_soap_treats_the_rows_of_a_device_as_a_matrix():
         own = params | {"w": params["w"][4 * i :][:4], "v": params["v"][2 * i :][:2]}
         there = found | {"w": found["w"][4 * i :][:4], "v": found["v"][2 * i :][:2]}
         close(there, jax.jit(body)(own))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inside_shard_map_a_guard_judges_a_split_model_as_one(kind):
+    """What breaks in the rows of one device strikes on all, a step is as long as its parts, the
+    loss is the mean. Adam's numbers are those of one device, through a fall and the way back."""
+    transform = guard(optax.adam(1e-2), adam=optax.adam(3e-2), patience=2, period=3)
+
+    def run(params, first=0, value=1.0):
+        """first: the number of the first row of w that is here."""
+
+        def step(carry, i):
+            params, state = carry
+            seen = gradients(params)
+            rows = first + jnp.arange(len(seen["w"]))
+            broken = (rows == 0) & (i >= 4) & (i < 7)
+            seen["w"] = jnp.where(broken[:, None], jnp.nan, seen["w"])
+            updates, state = transform.update(seen, state, params, value=value)
+            told = state.falls, state.strikes, state.longest, state.losses.first
+            return (jax.tree.map(jnp.add, params, updates), state), told
+
+        (params, _), told = jax.lax.scan(step, (params, transform.init(params)), jnp.arange(12))
+        return params, told
+
+    def body(params):
+        device = jax.lax.axis_index("data")
+        return run(params, 2 * device, 1 + device - 3.5)
+
+    mesh, specs = jax.make_mesh((8,), ("data",), axis_types=(KINDS[kind],)), LAYOUTS["fsdp"]
+    split = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=(specs, P()))
+    after, told = jax.jit(split)(lie(parameters(), mesh, specs))
+    wanted, alone = jax.jit(run)(parameters())
+    assert int(alone[0][-1]) == 1
+    close(after, wanted, 1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), told, alone)
+
+
+@pytest.mark.parametrize("make", [lambda: exports.load("lstm"), lambda: soap(1e-2)])
+def test_inside_shard_map_a_guard_round_a_split_model_is_invisible(make):
+    mesh, specs = jax.make_mesh((8,), ("data",)), LAYOUTS["fsdp"]
+
+    def after(optimizer):
+        def body(params):
+            def step(carry, _):
+                params, state = carry
+                updates, state = optimizer.update(gradients(params), state, params)
+                return (jax.tree.map(jnp.add, params, updates), state), None
+
+            return jax.lax.scan(step, (params, optimizer.init(params)), None, STEPS)[0][0]
+
+        split = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=specs)
+        return jax.jit(split)(lie(parameters(), mesh, specs))
+
+    close(after(guard(make())), after(make()))
