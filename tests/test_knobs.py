@@ -59,11 +59,31 @@ def test_knobs(exported):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"learning_rate": -1.0}, {"weight_decay": float("nan")}, {"learning_rate": "fast"}]
+    "knobs",
+    [
+        {"learning_rate": -1.0},
+        {"weight_decay": float("nan")},
+        {"learning_rate": "fast"},
+        {"learning_rate": np.array(-1.0)},
+        {"learning_rate": np.ones(3)},
+        {"learning_rate": jnp.ones(3)},
+        {"learning_rate": jnp.ones((), bool)},
+        {"weight_decay": jnp.zeros((2, 2))},
+    ],
+    ids=str,
 )
 def test_a_knob_out_of_range_is_one_sentence(exported, knobs):
-    with pytest.raises(l2l.UserError, match=next(iter(knobs))):
+    with pytest.raises(l2l.UserError, match=next(iter(knobs)) + r"=[^\n]*positive number\.$"):
         l2l.load(exported, **knobs)
+
+
+@pytest.mark.parametrize("kind", [np.array, np.float32, jnp.float32], ids=str)
+@pytest.mark.parametrize("name, value", [("learning_rate", 0.5), ("weight_decay", 0.5)])
+def test_a_knob_may_be_a_number_of_any_type(exported, name, value, kind):
+    ours, wanted = (
+        run(l2l.load(exported, num_steps=9, **{name: x}), 2) for x in (kind(value), value)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), ours, wanted)
 
 
 def test_decay_is_times_the_rate_that_a_rule_anneals():
@@ -89,7 +109,31 @@ def test_epochs_set_the_decay(exported):
     jax.tree.map(np.testing.assert_array_equal, told, decayed)
 
 
-@pytest.mark.parametrize("epochs", [0, -1.0, float("inf"), float("nan"), True, "many"])
+@pytest.mark.parametrize("kind", [np.array, np.float32, np.int64, jnp.float32, jnp.int32], ids=str)
+def test_epochs_of_any_type_are_that_number(kind):
+    np.testing.assert_allclose(repeated_decay(kind(7)), 0.3 * (7 / 20) ** 1.5, rtol=1e-6)
+    np.testing.assert_allclose(repeated_decay(kind(70)), 0.3, rtol=1e-6)
+
+
+def test_knobs_may_be_injected(exported):
+    """All of them: what is left out must not turn into an array that is taken for given."""
+    told = dict(epochs=7, num_steps=9, learning_rate=0.5)
+    ours, wanted = (
+        run(load(exported, **told), 2) for load in (optax.inject_hyperparams(l2l.load), l2l.load)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), ours, wanted)
+    scheduled = optax.inject_hyperparams(l2l.load)("lstm", weight_decay=lambda step: 1.0 * step)
+    now = run(scheduled, 2)
+    then = run(l2l.load("lstm"), 2)
+    np.testing.assert_allclose(now[0]["w"], then[0]["w"], rtol=1e-5)
+    assert not np.allclose(now[1]["w"], then[1]["w"], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "epochs",
+    [0, -1.0, float("inf"), float("nan"), True, "many", np.array(-1), jnp.ones(2)],
+    ids=str,
+)
 def test_epochs_that_are_no_number(epochs):
     with pytest.raises(l2l.UserError, match="over the number of training examples"):
         l2l.load("lstm", epochs=epochs)
@@ -99,6 +143,7 @@ def test_epochs_that_are_no_number(epochs):
     "knobs, said",
     [
         ({"epochs": 3, "weight_decay": 0.1}, "give one of them"),
+        ({"epochs": 3, "weight_decay": 0}, "give one of them"),
         ({"mask": {"w": True, "k": False, "b": False}}, "mask says where weight_decay applies"),
     ],
 )
@@ -116,7 +161,9 @@ def test_a_horizon_of_none_is_none_given():
     assert any(bool(jnp.any(a["w"] != b["w"])) for a, b in zip(other, left_out, strict=True))
 
 
-@pytest.mark.parametrize("factor", [0.5, np.float32(0.5), jnp.float32(0.5)], ids=type)
+@pytest.mark.parametrize(
+    "factor", [0.5, np.float32(0.5), np.array(0.5), jnp.float32(0.5)], ids=type
+)
 def test_a_factor_of_any_type_keeps_half_precision(factor):
     params = {"w": jnp.ones((4, 3), jnp.bfloat16)}
     transform = l2l.load("lstm", learning_rate=factor)

@@ -253,9 +253,9 @@ def load(
     name_or_path,
     *,
     num_steps: int | None = None,
-    epochs: float | None = None,
+    epochs: float | jax.Array | None = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    weight_decay: float = 0.0,
+    weight_decay: float | jax.Array | None = None,
     mask: Any = None,
     state_dtype=None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -272,8 +272,8 @@ def load(
         show, so this sets `weight_decay` (`binding.repeated_decay`): 0.1 for 10 epochs, 0.3 from 20
         on. It lowers validation losses where a model can memorise its data.
       learning_rate: a factor on every update, or an optax schedule of factors.
-      weight_decay: decoupled, as in `optax.adamw`, times the optimizer's own nominal rate. It adds
-        to the decay that a rule such as that of `lstm` has learned.
+      weight_decay: decoupled, as in `optax.adamw`, times the optimizer's own nominal rate; None
+        for 0. It adds to the decay that a rule such as that of `lstm` has learned.
       mask: where `weight_decay` applies, as in `optax.adamw`. What a rule has learned is not
         masked.
       state_dtype: of optimizers that treat each coordinate alone, such as `dm`: the dtype of the
@@ -291,7 +291,7 @@ def load(
     if num_steps is not None:
         leaves.horizon(num_steps)
     if epochs is not None:
-        if isinstance(weight_decay, jax.Array) or weight_decay:
+        if weight_decay is not None:
             raise UserError(
                 f"epochs={epochs} sets the weight decay, and so does weight_decay={weight_decay}: "
                 "give one of them."
