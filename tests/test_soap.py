@@ -355,6 +355,17 @@ def test_a_gradient_of_none_is_none_and_counts_as_zero():
     jax.tree.map(np.testing.assert_array_equal, state, same)
 
 
+def test_gradients_of_half_precision_give_updates_in_that_of_the_parameters():
+    """Those that the same numbers in float32 give: Adam's and those of `lstm` are so as well."""
+    params = {"w": jnp.ones((5, 4)), "b": jnp.ones(3)}
+    transform = l2l.soap(1e-2, weight_decay=0.1)
+    (half,) = gradients_like(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), 1)
+    (ours,), state = run(transform, params, [half])
+    (wanted,), same = run(transform, params, [jax.tree.map(jnp.float32, half)])
+    jax.tree.map(np.testing.assert_array_equal, (ours, state), (wanted, same))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(ours))
+
+
 def test_gradients_that_do_not_fit_are_one_sentence():
     params = {"w": jnp.ones((5, 4)), "b": jnp.ones(3)}
     transform = l2l.soap(1e-2)

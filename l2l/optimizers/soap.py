@@ -77,9 +77,9 @@ def _begin(fixed: Settings, params):
 def _advance(
     fixed: Settings, arrays: Settings, gradients: list, state: SoapState, params: list | None
 ):
-    """(directions, state). The directions lie on devices as the parameters do, or as the gradients
-    where params is None. `gradients` are those of `leaves.matched`: None counts as zero, and gets
-    none."""
+    """(directions, state). The directions have the dtypes of the parameters and lie on devices as
+    they do, or as the gradients where params is None. `gradients` are those of `leaves.matched`:
+    None counts as zero, and gets none."""
     settings = jax.tree.map(
         lambda x, array: array if x is None else x, fixed, arrays, is_leaf=lambda x: x is None
     )
@@ -90,7 +90,9 @@ def _advance(
     given, state = meshes.together((given, state), likes)
     given = treedef.unflatten(given)
     seen, state = soap_directions.observe(settings, given, state)
-    directions = soap_directions.back(settings, seen, jnp.ones((1, len(kept))), given)
+    # In their dtypes: gradients may be of half precision where parameters are not.
+    like = treedef.unflatten(likes)
+    directions = soap_directions.back(settings, seen, jnp.ones((1, len(kept))), like)
     out = meshes.alike(treedef.flatten_up_to(directions), likes)
     out = [None if g is None else d for g, d in zip(gradients, out, strict=True)]
     return treedef.unflatten(out), state
@@ -118,7 +120,8 @@ def soap(
 
     The bases take one step of orthogonal iteration every `precondition_frequency` steps. Tensors of
     more than two axes are treated as matrices, all axes but the last by the last; scalars and
-    vectors move as with Adam.
+    vectors move as with Adam. Updates are in the dtypes of the parameters, whatever those of the
+    gradients.
 
     Args:
       learning_rate: a number or an optax schedule.
