@@ -152,6 +152,35 @@ def test_knobs_that_do_not_go_together(knobs, said):
         l2l.load("lstm", **knobs)
 
 
+MASKS = {
+    "too little": ({"w": True, "k": False}, r"nothing of \['b'\]"),
+    "too much": ({"w": True, "k": False, "b": {"c": True}}, r"\['b'\]"),
+    "another": (
+        {"w": True, "k": False, "b": True, "c": True},
+        r"it has \['c'\], and params has not",
+    ),
+    "another kind": ((True, False, True), r"nothing of \['b'\]"),
+    "a function": (lambda params: {"w": True}, r"nothing of \['b'\]"),
+}
+
+
+@pytest.mark.parametrize("make", [l2l.load, l2l.soap])
+@pytest.mark.parametrize("mask, said", MASKS.values(), ids=MASKS)
+def test_a_mask_that_does_not_fit_is_one_sentence(exported, make, mask, said):
+    first = exported if make is l2l.load else 0.1
+    transform = make(first, weight_decay=0.1, mask=mask)
+    with pytest.raises(l2l.UserError, match=rf"^The mask does not fit [^\n]*{said}[^\n]*\.$"):
+        transform.init(PARAMS)
+
+
+def test_a_mask_may_be_shorter_than_the_parameters(exported):
+    """As in `optax.masked`: one entry for a whole subtree."""
+    params = {"in": PARAMS, "out": PARAMS}
+    transform = l2l.load(exported, weight_decay=0.5, mask={"in": True, "out": False})
+    updates, _ = transform.update(params, transform.init(params), params)
+    assert not np.allclose(updates["in"]["w"], updates["out"]["w"], rtol=1e-3)
+
+
 def test_a_horizon_of_none_is_none_given():
     """A generic loop may pass `num_steps=None` on."""
     transform = l2l.load("lstm", num_steps=9)

@@ -149,7 +149,7 @@ def with_knobs(
                 "and this one has none: chain optax.add_decayed_weights(-rate · decay) behind it."
             )
         decay = _decay(rate, weight_decay)
-        links.append(decay if mask is None else optax.masked(decay, mask))
+        links.append(masked(decay, mask))
     elif mask is not None:
         raise UserError(
             "mask says where weight_decay applies, and there is none: give weight_decay, or leave "
@@ -160,6 +160,19 @@ def with_knobs(
     elif isinstance(learning_rate, jax.Array) or learning_rate != 1:
         links.append(_scaled(learning_rate))
     return transform if len(links) == 1 else optax.chain(*links)
+
+
+def masked(decay: optax.GradientTransformation, mask) -> optax.GradientTransformation:
+    """`optax.masked`, if there is a mask. Its `init` raises UserError for one that does not fit."""
+    if mask is None:
+        return decay
+    own = optax.masked(decay, mask)
+
+    def init(params):
+        leaves.check_mask(mask(params) if callable(mask) else mask, params)
+        return own.init(params)
+
+    return own._replace(init=init)
 
 
 def _knob(name: str, value) -> Any:

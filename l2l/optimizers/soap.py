@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l.optimizers import meshes, ranges, soap_directions
+from l2l.optimizers import binding, meshes, ranges, soap_directions
 from l2l.optimizers.leaves import abstract, check, matched
 from l2l.optimizers.soap_directions import Settings, SoapState
 
@@ -139,7 +139,8 @@ def soap(
 
     Raises:
       UserError: a setting is out of range; from `init`, for parameters that are no real
-        floating-point numbers; from `update`, the gradients do not fit the parameters.
+        floating-point numbers, or a mask that does not fit them; from `update`, the gradients or
+        the state do not fit the parameters.
     """
     ranges.decay("b1", b1)
     ranges.decay("b2", b2)
@@ -162,6 +163,6 @@ def soap(
     )
     return optax.chain(
         scale_by_soap(settings),
-        optax.add_decayed_weights(weight_decay, mask),
+        binding.masked(optax.add_decayed_weights(weight_decay), mask),
         optax.scale_by_learning_rate(learning_rate),
     )

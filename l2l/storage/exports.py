@@ -286,7 +286,8 @@ def load(
       UserError: there is no such optimizer, or the file is damaged; `num_steps` is not a number
         of steps; a setting is out of range; `epochs` is given beside `weight_decay`, or either
         where the optimizer has no nominal rate, or `mask` without them; or `state_dtype` is not a
-        floating-point type, or is given where there is no such state.
+        floating-point type, or is given where there is no such state. From `init`: the parameters
+        are no real floating-point numbers, or `mask` does not fit them.
     """
     if num_steps is not None:
         leaves.horizon(num_steps)
@@ -397,6 +398,11 @@ def locate(name_or_path):
     """The path of an export, for `read`: from a released name, a file or a run directory (remote
     ones too); or a UserError."""
     names = released()
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise UserError(
+            f"A {type(name_or_path).__name__} is neither a name nor a path: give the path of an "
+            f"export, the directory of a run, or one of {', '.join(names)}."
+        )
     if isinstance(name_or_path, str) and name_or_path in names:
         return names[name_or_path]
     path = files.readable(name_or_path)
