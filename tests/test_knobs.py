@@ -181,6 +181,45 @@ def test_a_mask_may_be_shorter_than_the_parameters(exported):
     assert not np.allclose(updates["in"]["w"], updates["out"]["w"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["lstm", "mlp"])
+def test_a_run_beyond_its_end_stands_still_until_it_is_told_of_more_steps(name):
+    """The state holds no horizon."""
+    short = l2l.load(name, num_steps=100)
+    params = {"w": PARAMS["w"]}
+
+    def step(state, key):
+        gradient = {"w": jax.random.normal(key, (6, 5))}
+        updates, state = short.update(gradient, state, params)
+        return state, optax.tree.norm(updates)
+
+    keys = jax.random.split(jax.random.key(0), 150)
+    state, norms = jax.jit(lambda: jax.lax.scan(step, short.init(params), keys))()
+    assert float(jnp.max(norms[100:])) < 0.03 * float(norms[0])
+    told, _ = short.update(params, state, params, num_steps=1000)
+    anew, _ = l2l.load(name, num_steps=1000).update(params, state, params)
+    np.testing.assert_array_equal(told["w"], anew["w"])
+    assert float(optax.tree.norm(told)) > 0.1 * float(norms[0])
+
+
+def test_epochs_decay_biases_too_unless_the_mask_leaves_them_out(exported):
+    """0.3 times the nominal rate, from twenty epochs on."""
+    plain, decayed, masked = (
+        run(l2l.load(exported, num_steps=9, **knobs), 1)[0]
+        for knobs in (
+            {},
+            {"epochs": 50},
+            {"epochs": 50, "mask": {"w": True, "k": True, "b": False}},
+        )
+    )
+    rate = np.exp(exports.read(exported)[1]["log_rate"]) * (500 / 100) ** 0.4
+    for name, x in PARAMS.items():
+        np.testing.assert_allclose(
+            decayed[name] - plain[name], -0.3 * rate * x, rtol=1e-3, atol=1e-6
+        )
+    np.testing.assert_array_equal(masked["b"], plain["b"])
+    np.testing.assert_array_equal(masked["w"], decayed["w"])
+
+
 def test_a_horizon_of_none_is_none_given():
     """A generic loop may pass `num_steps=None` on."""
     transform = l2l.load("lstm", num_steps=9)

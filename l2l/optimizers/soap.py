@@ -119,8 +119,10 @@ def soap(
         W ← W − learning_rate · (Q_L (M̂′/(√V̂ + eps)) Q_Rᵀ + weight_decay · W).
 
     The bases take one step of orthogonal iteration every `precondition_frequency` steps. Tensors of
-    more than two axes are treated as matrices, all axes but the last by the last; scalars and
-    vectors move as with Adam. Updates are in the dtypes of the parameters, whatever those of the
+    more than two axes are treated as matrices, all axes but the last by the last: the layout of
+    flax and haiku. A kernel of equinox or PyTorch, (out, in, height, width), has its width as
+    columns, and layers stacked into one array are one tall matrix. Scalars and vectors move as with
+    Adam. Updates are in the dtypes of the parameters, whatever those of the
     gradients.
 
     Args:

@@ -266,11 +266,15 @@ def load(
         run that has ended; also at gs:// or s3://, where etils can read those. The name of a
         released one means that, whatever the working directory holds: a file or folder of the
         same name is written with a slash (./lstm) or given as a `Path`.
-      num_steps: the horizon that the optimizer is told when `update` is given none.
+      num_steps: the horizon that the optimizer is told when `update` is given none. `lstm` and
+        `mlp` lower their rate towards its end and stay at the last, tiny one: a run that goes on
+        all but stands still (updates of `lstm` are then 0.003 of the first). The state holds no
+        horizon: to go on, keep it, and load with more steps or give `update` its own `num_steps`.
       epochs: how often the run goes through its data: its steps, times the batch size, over the
         number of examples. What is seen again and again is memorised, which the gradients do not
-        show, so this sets `weight_decay` (`binding.repeated_decay`): 0.1 for 10 epochs, 0.3 from 20
-        on. It lowers validation losses where a model can memorise its data.
+        show, so this sets `weight_decay` (`binding.repeated_decay`) to 0.1 for 10 epochs and 0.3
+        from 20 on, times the nominal rate. It lowers validation losses where a model can memorise
+        its data. Biases and the scales of norms decay as well, unless `mask` leaves them out.
       learning_rate: a factor on every update, or an optax schedule of factors.
       weight_decay: decoupled, as in `optax.adamw`, times the optimizer's own nominal rate; None
         for 0. It adds to the decay that a rule such as that of `lstm` has learned.
@@ -278,6 +282,11 @@ def load(
         masked.
       state_dtype: of optimizers that treat each coordinate alone, such as `dm`: the dtype of the
         recurrent state between steps (`coordinates.bind`). jnp.bfloat16 halves it.
+
+    `lstm` and `mlp` see a tensor as a matrix, all axes but the last by the last: the layout of flax
+    and haiku. A kernel of equinox or PyTorch, (out, in, height, width), has its width as columns.
+    Layers stacked into one array (`flax.linen.scan`, haiku's `layer_stack`) are one tall matrix,
+    and count as one where the rate falls with the number of matrices.
 
     Its updates are in the dtypes of the parameters. It computes in float32, and in float64 where
     any of the parameters is; with `jax_enable_x64` on or off theta is what the file holds.
