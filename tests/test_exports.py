@@ -385,3 +385,10 @@ def test_a_write_that_fails_leaves_what_was(path, monkeypatch):
     with pytest.raises(UserError, match="No space"):
         files.write(path, b"other")
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("given", [None, 5, b"lstm", ["lstm"]], ids=str)
+@pytest.mark.parametrize("read", [exports.load, exports.start])
+def test_what_is_no_name_and_no_path_is_one_sentence(read, given):
+    with pytest.raises(UserError, match=rf"^A {type(given).__name__} is neither [^\n]*lstm[^\n]*$"):
+        read(given)

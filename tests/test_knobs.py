@@ -59,11 +59,31 @@ def test_knobs(exported):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"learning_rate": -1.0}, {"weight_decay": float("nan")}, {"learning_rate": "fast"}]
+    "knobs",
+    [
+        {"learning_rate": -1.0},
+        {"weight_decay": float("nan")},
+        {"learning_rate": "fast"},
+        {"learning_rate": np.array(-1.0)},
+        {"learning_rate": np.ones(3)},
+        {"learning_rate": jnp.ones(3)},
+        {"learning_rate": jnp.ones((), bool)},
+        {"weight_decay": jnp.zeros((2, 2))},
+    ],
+    ids=str,
 )
 def test_a_knob_out_of_range_is_one_sentence(exported, knobs):
-    with pytest.raises(l2l.UserError, match=next(iter(knobs))):
+    with pytest.raises(l2l.UserError, match=next(iter(knobs)) + r"=[^\n]*positive number\.$"):
         l2l.load(exported, **knobs)
+
+
+@pytest.mark.parametrize("kind", [np.array, np.float32, jnp.float32], ids=str)
+@pytest.mark.parametrize("name, value", [("learning_rate", 0.5), ("weight_decay", 0.5)])
+def test_a_knob_may_be_a_number_of_any_type(exported, name, value, kind):
+    ours, wanted = (
+        run(l2l.load(exported, num_steps=9, **{name: x}), 2) for x in (kind(value), value)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), ours, wanted)
 
 
 def test_decay_is_times_the_rate_that_a_rule_anneals():
@@ -88,7 +108,31 @@ def test_epochs_set_the_decay(exported):
     jax.tree.map(np.testing.assert_array_equal, told, decayed)
 
 
-@pytest.mark.parametrize("epochs", [0, -1.0, float("inf"), float("nan"), True, "many"])
+@pytest.mark.parametrize("kind", [np.array, np.float32, np.int64, jnp.float32, jnp.int32], ids=str)
+def test_epochs_of_any_type_are_that_number(kind):
+    np.testing.assert_allclose(repeated_decay(kind(7)), 0.3 * (7 / 20) ** 1.5, rtol=1e-6)
+    np.testing.assert_allclose(repeated_decay(kind(70)), 0.3, rtol=1e-6)
+
+
+def test_knobs_may_be_injected(exported):
+    """All of them: what is left out must not turn into an array that is taken for given."""
+    told = dict(epochs=7, num_steps=9, learning_rate=0.5)
+    ours, wanted = (
+        run(load(exported, **told), 2) for load in (optax.inject_hyperparams(l2l.load), l2l.load)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), ours, wanted)
+    scheduled = optax.inject_hyperparams(l2l.load)("lstm", weight_decay=lambda step: 1.0 * step)
+    now = run(scheduled, 2)
+    then = run(l2l.load("lstm"), 2)
+    np.testing.assert_allclose(now[0]["w"], then[0]["w"], rtol=1e-5)
+    assert not np.allclose(now[1]["w"], then[1]["w"], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "epochs",
+    [0, -1.0, float("inf"), float("nan"), True, "many", np.array(-1), jnp.ones(2)],
+    ids=str,
+)
 def test_epochs_that_are_no_number(epochs):
     with pytest.raises(l2l.UserError, match="over the number of training examples"):
         l2l.load("lstm", epochs=epochs)
@@ -98,6 +142,7 @@ def test_epochs_that_are_no_number(epochs):
     "knobs, said",
     [
         ({"epochs": 3, "weight_decay": 0.1}, "give one of them"),
+        ({"epochs": 3, "weight_decay": 0}, "give one of them"),
         ({"mask": {"w": True, "k": False, "b": False}}, "mask says where weight_decay applies"),
     ],
 )
@@ -111,6 +156,74 @@ def test_a_rule_without_state_for_each_coordinate_keeps_none_in_half_precision(e
         l2l.load(exported, state_dtype=jnp.bfloat16)
 
 
+MASKS = {
+    "too little": ({"w": True, "k": False}, r"nothing of \['b'\]"),
+    "too much": ({"w": True, "k": False, "b": {"c": True}}, r"\['b'\]"),
+    "another": (
+        {"w": True, "k": False, "b": True, "c": True},
+        r"it has \['c'\], and params has not",
+    ),
+    "another kind": ((True, False, True), r"nothing of \['b'\]"),
+    "a function": (lambda params: {"w": True}, r"nothing of \['b'\]"),
+}
+
+
+@pytest.mark.parametrize("make", [l2l.load, l2l.soap])
+@pytest.mark.parametrize("mask, said", MASKS.values(), ids=MASKS)
+def test_a_mask_that_does_not_fit_is_one_sentence(exported, make, mask, said):
+    first = exported if make is l2l.load else 0.1
+    transform = make(first, weight_decay=0.1, mask=mask)
+    with pytest.raises(l2l.UserError, match=rf"^The mask does not fit [^\n]*{said}[^\n]*\.$"):
+        transform.init(PARAMS)
+
+
+def test_a_mask_may_be_shorter_than_the_parameters(exported):
+    """As in `optax.masked`: one entry for a whole subtree."""
+    params = {"in": PARAMS, "out": PARAMS}
+    transform = l2l.load(exported, weight_decay=0.5, mask={"in": True, "out": False})
+    updates, _ = transform.update(params, transform.init(params), params)
+    assert not np.allclose(updates["in"]["w"], updates["out"]["w"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lstm", "mlp"])
+def test_a_run_beyond_its_end_stands_still_until_it_is_told_of_more_steps(name):
+    """The state holds no horizon."""
+    short = l2l.load(name, num_steps=100)
+    params = {"w": PARAMS["w"]}
+
+    def step(state, key):
+        gradient = {"w": jax.random.normal(key, (6, 5))}
+        updates, state = short.update(gradient, state, params)
+        return state, optax.tree.norm(updates)
+
+    keys = jax.random.split(jax.random.key(0), 150)
+    state, norms = jax.jit(lambda: jax.lax.scan(step, short.init(params), keys))()
+    assert float(jnp.max(norms[100:])) < 0.03 * float(norms[0])
+    told, _ = short.update(params, state, params, num_steps=1000)
+    anew, _ = l2l.load(name, num_steps=1000).update(params, state, params)
+    np.testing.assert_array_equal(told["w"], anew["w"])
+    assert float(optax.tree.norm(told)) > 0.1 * float(norms[0])
+
+
+def test_epochs_decay_biases_too_unless_the_mask_leaves_them_out(exported):
+    """0.3 times the nominal rate, from twenty epochs on."""
+    plain, decayed, masked = (
+        run(l2l.load(exported, num_steps=9, **knobs), 1)[0]
+        for knobs in (
+            {},
+            {"epochs": 50},
+            {"epochs": 50, "mask": {"w": True, "k": True, "b": False}},
+        )
+    )
+    rate = np.exp(exports.read(exported)[1]["log_rate"]) * (500 / 100) ** 0.4
+    for name, x in PARAMS.items():
+        np.testing.assert_allclose(
+            decayed[name] - plain[name], -0.3 * rate * x, rtol=1e-3, atol=1e-6
+        )
+    np.testing.assert_array_equal(masked["b"], plain["b"])
+    np.testing.assert_array_equal(masked["w"], decayed["w"])
+
+
 def test_a_horizon_of_none_is_none_given():
     """A generic loop may pass `num_steps=None` on."""
     transform = l2l.load("lstm", num_steps=9)
@@ -120,7 +233,9 @@ def test_a_horizon_of_none_is_none_given():
     assert any(bool(jnp.any(a["w"] != b["w"])) for a, b in zip(other, left_out, strict=True))
 
 
-@pytest.mark.parametrize("factor", [0.5, np.float32(0.5), jnp.float32(0.5)], ids=type)
+@pytest.mark.parametrize(
+    "factor", [0.5, np.float32(0.5), np.array(0.5), jnp.float32(0.5)], ids=type
+)
 def test_a_factor_of_any_type_keeps_half_precision(factor):
     params = {"w": jnp.ones((4, 3), jnp.bfloat16)}
     transform = l2l.load("lstm", learning_rate=factor)

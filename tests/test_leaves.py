@@ -134,6 +134,14 @@ def test_a_horizon_that_is_no_number_of_steps(transform, num_steps):
         assert told == refused(lambda: l2l.load("dm", num_steps=num_steps))
 
 
+def test_a_horizon_beyond_the_limit_is_told_the_limit(transform):
+    state = transform.init(PARAMS)
+    for steps in (2**31, 10**12, np.int64(10**12)):
+        told = refused(lambda steps=steps: transform.update(PARAMS, state, PARAMS, num_steps=steps))
+        assert told.startswith(f"num_steps={steps} is above the limit of 2147483647 ")
+    assert int(leaves.horizon(2**31 - 1)) == 2**31 - 1
+
+
 @pytest.mark.parametrize("num_steps", [None, 0, 7, np.int64(7), np.asarray(7), jnp.asarray(7)])
 def test_horizons(num_steps):
     out = leaves.horizon(num_steps)

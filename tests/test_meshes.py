@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from l2l.optimizers import meshes
 from l2l.optimizers.guard import guard
+from l2l.optimizers.soap import scale_by_soap, soap
 from l2l.storage import exports
 
 STEPS = 3
@@ -42,7 +44,7 @@ def gradients(params):
 
 def optimizers():
     found = {name: (lambda name=name: exports.load(name, num_steps=9)) for name in LEARNED}
-    return found | {"guarded mlp": lambda: guard(exports.load("mlp"))}
+    return found | {"guarded mlp": lambda: guard(exports.load("mlp")), "soap": lambda: soap(1e-2)}
 
 
 LEARNED = sorted(exports.released())
@@ -203,12 +205,25 @@ def test_inside_shard_map_each_device_may_have_its_own(optimizer, apart, kind):
     close(jax.tree.map(lambda x: np.asarray(x)[5], together), single, apart)
 
 
+def test_soap_lies_as_its_parameters_and_as_gradients_where_it_is_given_none():
+    """The state, laid end to end, does not know how the parameters lay."""
+    mesh = mesh_of("explicit")
+    params = lie(parameters(), mesh, LAYOUTS["tensor parallel"])
+    seen = lie(gradients(parameters()), mesh, LAYOUTS["fsdp"])
+    transform = scale_by_soap()
+    with jax.set_mesh(mesh):
+        state = transform.init(params)
+        for like, given in ((params, params), (seen, None)):
+            updates, _ = jax.jit(transform.update)(seen, state, given)
+            assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, like)
+
+
 @pytest.mark.parametrize("name", sorted(set(LEARNED) - set(WHOLE)))
 def test_inside_shard_map_a_shared_tensor_stays_shared_beside_split_ones(name):
     """Rows of w a device, one bias: coordinatewise rules give the numbers of one device."""
     optimizer = exports.load(name, num_steps=9)
     mesh = jax.make_mesh((8,), ("data",))
-    specs = {"w": P("data"), "v": P("data"), "b": P(), "scale": P()}
+    specs = LAYOUTS["fsdp"]
 
     def body(params):
         updates, _ = optimizer.update(gradients(params), optimizer.init(params), params)
@@ -216,3 +231,76 @@ def test_inside_shard_map_a_shared_tensor_stays_shared_beside_split_ones(name):
 
     split = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=specs)
     close(jax.jit(split)(lie(parameters(), mesh, specs)), jax.jit(body)(parameters()))
+
+
+def test_inside_shard_map_soap_treats_the_rows_of_a_device_as_a_matrix():
+    """A matrix moves as its rows on each device would alone, and a shared vector stays shared."""
+    transform = soap(1e-2)
+    specs = LAYOUTS["fsdp"]
+
+    def body(params):
+        updates, _ = transform.update(gradients(params), transform.init(params), params)
+        return updates
+
+    mesh = jax.make_mesh((4,), ("data",))
+    split = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=specs)
+    found, params = jax.jit(split)(lie(parameters(), mesh, specs)), parameters()
+    found = jax.tree.map(np.asarray, found)
+    for i in range(4):
+        own = params | {"w": params["w"][4 * i :][:4], "v": params["v"][2 * i :][:2]}
+        there = found | {"w": found["w"][4 * i :][:4], "v": found["v"][2 * i :][:2]}
+        close(there, jax.jit(body)(own))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inside_shard_map_a_guard_judges_a_split_model_as_one(kind):
+    """What breaks in the rows of one device strikes on all, a step is as long as its parts, the
+    loss is the mean. Adam's numbers are those of one device, through a fall and the way back."""
+    transform = guard(optax.adam(1e-2), adam=optax.adam(3e-2), patience=2, period=3)
+
+    def run(params, first=0, value=1.0):
+        """first: the number of the first row of w that is here."""
+
+        def step(carry, i):
+            params, state = carry
+            seen = gradients(params)
+            rows = first + jnp.arange(len(seen["w"]))
+            broken = (rows == 0) & (i >= 4) & (i < 7)
+            seen["w"] = jnp.where(broken[:, None], jnp.nan, seen["w"])
+            updates, state = transform.update(seen, state, params, value=value)
+            told = state.falls, state.strikes, state.longest, state.losses.first
+            return (jax.tree.map(jnp.add, params, updates), state), told
+
+        (params, _), told = jax.lax.scan(step, (params, transform.init(params)), jnp.arange(12))
+        return params, told
+
+    def body(params):
+        device = jax.lax.axis_index("data")
+        return run(params, 2 * device, 1 + device - 3.5)
+
+    mesh, specs = jax.make_mesh((8,), ("data",), axis_types=(KINDS[kind],)), LAYOUTS["fsdp"]
+    split = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=(specs, P()))
+    after, told = jax.jit(split)(lie(parameters(), mesh, specs))
+    wanted, alone = jax.jit(run)(parameters())
+    assert int(alone[0][-1]) == 1
+    close(after, wanted, 1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), told, alone)
+
+
+@pytest.mark.parametrize("make", [lambda: exports.load("lstm"), lambda: soap(1e-2)])
+def test_inside_shard_map_a_guard_round_a_split_model_is_invisible(make):
+    mesh, specs = jax.make_mesh((8,), ("data",)), LAYOUTS["fsdp"]
+
+    def after(optimizer):
+        def body(params):
+            def step(carry, _):
+                params, state = carry
+                updates, state = optimizer.update(gradients(params), state, params)
+                return (jax.tree.map(jnp.add, params, updates), state), None
+
+            return jax.lax.scan(step, (params, optimizer.init(params)), None, STEPS)[0][0]
+
+        split = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=specs)
+        return jax.jit(split)(lie(parameters(), mesh, specs))
+
+    close(after(guard(make())), after(make()))

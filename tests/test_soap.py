@@ -412,6 +412,17 @@ def test_a_gradient_of_none_is_none_and_counts_as_zero():
     jax.tree.map(np.testing.assert_array_equal, state, same)
 
 
+def test_gradients_of_half_precision_give_updates_in_that_of_the_parameters():
+    """Those that the same numbers in float32 give: Adam's and those of `lstm` are so as well."""
+    params = {"w": jnp.ones((5, 4)), "b": jnp.ones(3)}
+    transform = l2l.soap(1e-2, weight_decay=0.1)
+    (half,) = gradients_like(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), 1)
+    (ours,), state = run(transform, params, [half])
+    (wanted,), same = run(transform, params, [jax.tree.map(jnp.float32, half)])
+    jax.tree.map(np.testing.assert_array_equal, (ours, state), (wanted, same))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(ours))
+
+
 def test_gradients_that_do_not_fit_are_one_sentence():
     params = {"w": jnp.ones((5, 4)), "b": jnp.ones(3)}
     transform = l2l.soap(1e-2)
@@ -419,6 +430,13 @@ def test_gradients_that_do_not_fit_are_one_sentence():
     for odd in ({"w": params["w"]}, dict(params, w=jnp.ones((4, 5)))):
         with pytest.raises(l2l.UserError, match=r"gradients .*[;:] give `update` the gradients"):
             transform.update(odd, state, params)
+
+
+def test_a_state_of_other_parameters_is_one_sentence():
+    state = l2l.soap(1e-2).init({"w": jnp.ones((5, 4))})
+    params = {"w": jnp.ones((4, 5))}
+    with pytest.raises(l2l.UserError, match=r"moments have shape \(5, 4\) .*`init`"):
+        l2l.soap(1e-2).update(params, state, params)
 
 
 @pytest.mark.parametrize("leaf", [1j * jnp.ones(3), jnp.arange(3), 2, "text"], ids=str)

@@ -97,17 +97,23 @@ class DecayState(NamedTuple):
 OFTEN, REPEATED_DECAY, REPEATED_POWER = 20.0, 0.3, 1.5
 
 
-def repeated_decay(epochs: float) -> float:
+def repeated_decay(epochs: float | jax.Array) -> float | jax.Array:
     """The weight decay, over the rate, of a run that goes `epochs` times through its data: 0.3 ·
     min(1, epochs/20)^1.5. What is seen again and again is memorised; what is seen once is not.
+
+    Args:
+      epochs: a positive number; one in a JAX array, which may be traced, gives an array.
 
     Raises:
       UserError: `epochs` is no positive number.
     """
+    epochs = ranges.unboxed(epochs)
+    if ranges.boxed(epochs):
+        return REPEATED_DECAY * jnp.minimum(1.0, epochs / OFTEN) ** REPEATED_POWER
     if not (ranges.number(epochs) and 0 < epochs < float("inf")):
         raise UserError(
-            f"epochs={epochs!r} is no positive number: give the steps of the run times the batch "
-            "size, over the number of training examples."
+            f"epochs={ranges.shown(epochs)} is no positive number: give the steps of the run times "
+            "the batch size, over the number of training examples."
         )
     return REPEATED_DECAY * min(1.0, float(epochs) / OFTEN) ** REPEATED_POWER
 
@@ -117,7 +123,7 @@ def with_knobs(
     rate: Callable | None = None,
     *,
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    weight_decay: float = 0.0,
+    weight_decay: float | jax.Array | None = None,
     mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A learned optimizer with what people expect to turn, outside of its rule.
@@ -126,19 +132,15 @@ def with_knobs(
       rate: (step, num_steps) -> its nominal rate; None if it has none.
       learning_rate: a factor on every update, or an optax schedule of factors.
       weight_decay: decoupled, as in `optax.adamw`: weight_decay · rate · θ is taken off as well.
+        None is 0, and no array under `optax.inject_hyperparams`.
       mask: where that decay applies, as in `optax.adamw`.
 
     Raises:
       UserError: a knob is out of range; or there is a weight decay and no rate to multiply it by,
         or a mask and no weight decay.
     """
-    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-        number = ranges.number(value)
-        if number and not 0 <= value < float("inf"):  # pyright: ignore[reportOperatorIssue]
-            raise UserError(f"{name}={value} is out of range: use 0 or a positive number.")
-        schedule = name == "learning_rate" and callable(value)
-        if not (number or schedule or isinstance(value, jax.Array)):
-            raise UserError(f"{name}={value!r} is not a number{_OR_SCHEDULE[name]}.")
+    learning_rate = _knob("learning_rate", learning_rate)
+    weight_decay = _knob("weight_decay", 0.0 if weight_decay is None else weight_decay)
     links: list[optax.GradientTransformation] = [transform]
     if isinstance(weight_decay, jax.Array) or weight_decay:
         if rate is None:
@@ -147,7 +149,7 @@ def with_knobs(
                 "and this one has none: chain optax.add_decayed_weights(-rate · decay) behind it."
             )
         decay = _decay(rate, weight_decay)
-        links.append(decay if mask is None else optax.masked(decay, mask))
+        links.append(masked(decay, mask))
     elif mask is not None:
         raise UserError(
             "mask says where weight_decay applies, and there is none: give weight_decay, or leave "
@@ -160,7 +162,31 @@ def with_knobs(
     return transform if len(links) == 1 else optax.chain(*links)
 
 
-_OR_SCHEDULE = {"learning_rate": " and no optax schedule", "weight_decay": ""}
+def masked(decay: optax.GradientTransformation, mask) -> optax.GradientTransformation:
+    """`optax.masked`, if there is a mask. Its `init` raises UserError for one that does not fit."""
+    if mask is None:
+        return decay
+    own = optax.masked(decay, mask)
+
+    def init(params):
+        leaves.check_mask(mask(params) if callable(mask) else mask, params)
+        return own.init(params)
+
+    return own._replace(init=init)
+
+
+def _knob(name: str, value) -> Any:
+    """The value of a knob that is in range; one in an array of NumPy as a number."""
+    schedules = name == "learning_rate"
+    if schedules and callable(value):
+        return value
+    value = ranges.unboxed(value)
+    if not (ranges.number(value) or ranges.boxed(value)):
+        kinds = "a number and no optax schedule" if schedules else "a number"
+        raise UserError(f"{name}={ranges.shown(value)} is not {kinds}: use 0 or a positive number.")
+    if ranges.number(value) and not 0 <= value < float("inf"):
+        raise UserError(f"{name}={value} is out of range: use 0 or a positive number.")
+    return value
 
 
 def _scaled(factor) -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ Nothing here is particular to l2l's optimizers: any optax transformation can be 
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -139,7 +140,9 @@ def guard(
 
     What it returns has to be exactly what is added to the parameters, or it cannot go back: in a
     chain, put clipping and the like before it, not after. Where a run is split over devices,
-    `value` must be the mean over them, as the gradients are.
+    `value` must be the mean over them, as the gradients are. Inside `jax.shard_map`, devices that
+    share a parameter have one model between them: the guard takes the mean itself, and judges that
+    model as one. Where they share none, each device is judged alone.
 
     Args:
       optimizer: any optax transformation. It receives all extra arguments.
@@ -170,8 +173,8 @@ def guard(
             return jax.eval_shape(start, params)
         state = start(params)
         parts = [name for name in GuardState._fields if name not in LIKE_PARAMS]
-        together = meshes.together({name: getattr(state, name) for name in parts}, params)
-        return state._replace(**together)
+        scalars = {name: getattr(state, name) for name in parts}
+        return state._replace(**meshes.together(scalars, params, meshes.apart(params)))
 
     def update(updates, state, params=None, *, value=None, **extra_args):
         if params is None:
@@ -250,8 +253,11 @@ class _Guard(NamedTuple):
         """A whole update: (updates, state)."""
         params = _strong(params)
         self.check_state(state, params)
-        gradients = _whole(given, params)
-        fine = _finite(gradients)
+        own = meshes.apart(params)
+        gradients = meshes.shared(_whole(given, params), params)
+        fine = _finite(gradients, own)
+        if value is not None:
+            value = meshes.over_model(jax.lax.pmean, jnp.asarray(value), own)
         heard = self.hear(state, value)
         if value is not None:
             extra_args["value"] = value
@@ -328,7 +334,7 @@ class _Guard(NamedTuple):
         _, before, longest = carry
         out, after = self.adam.update(gradients, before, params, **extra_args)
         out = _like(out, params)
-        return out, _like(after, before), jnp.maximum(longest, _length(out))
+        return out, _like(after, before), jnp.maximum(longest, _length(out, meshes.apart(params)))
 
     def step_of_learned(self, carry, gradients, params, extra_args, driving, longest):
         """carry: (Adam's updates, the learned state, whether its step failed), as it returns them;
@@ -337,8 +343,9 @@ class _Guard(NamedTuple):
         out, of_learned = self.learned.update(gradients, before, params, **extra_args)
         out, of_learned = _like(out, params), _like(of_learned, before)
         # Of anything that is not finite the norm is not either.
-        failed = ~(_length(out) <= self.longest_step * longest)
-        failed |= ~_finite(optax.apply_updates(params, out))
+        own = meshes.apart(params)
+        failed = ~(_length(out, own) <= self.longest_step * longest)
+        failed |= ~_finite(optax.apply_updates(params, out), own)
         taken = driving & ~failed
         return jax.tree.map(lambda x, y: jnp.where(taken, x, y), out, safe), of_learned, failed
 
@@ -411,7 +418,7 @@ def _no_losses() -> LossRecord:
 
 def _least(params: base.PyTree) -> float:
     """What counts as the longest of Adam's steps at the least."""
-    return RATE * max(base.count(params), SMALLEST) ** 0.5
+    return RATE * max(meshes.count_over_model(params), SMALLEST) ** 0.5
 
 
 def _flat(tree: base.PyTree) -> jax.Array:
@@ -421,18 +428,25 @@ def _flat(tree: base.PyTree) -> jax.Array:
     return coordinates.flatten(meshes.together(tree), dtype)
 
 
-def _finite(tree: base.PyTree) -> jax.Array:
-    """Whether all numbers are."""
-    return jnp.all(jnp.isfinite(_flat(tree)))
+def _finite(tree: base.PyTree, own: frozenset[str]) -> jax.Array:
+    """Whether all numbers are, on all devices that have the model between them: they take a step,
+    fall and go back as one, or those that take it would wait for the others. own: `meshes.apart` of
+    the parameters."""
+    finite = jnp.all(jnp.isfinite(_flat(tree))).astype(jnp.int32)
+    return meshes.over_model(jax.lax.pmin, finite, own) > 0
 
 
-def _length(tree: base.PyTree) -> jax.Array:
-    """The Euclidean norm, float32: not finite where any number is not."""
-    flat = _flat(tree)
+def _length(tree: base.PyTree, own: frozenset[str]) -> jax.Array:
+    """The Euclidean norm, float32, over all of a model, as in `_finite`: not finite where any
+    number is not."""
+    parts = list(map(_flat, meshes.parts(tree)))
     # Squares of numbers from 2e19 on overflow, and those of their ratios to the largest do not.
-    largest = jnp.max(jnp.abs(flat))
+    most = [meshes.over_model(jax.lax.pmax, jnp.max(jnp.abs(x)), own) for x in parts]
+    largest = reduce(jnp.maximum, most)
     unit = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
-    return (unit * features.norm(jnp.sum(jnp.square(flat / unit)))).astype(jnp.float32)
+    squares = [jnp.sum(jnp.square(x / unit)) for x in parts]
+    square = reduce(jnp.add, [meshes.over_model(jax.lax.psum, x, own) for x in squares])
+    return (unit * features.norm(square)).astype(jnp.float32)
 
 
 def _like(tree: base.PyTree, other: base.PyTree) -> base.PyTree:

@@ -16,6 +16,7 @@ import numpy as np
 
 from l2l.console.errors import UserError
 from l2l.core import base
+from l2l.optimizers import ranges
 
 
 def check(params: base.PyTree) -> None:
@@ -75,6 +76,29 @@ def described(params: base.PyTree) -> dict[str, tuple[int, ...]]:
     }
 
 
+def check_mask(mask: base.PyTree, params: base.PyTree) -> None:
+    """Raises UserError unless a mask has a leaf for every leaf or subtree of params."""
+    try:
+        jax.tree.structure(mask).flatten_up_to(params)
+    except (ValueError, TypeError, KeyError):
+        theirs, ours = (
+            [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+            for tree in (mask, params)
+        )
+        bare = [p for p in ours if not any(p[: len(m)] == m for m in theirs)]
+        idle = [m for m in theirs if not any(p[: len(m)] == m for p in ours)]
+        if bare:
+            fault = f"it says nothing of {_name(bare[0])}"
+        elif idle:
+            fault = f"it has {_name(idle[0])}, and params has not"
+        else:
+            fault = f"it is {str(jax.tree.structure(mask))[:150]}"
+        raise UserError(
+            f"The mask does not fit the parameters: {fault}. Give a tree of True and False "
+            "that has their structure, or a function that makes one of them."
+        ) from None
+
+
 class Unfit(Exception):
     """A state that was not made for the parameters; `check_state` raises it.
 
@@ -120,13 +144,15 @@ def horizon(num_steps: Any) -> jax.Array:
     elif not isinstance(num_steps, bool):
         with contextlib.suppress(TypeError):
             steps = operator.index(0 if num_steps is None else num_steps)
-    if not 0 <= steps < 1 << 31:
-        # The numbers of an array may still have to be computed.
-        array = isinstance(num_steps, jax.Array)
-        shown = f"an array {num_steps.dtype}{list(num_steps.shape)}" if array else repr(num_steps)
+    if steps >= 1 << 31:
         raise UserError(
-            f"num_steps={shown} is not a number of steps: give a whole number of 0 or more, the "
-            "length of the run, or leave it out where that is not known."
+            f"num_steps={steps} is above the limit of {(1 << 31) - 1} (2³¹ − 1), since steps are "
+            "counted in 32 bits: give a smaller whole number, or leave it out."
+        )
+    if steps < 0:
+        raise UserError(
+            f"num_steps={ranges.shown(num_steps)} is not a number of steps: give a whole number of "
+            "0 or more, the length of the run, or leave it out where that is not known."
         )
     # By name, so that a transfer guard lets it pass.
     return jax.device_put(np.int32(steps))
@@ -155,6 +181,7 @@ def state_type(state_dtype: Any) -> np.dtype | None:
 
 _REMEDY = {
     "gradients": "give `update` the gradients of the parameters that it is given",
+    "moments": "call `init` again when the parameters change in structure or shape",
     "remembered parameters": "call `init` again when the parameters change in structure or shape",
 }
 

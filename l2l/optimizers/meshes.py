@@ -15,6 +15,8 @@ on the axes of the mesh, of which JAX has three kinds:
 """
 
 import contextlib
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +31,21 @@ except ImportError:  # Since JAX 0.11.
     shard_alike = None
 
 
-def together(tree: base.PyTree, beside: base.PyTree = ()) -> base.PyTree:
+def together(
+    tree: base.PyTree, beside: base.PyTree = (), axes: frozenset[str] | None = None
+) -> base.PyTree:
     """The arrays of a pytree, so that one may be laid beside another, and beside those of a
-    second tree once they are treated likewise."""
+    second tree once they are treated likewise. axes: the manual ones to vary over, at least; None
+    for those over which any of these arrays does."""
     leaves, treedef = jax.tree.flatten(tree)
     around = [*leaves, *jax.tree.leaves(beside)]
-    axes = set().union(*map(_varying, around))
+    axes = frozenset().union(*map(_varying, around)) if axes is None else axes
     mesh = _first_explicit(around)
     if not axes and mesh is None:
         return tree
 
     def one(leaf):
-        if missing := tuple(sorted(axes - _varying(leaf))):
-            leaf = jax.lax.pcast(leaf, missing, to="varying")
+        leaf = _varied(leaf, axes)
         if mesh is not None:
             leaf = jax.sharding.reshard(leaf, NamedSharding(mesh, PartitionSpec()))
         return leaf
@@ -54,14 +58,61 @@ def alike(updates: base.PyTree, params: base.PyTree) -> base.PyTree:
     return jax.tree.map(_alike, updates, params)
 
 
+def _varied(x, axes):
+    """x, varying over these manual axes at least."""
+    missing = tuple(sorted(axes - _varying(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _shared(x, param):
+    extra = tuple(sorted(_varying(x) - _varying(param)))
+    return jax.lax.pmean(x, extra) if extra else x
+
+
 def _alike(update, param):
-    if extra := tuple(sorted(_varying(update) - _varying(param))):
-        update = jax.lax.pmean(update, extra)
+    update = _shared(update, param)
     if _explicit(param) is not None:
         return jax.sharding.reshard(update, jax.typeof(param).sharding)
     if jax.sharding.get_abstract_mesh().manual_axes:
         return update
     return _lying_as(update, param)
+
+
+def apart(params: base.PyTree) -> frozenset[str]:
+    """The manual axes over which every parameter varies: there each device has a model of its own.
+    Along other axes devices have one model between them, of which a device has all or a part."""
+    found = list(map(_varying, jax.tree.leaves(params)))
+    return frozenset.intersection(*found) if found else frozenset()
+
+
+def over_model(reduce: Callable, x: jax.Array, own: frozenset[str]) -> jax.Array:
+    """`jax.lax.psum` or the like over the devices that have one model between them, as far as x
+    differs there; own: `apart` of its parameters. It varies over these axes and no others."""
+    axes = tuple(sorted(_varying(x) - own))
+    return _varied(reduce(x, axes) if axes else x, own)
+
+
+def shared(tree: base.PyTree, params: base.PyTree) -> base.PyTree:
+    """A tree like the parameters: of what devices share, the mean of what they have there."""
+    return jax.tree.map(_shared, tree, params)
+
+
+def parts(tree: base.PyTree) -> list[list]:
+    """The leaves of a tree, in groups of those that are split over the same devices."""
+    found: dict[frozenset[str], list] = {}
+    for leaf in jax.tree.leaves(tree):
+        found.setdefault(_varying(leaf), []).append(leaf)
+    return list(found.values())
+
+
+def count_over_model(params: base.PyTree) -> int:
+    """How many numbers a model has, on all devices that have it between them."""
+    own = apart(params)
+
+    def copies(leaf):
+        return math.prod(jax.lax.axis_size(axis) for axis in _varying(leaf) - own)
+
+    return sum(jnp.size(leaf) * copies(leaf) for leaf in jax.tree.leaves(params))
 
 
 def within_mesh_of(tree: base.PyTree) -> contextlib.AbstractContextManager:

@@ -7,8 +7,10 @@ traced they have no value yet.
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from l2l.console.errors import UserError
@@ -58,6 +60,27 @@ def whole(name: str, value, least: int = 1) -> int:
 def number(value) -> bool:
     """Whether it is one, of Python's or NumPy's; True and False are not."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def unboxed(value) -> Any:
+    """A NumPy array without axes as the number in it; anything else as it is."""
+    return value.item() if isinstance(value, np.ndarray) and value.shape == () else value
+
+
+def boxed(value) -> bool:
+    """Whether it is a JAX array of one real number, which may be traced."""
+    real = (jnp.floating, jnp.integer)
+    return (
+        isinstance(value, jax.Array)
+        and value.shape == ()
+        and any(jnp.issubdtype(value.dtype, kind) for kind in real)
+    )
+
+
+def shown(value) -> str:
+    """A value in a sentence: of an array, whose numbers may still have to be computed, the type."""
+    array = isinstance(value, jax.Array | np.ndarray)
+    return f"an array {value.dtype}{list(value.shape)}" if array else repr(value)
 
 
 def _within(name, value, fits) -> bool:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l.optimizers import ranges, soap_directions
+from l2l.optimizers import binding, meshes, ranges, soap_directions
 from l2l.optimizers.leaves import abstract, check, matched
 from l2l.optimizers.soap_directions import Settings, SoapState
 
@@ -40,13 +40,16 @@ def scale_by_soap(settings: Settings = PUBLISHED) -> optax.GradientTransformatio
         check(params)
         if abstract(params):
             return jax.eval_shape(partial(_begin, fixed), params)
-        return _begin(fixed, params)
+        return meshes.together(_begin(fixed, params), params)
 
     def update(updates, state, params=None):
-        del params
+        gradients = matched(updates, state.nu if params is None else params)
+        if params is not None:
+            matched(state.nu, params, "moments")
+            params = jax.tree.leaves(params)
         if not jax.tree.leaves(state.nu):
             return updates, state
-        return _advance(fixed, arrays, matched(updates, state.nu), state)
+        return _advance(fixed, arrays, gradients, state, params)
 
     return optax.GradientTransformation(init, update)
 
@@ -71,18 +74,26 @@ def _begin(fixed: Settings, params):
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
-def _advance(fixed: Settings, arrays: Settings, gradients: list, state: SoapState):
-    """(directions like the parameters, state). `gradients` are those of `leaves.matched`: None
-    counts as zero, and gets none."""
+def _advance(
+    fixed: Settings, arrays: Settings, gradients: list, state: SoapState, params: list | None
+):
+    """(directions, state). The directions have the dtypes of the parameters and lie on devices as
+    they do, or as the gradients where params is None. `gradients` are those of `leaves.matched`:
+    None counts as zero, and gets none."""
     settings = jax.tree.map(
         lambda x, array: array if x is None else x, fixed, arrays, is_leaf=lambda x: x is None
     )
     kept, treedef = jax.tree.flatten(state.nu)
     pairs = zip(gradients, kept, strict=True)
-    given = treedef.unflatten([jnp.zeros_like(x) if g is None else g for g, x in pairs])
+    given = [jnp.zeros_like(x) if g is None else g for g, x in pairs]
+    likes = given if params is None else params
+    given, state = meshes.together((given, state), likes)
+    given = treedef.unflatten(given)
     seen, state = soap_directions.observe(settings, given, state)
-    directions = soap_directions.back(settings, seen, jnp.ones((1, len(kept))), given)
-    out = treedef.flatten_up_to(directions)
+    # In their dtypes: gradients may be of half precision where parameters are not.
+    like = treedef.unflatten(likes)
+    directions = soap_directions.back(settings, seen, jnp.ones((1, len(kept))), like)
+    out = meshes.alike(treedef.flatten_up_to(directions), likes)
     out = [None if g is None else d for g, d in zip(gradients, out, strict=True)]
     return treedef.unflatten(out), state
 
@@ -108,8 +119,11 @@ def soap(
         W ← W − learning_rate · (Q_L (M̂′/(√V̂ + eps)) Q_Rᵀ + weight_decay · W).
 
     The bases take one step of orthogonal iteration every `precondition_frequency` steps. Tensors of
-    more than two axes are treated as matrices, all axes but the last by the last; scalars and
-    vectors move as with Adam.
+    more than two axes are treated as matrices, all axes but the last by the last: the layout of
+    flax and haiku. A kernel of equinox or PyTorch, (out, in, height, width), has its width as
+    columns, and layers stacked into one array are one tall matrix. Scalars and vectors move as with
+    Adam. Updates are in the dtypes of the parameters, whatever those of the
+    gradients.
 
     Args:
       learning_rate: a number or an optax schedule.
@@ -127,7 +141,8 @@ def soap(
 
     Raises:
       UserError: a setting is out of range; from `init`, for parameters that are no real
-        floating-point numbers; from `update`, the gradients do not fit the parameters.
+        floating-point numbers, or a mask that does not fit them; from `update`, the gradients or
+        the state do not fit the parameters.
     """
     ranges.decay("b1", b1)
     ranges.decay("b2", b2)
@@ -150,6 +165,6 @@ def soap(
     )
     return optax.chain(
         scale_by_soap(settings),
-        optax.add_decayed_weights(weight_decay, mask),
+        binding.masked(optax.add_decayed_weights(weight_decay), mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -253,9 +253,9 @@ def load(
     name_or_path,
     *,
     num_steps: int | None = None,
-    epochs: float | None = None,
+    epochs: float | jax.Array | None = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    weight_decay: float = 0.0,
+    weight_decay: float | jax.Array | None = None,
     mask: Any = None,
     state_dtype=None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -266,18 +266,27 @@ def load(
         run that has ended; also at gs:// or s3://, where etils can read those. The name of a
         released one means that, whatever the working directory holds: a file or folder of the
         same name is written with a slash (./lstm) or given as a `Path`.
-      num_steps: the horizon that the optimizer is told when `update` is given none.
+      num_steps: the horizon that the optimizer is told when `update` is given none. `lstm` and
+        `mlp` lower their rate towards its end and stay at the last, tiny one: a run that goes on
+        all but stands still (updates of `lstm` are then 0.003 of the first). The state holds no
+        horizon: to go on, keep it, and load with more steps or give `update` its own `num_steps`.
       epochs: how often the run goes through its data: its steps, times the batch size, over the
         number of examples. What is seen again and again is memorised, which the gradients do not
-        show, so this sets `weight_decay` (`binding.repeated_decay`): 0.1 for 10 epochs, 0.3 from 20
-        on. It lowers validation losses where a model can memorise its data.
+        show, so this sets `weight_decay` (`binding.repeated_decay`) to 0.1 for 10 epochs and 0.3
+        from 20 on, times the nominal rate. It lowers validation losses where a model can memorise
+        its data. Biases and the scales of norms decay as well, unless `mask` leaves them out.
       learning_rate: a factor on every update, or an optax schedule of factors.
-      weight_decay: decoupled, as in `optax.adamw`, times the optimizer's own nominal rate. It adds
-        to the decay that a rule such as that of `lstm` has learned.
+      weight_decay: decoupled, as in `optax.adamw`, times the optimizer's own nominal rate; None
+        for 0. It adds to the decay that a rule such as that of `lstm` has learned.
       mask: where `weight_decay` applies, as in `optax.adamw`. What a rule has learned is not
         masked.
       state_dtype: of optimizers that treat each coordinate alone, such as `dm`: the dtype of the
         recurrent state between steps (`coordinates.bind`). jnp.bfloat16 halves it.
+
+    `lstm` and `mlp` see a tensor as a matrix, all axes but the last by the last: the layout of flax
+    and haiku. A kernel of equinox or PyTorch, (out, in, height, width), has its width as columns.
+    Layers stacked into one array (`flax.linen.scan`, haiku's `layer_stack`) are one tall matrix,
+    and count as one where the rate falls with the number of matrices.
 
     Its updates are in the dtypes of the parameters. It computes in float32, and in float64 where
     any of the parameters is; with `jax_enable_x64` on or off theta is what the file holds.
@@ -286,12 +295,13 @@ def load(
       UserError: there is no such optimizer, or the file is damaged; `num_steps` is not a number
         of steps; a setting is out of range; `epochs` is given beside `weight_decay`, or either
         where the optimizer has no nominal rate, or `mask` without them; or `state_dtype` is not a
-        floating-point type, or is given where there is no such state.
+        floating-point type, or is given where there is no such state. From `init`: the parameters
+        are no real floating-point numbers, or `mask` does not fit them.
     """
     if num_steps is not None:
         leaves.horizon(num_steps)
     if epochs is not None:
-        if isinstance(weight_decay, jax.Array) or weight_decay:
+        if weight_decay is not None:
             raise UserError(
                 f"epochs={epochs} sets the weight decay, and so does weight_decay={weight_decay}: "
                 "give one of them."
@@ -397,6 +407,11 @@ def locate(name_or_path):
     """The path of an export, for `read`: from a released name, a file or a run directory (remote
     ones too); or a UserError."""
     names = released()
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise UserError(
+            f"A {type(name_or_path).__name__} is neither a name nor a path: give the path of an "
+            f"export, the directory of a run, or one of {', '.join(names)}."
+        )
     if isinstance(name_or_path, str) and name_or_path in names:
         return names[name_or_path]
     path = files.readable(name_or_path)
