@@ -67,10 +67,9 @@ class Evaluation(NamedTuple):
     num_problems: unseen problems of the final comparison (seeds), for each horizon.
     every:        meta-steps between comparisons on the way; 0 for none. They take the shortest
                   horizon and the first of the tasks.
-    against:      "adam", tuned over a grid; or "random_search" over the settings of AdamW, with as
-                  many runs as meta-training takes (for the optimizer `learned_adamw`, whose runs
-                  are one window), on one task at one horizon. Where theta holds a start: always
-                  against other starts.
+    against:      "adam", tuned over a grid; or "random_search" over the settings of AdamW, in as
+                  many inner steps as meta-training takes (for the optimizer `learned_adamw`), on
+                  one task at one horizon. Where theta holds a start: always against other starts.
     tasks:        what to compare on: settings that replace some of section `task`, or several such
                   dicts; {} is that section itself. Always without augmentations.
     """
