@@ -126,6 +126,23 @@ def test_the_lowest_loss_is_of_what_the_meta_loss_reads():
     assert Objective(on="train").lowest(training[1:], ()) == np.inf
 
 
+@pytest.mark.parametrize(
+    "on, form, share",
+    [
+        ("train", "plain", 1 / 4),
+        ("validation", "plain", 1 / 2),
+        ("both", "log", 3 / 8),
+        ("train", "last", 0.0),
+        ("validation", "last", 1.0),
+        ("both", "last", 1 / 2),
+    ],
+)
+def test_the_share_of_capped_losses_is_of_what_the_meta_loss_reads(on, form, share):
+    training, validation = jnp.asarray([9.0, 1.0, 1.0, 2.0]), jnp.asarray([1.0, 9.0, 1.0, jnp.inf])
+    found = Objective(on, form, cap=3.0).metrics(jnp.zeros(()), training, validation)
+    assert float(found["capped"]) == share
+
+
 def test_losses_that_are_not_finite():
     ones, plain = jnp.ones(2), Objective(form="plain", cap=10.0)
     assert np.isnan(plain.value(jnp.asarray([1.0, jnp.nan]), ones))

@@ -31,8 +31,8 @@ class Objective(NamedTuple):
     emphasis: e; a loss after step t of T counts (1 + e)(t/T)ᵉ. A window in the middle of a run is
           best served by a small rate, which the run pays for later (short-horizon bias; Wu et al.
           2018): with a positive e such windows weigh little, and the end of a run most.
-    cap:  losses above it count as `cap` and give no gradient; the share of capped losses is
-          reported as the metric `capped`.
+    cap:  losses above it count as `cap` and give no gradient; their share of the losses that the
+          meta-loss reads is reported as the metric `capped`.
     """
 
     on: str = "train"
@@ -122,10 +122,11 @@ class Objective(NamedTuple):
     ) -> dict[str, Float[Array, ""]]:
         """What every estimator reports of a window: scalars, from the losses [K] after each
         update."""
+        read = self._read(training, validation)
         return {
             "meta_loss": meta_loss,
             "loss": training[-1],
-            "capped": jnp.mean((training > self.cap).astype(training.dtype)),
+            "capped": jnp.mean((read > self.cap).astype(read.dtype)),
             "lowest": self.lowest(training, validation),
         }
 
@@ -134,9 +135,13 @@ class Objective(NamedTuple):
     ) -> Float[Array, ""]:
         """The lowest of the losses that the meta-loss of a window reads, NaN left out: a scalar,
         for the caller to hold against `least`."""
-        read: list = [training] * self.reads_train + [validation] * self.reads_validation
-        losses = jnp.concatenate([x[-1:] if self.form == "last" else x for x in read])
+        losses = self._read(training, validation)
         return jnp.min(jnp.where(jnp.isnan(losses), jnp.inf, losses))
+
+    def _read(self, training, validation) -> Float[Array, " R"]:
+        """The losses of a window that the meta-loss reads."""
+        read: list = [training] * self.reads_train + [validation] * self.reads_validation
+        return jnp.concatenate([x[-1:] if self.form == "last" else x for x in read])
 
 
 def _progress(step, num_steps, length):
