@@ -50,6 +50,7 @@ class Curriculum(NamedTuple):
     num_problems: of a validation.
     window: the longest that `inner.length` may be, in a run no longer than the plan says; None for
             any.
+    longest: of all runs that the plan asks for, in inner steps; None where that is not known.
     """
 
     start: Callable[[Any], Any]
@@ -64,6 +65,7 @@ class Curriculum(NamedTuple):
     finish: Callable[[Any, Any], Any] = lambda memory, theta: theta
     num_problems: int = 0
     window: int | None = None
+    longest: int | None = None
 
     def check(self, length: int) -> None:
         """UserError where a single window is longer than the runs that are asked for."""
@@ -104,7 +106,7 @@ def log_uniform(
         top = start * (longest / start) ** share
         return _stage(shortest, top, imitation, step / steps), f"{shortest}–{top:.0f}"
 
-    return Curriculum(lambda theta: (), stage, window=longest)
+    return Curriculum(lambda theta: (), stage, window=longest, longest=longest)
 
 
 class Memory(NamedTuple):
@@ -173,7 +175,11 @@ def stages(
     def finish(memory, theta):
         return memory.theta if np.isfinite(memory.best) else theta
 
-    return Curriculum(begin, stage, every, test, judge, finish, num_problems, horizons[0])
+    return Curriculum(
+        *(begin, stage, every, test, judge, finish, num_problems),
+        window=horizons[0],
+        longest=horizons[-1],
+    )
 
 
 def validation(

@@ -20,7 +20,7 @@ from l2l.console import schema
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.core.unroll import Inner
-from l2l.estimators import first_order, mixture, objective
+from l2l.estimators import autodiff, first_order, mixture, objective
 from l2l.estimators.registry import ESTIMATORS
 from l2l.optimizers import ranges
 from l2l.optimizers.registry import OPTIMIZERS, optimizer
@@ -211,7 +211,10 @@ def build_experiment(config: Mapping) -> Experiment:
     )
     reads = _reads(families)
     single = len(families) == 1
-    horizons = whole["horizon"]
+    horizons = schema.make(
+        "horizon", HORIZONS, whole["horizon"], {"steps": running.steps, "imitation": imitation}
+    )
+    _check_start(whole["estimator"], learned, horizons.longest, inners[0].length)
     return Experiment(
         config=config,
         specification=specification,
@@ -231,9 +234,7 @@ def build_experiment(config: Mapping) -> Experiment:
             running.num_problems,
             running.clip,
         ),
-        curriculum=schema.make(
-            "horizon", HORIZONS, horizons, {"steps": running.steps, "imitation": imitation}
-        ),
+        curriculum=horizons,
         running=running,
         evaluation=evaluation,
         saving=schema.fill("checkpoint", Saving, whole["checkpoint"]),
@@ -322,6 +323,23 @@ def _learner(learned, section, families, judged) -> base.LearnedOptimizer:
         return families[0].init(own, families[0].sample(problem_key))
 
     return base.learner(learned, start=start if held.start else None, loss=loss, params=shapes[0])
+
+
+def _check_start(estimator, learned, longest: int | None, length: int) -> None:
+    """A window that does not begin a run has no derivative by the start."""
+    like = jax.eval_shape(learned.init, jax.random.key(0))
+    if learned.start is None or jax.tree.leaves(like._replace(start=())):
+        return
+    factory, _ = schema.factory_of("estimator", ESTIMATORS, estimator)
+    # As horizons are rounded; one half way to the next window is drawn by chance of rounding only.
+    windows = 1 if longest is None else math.ceil(longest / length - 0.5)
+    if factory is autodiff.truncated and windows > 1:
+        raise UserError(
+            "theta holds the start of runs and nothing else, but of the up to "
+            f"{windows} windows of a run (section `horizon`: {longest} steps; "
+            f"inner.length={length}) only the first has a truncated meta-gradient by it: set "
+            "inner.length to the steps of a run, or choose the estimator 'pes' or 'reptile'."
+        )
 
 
 def _alike(one, other) -> bool:
