@@ -42,7 +42,8 @@ class Running(NamedTuple):
     steps:        meta-steps of the whole run.
     num_problems: inner problems, split over the devices.
     group:        meta-steps in one call of the compiled program (and between lines of progress).
-    clip:         the largest norm of one problem's meta-gradient; inf for none.
+    clip:         the largest norm of one problem's meta-gradient, which its task's weight has been
+                  multiplied by; inf for none.
     max_bad:      training stops after so many meta-steps in a row in which a family has no finite
                   meta-gradient.
     blend:        how far the result lies from the first theta to the trained one, 1 for all the
