@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from l2l.core import base
-from l2l.core.unroll import Inner
+from l2l.core.unroll import Inner, first
 from l2l.estimators import autodiff
 from l2l.estimators.first_order import Teacher
 from l2l.estimators.objective import Objective
@@ -82,7 +82,7 @@ def test_exact_gradient_equals_central_differences(name):
     """In float64, along random directions, in the second window of a run."""
     with jax.enable_x64(True):
         inner = Inner(smooth(), OPTIMIZERS[name](), 7, stagger=False)
-        objective = Objective("both", "log")
+        objective = Objective("both", "log", late_validation_weight=0.1)
         theta, state, stage, estimator = prepared(inner, objective, jnp.float64, order="exact")
         estimate = jax.jit(estimator.estimate)
         state = estimate(theta, state, (), stage)[1]
@@ -105,6 +105,29 @@ def test_exact_gradient_equals_central_differences(name):
                 for g, d in zip(jax.tree.leaves(gradients), jax.tree.leaves(way), strict=True)
             )
             np.testing.assert_allclose(slopes, differences, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["plain", "last"])
+def test_each_loss_of_a_window_has_the_validation_weight_of_its_step(form):
+    """A window of 4 steps, a whole run, against four windows of one step each."""
+    with jax.enable_x64(True):
+        whole, single = (Inner(smooth(), learned_adam(), k, stagger=False) for k in (4, 1))
+        theta, stage = theta_of(whole.optimizer, jnp.float64), stage_of(4)
+        state = first(whole, jax.random.key(2), theta, stage)
+        objective = Objective("both", form, validation_weight=0.9, late_validation_weight=0.1)
+        found = autodiff.window(whole, objective, theta, state, ())[1]
+        losses = []
+        for _ in range(4):
+            after = [
+                autodiff.window(single, Objective(on, "last"), theta, state, ())
+                for on in ("train", "validation")
+            ]
+            losses.append([float(value) for _, value, _ in after])
+            state = after[0][0]
+    weight = 0.9 - 0.8 * np.arange(1, 5) / 4
+    training, validation = np.transpose(losses)
+    by_step = (1 - weight) * training + weight * validation
+    np.testing.assert_allclose(found, by_step[-1] if form == "last" else by_step.mean(), rtol=1e-6)
 
 
 def test_first_order_is_not_the_exact_gradient():

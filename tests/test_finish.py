@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from l2l.cluster import collectives
-from l2l.evaluation import comparison
+from l2l.evaluation import cli, comparison
 from l2l.evaluation.curves import Problems
 from l2l.training import finish, loop
 from l2l.training.experiment import build_experiment
@@ -44,6 +44,32 @@ def test_data_of_the_comparison_are_read_when_there_is_one(read, tmp_path, monke
     numbers, phrase = compare(())
     assert np.isnan(numbers["comparison/loss_ratio"])
     assert phrase == "loss 3, tuned Adam's -2 at 6"
+
+
+def test_adam_is_tuned_as_by_the_command(tiny, tmp_path, monkeypatch):
+    """Whatever eps_root the optimizer has: the trials are the same, on the way and at the end."""
+    tiny["optimizer"]["eps_root"] = 1e-12
+    experiment, key = build_experiment(tiny), jax.random.key(0)
+    flags = SimpleNamespace(baseline=["adam"], eps_root=0.0)
+    (expected,) = cli._grids(flags)
+    tried = []
+
+    def tune(grid, *rest, **options):
+        tried.append(grid.trials())
+        return SimpleNamespace(by_train_loss={6: SimpleNamespace(train_loss=[2.0])})
+
+    def measure(*arguments, grids, **options):
+        tried.extend(grid.trials() for grid in grids)
+        return []
+
+    monkeypatch.setattr(finish.tuning, "tune", tune)
+    monkeypatch.setattr(finish.comparison, "measure", measure)
+    monkeypatch.setattr(finish.report, "write", lambda *a, **k: "")
+    monkeypatch.setattr(finish, "about", lambda *a: {})
+    theta = experiment.optimizer.init(key)
+    finish.comparing(experiment, tmp_path, key, lambda sentence: None)(theta)
+    finish.conclude(experiment, theta, tmp_path, key, None)
+    assert tried == [expected.trials()] * 2
 
 
 def test_tasks_are_judged_with_the_data_of_one_at_a_time(read):

@@ -194,10 +194,14 @@ def test_equals_autodiff_under_augmentation():
     "name", quickly(["lstm", "dm", "per_tensor, all of it"], ["per_tensor, all of it"])
 )
 def test_equals_autodiff_with_a_teacher(name):
-    """No coordinate of two blocks counts twice, or is taught twice."""
+    """No coordinate of two blocks counts twice, or is taught twice; and the weights of validation
+    losses change along a window."""
     with jax.enable_x64(True):
         check_equal(
-            OPTIMIZERS[name](), jnp.float64, teacher=Teacher(learning_rate=0.03), imitation=0.7
+            *(OPTIMIZERS[name](), jnp.float64),
+            objective=OBJECTIVES[1],
+            teacher=Teacher(learning_rate=0.03),
+            imitation=0.7,
         )
 
 

@@ -124,6 +124,7 @@ def config() -> dict:
 
 
 def test_a_run_ends_beside_random_search_of_as_many_runs(config, tmp_path):
+    """Where runs of meta-training are whole, and as long as those of the search."""
     assert train(build_experiment(config), tmp_path, jax.devices()[:1]) == DONE
     said = (tmp_path / "summary.txt").read_text()
     assert "| learned " in said and "| random search |" in said
@@ -143,6 +144,19 @@ def test_the_search_has_two_runs_for_a_problem_of_evolution_strategies(config, t
     searching.conclude(experiment, theta, tmp_path, key, {"meta_steps": 2})
     # Two meta-steps of two problems, each by either sign of the noise.
     assert len(json.loads((tmp_path / "results.json").read_text())["search"]) == 8
+
+
+def test_the_search_takes_the_inner_steps_of_meta_training_where_a_window_is_no_run(
+    config, tmp_path
+):
+    """Two meta-steps of two windows of 2 steps: two runs of 4, not four of them."""
+    config |= {"inner": {"length": 2}, "task": {"name": "quadratic", "dimension": 2}}
+    experiment = build_experiment(config)
+    theta, key = experiment.optimizer.init(jax.random.key(0)), jax.random.key(1)
+    searching.conclude(experiment, theta, tmp_path, key, {})
+    assert len(json.loads((tmp_path / "results.json").read_text())["search"]) == 2
+    said = " ".join((tmp_path / "table.md").read_text().split())
+    assert "found in 8 inner steps" in said and "the best of 2 draws" in said
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,33 @@ def assert_same_parts(directory, other):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+STAGES = {"name": "stages", "horizons": (2, 5)}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({}, None),
+        ({"horizon": {"name": "log_uniform", "shortest": 2, "longest": 4}}, "up to 2 windows"),
+        ({"horizon": {"name": "log_uniform", "shortest": 2, "longest": 3}}, None),
+        ({"horizon": STAGES}, r"5 steps; inner.length=2\) .* choose the estimator 'pes' or"),
+        ({"horizon": STAGES, "estimator": {"name": "truncated", "order": "first"}}, "truncated"),
+        ({"horizon": STAGES, "estimator": {"name": "pes"}}, None),
+        ({"horizon": STAGES, "estimator": {"name": "reptile"}}, None),
+    ],
+)
+def test_windows_that_a_start_has_no_derivative_in_are_refused(config, change, said):
+    """Where theta holds more than the start, the rest of it has one in every window."""
+    fixed = {**config, "optimizer": {"name": "sgd", "learning_rate": 0.01}, **change}
+    if said is None:
+        build_experiment(fixed)
+    else:
+        with pytest.raises(l2l.UserError, match=said):
+            build_experiment(fixed)
+    if fixed["estimator"]["name"] != "reptile":
+        build_experiment({**config, **change})
+
+
 def test_a_run_ends_with_table_figures_and_export(whole, capsys, config):
     said = (whole / "summary.txt").read_text()
     for start in ("learned", "random", "pretrained"):

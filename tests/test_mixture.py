@@ -73,6 +73,18 @@ def test_estimators_on_the_same_data_read_one_entry():
     np.testing.assert_array_equal(outs[0]["log_rate"], outs[1]["log_rate"])
 
 
+@pytest.mark.parametrize("clip, equal", [(1e-3, True), (float("inf"), False)])
+def test_weights_count_only_as_far_as_gradients_are_not_cut(clip, equal):
+    """As docs/tutorial/3-your-own-task.md says: each is cut after its weight."""
+    data, thetas = (jnp.float32(0.5), jnp.float32(1.5)), []
+    for weights in ([1.0, 1.0], [3.0, 1.0]):
+        mixed = mixture(components(), weights=weights)
+        made = meta_step.Meta(mixed, sgd(), optax.sgd(0.1), num_problems=2, clip=clip)
+        state = meta_step.meta_init(jax.random.key(1), made, STAGE)
+        thetas.append(meta_step.meta_step(made, state, data)[0].theta["log_rate"])
+    assert bool(np.isclose(*thetas, rtol=1e-7, atol=0)) == equal
+
+
 def test_the_split_over_devices_changes_nothing():
     data, thetas = (jnp.float32(0.5), jnp.float32(1.5)), []
     made = meta_step.Meta(mixture(components()), sgd(), optax.sgd(0.1), num_problems=4, clip=1e3)

@@ -30,6 +30,37 @@ def test_windows_of_a_run_add_up_to_the_run(emphasis):
     np.testing.assert_allclose(value(np.ones(steps), 0), 1.0, atol=(1 + emphasis) / steps)
 
 
+@pytest.mark.parametrize("window", [10, 40])
+def test_the_validation_weight_goes_to_its_late_value_along_a_run(window):
+    """Whether a run is one window or several: the last loss has the late weight."""
+    steps, training = jnp.int32(40), np.linspace(3.0, 0.1, 40)
+    validation = training + np.arange(40) / 20
+    found = Objective("both", "plain", validation_weight=0.8, late_validation_weight=0.2)
+    parts = []
+    for start in range(0, 40, window):
+        place, cut = (jnp.int32(start), steps, window), slice(start, start + window)
+        losses = (jnp.asarray(x[cut]) for x in (training, validation))
+        weights = found.weights(*place)
+        np.testing.assert_allclose(weights[0] + weights[1], np.ones(window), rtol=1e-6)
+        emphases = found.emphases(*place)
+        pairs = zip(losses, weights, strict=True)
+        parts.append(sum(float(found.part(x, emphases, w)) for x, w in pairs))
+    weight = 0.8 - 0.6 * np.arange(1, 41) / 40
+    by_hand = np.mean((1 - weight) * training + weight * validation)
+    np.testing.assert_allclose(np.mean(parts), by_hand, rtol=1e-6)
+    assert float(weights[1][-1]) == pytest.approx(0.2)
+
+
+def test_without_a_late_value_one_weight_serves_the_whole_run():
+    for late in (None, 0.3):
+        found = Objective("both", validation_weight=0.3, late_validation_weight=late)
+        weights = found.weights(jnp.int32(20), jnp.int32(40), 10)
+        assert [(x.shape, float(x)) for x in weights] == [
+            ((), pytest.approx(0.7)),
+            ((), pytest.approx(0.3)),
+        ]
+
+
 def test_last_is_the_last_loss_times_what_it_counts():
     found = Objective(form="last", emphasis=1.0)
     half = found.emphases(jnp.int32(46), jnp.int32(100), len(LOSSES))
@@ -97,6 +128,23 @@ def test_the_lowest_loss_is_of_what_the_meta_loss_reads():
     rising = jnp.asarray([-4.0, 3.0])
     assert Objective(on="train", form="last").lowest(rising, ()) == 3.0
     assert Objective(on="both", form="last").lowest(rising, validation) == 3.0
+
+
+@pytest.mark.parametrize(
+    "on, form, share",
+    [
+        ("train", "plain", 1 / 4),
+        ("validation", "plain", 1 / 2),
+        ("both", "log", 3 / 8),
+        ("train", "last", 0.0),
+        ("validation", "last", 1.0),
+        ("both", "last", 1 / 2),
+    ],
+)
+def test_the_share_of_capped_losses_is_of_what_the_meta_loss_reads(on, form, share):
+    training, validation = jnp.asarray([9.0, 1.0, 1.0, 2.0]), jnp.asarray([1.0, 9.0, 1.0, jnp.inf])
+    found = Objective(on, form, cap=3.0).metrics(jnp.zeros(()), training, validation)
+    assert float(found["capped"]) == share
 
 
 def test_losses_that_are_not_finite():

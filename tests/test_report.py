@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,8 +82,23 @@ def test_what_has_no_ratio_is_not_drawn_as_if_it_were_better(tmp_path, monkeypat
     monkeypatch.setattr(Axes, "plot", spy)
     nan = (math.nan,) * 3
     point = {"cell": "a", "kind": "k", "steps": 1, "ratio": nan, "sooner": (2.0, 1.0, 4.0)}
-    figures.scorecard([point], tmp_path / "s.png", "title")
+    figures.scorecard([point], tmp_path / "s.png", "title", "adam")
     assert drawn == [2.0, [1.0, 4.0]]
+
+
+def test_a_scorecard_names_the_baseline_that_its_ratios_are_over(tmp_path, monkeypatch):
+    """The first of a row, which need not be Adam."""
+    drawn, speed = [], {"steps": 2.0, "interval": (1.0, 3.0), "time": 1.0}
+    own = {"optimizer": "mine", "setting": None, "variant_of": None, "kind": "", "steps": 5}
+    own |= {"ratio": 0.5, "interval": (0.4, 0.6), "sooner": {"soap": speed, "adam": speed}}
+    monkeypatch.setattr(figures, "_written", lambda canvas, path: drawn.append(canvas))
+    monkeypatch.setattr(figures.untrained, "with_best_rates", lambda rows: (rows, {}))
+    monkeypatch.setattr(figures.aggregate, "score", lambda rows: [])
+    monkeypatch.setattr(figures.trials, "matches", lambda rows: [])
+    figures.comparisons(tmp_path, [SimpleNamespace(cell=cell, **own) for cell in "ab"])
+    (canvas,) = drawn
+    assert canvas.axes[0].get_xlabel() == "final training loss / tuned soap's"
+    assert canvas.get_suptitle() == "mine beside tuned soap"
 
 
 def test_the_geometric_mean():

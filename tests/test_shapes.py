@@ -24,7 +24,7 @@ WRONG = {
     "integers": lambda: features.norm(jnp.ones(3, jnp.int32)),
     "a step that is no integer": lambda: features.time_context(jnp.float32(1.0), STEP),
     "other lengths": lambda: Objective().value(jnp.ones(4), jnp.ones(5)),
-    "many steps for one": lambda: Objective().weights(jnp.ones(2, jnp.int32), STEP),
+    "many steps for one": lambda: Objective().weights(jnp.ones(2, jnp.int32), STEP, 4),
     "three axes for two": lambda: statistics.smooth(np.ones((2, 3, 4))),
     "no function": lambda: base.lift("init", lambda theta: None),
     "nothing": lambda: unroll.fresh(None, jax.random.key(0), (), None),

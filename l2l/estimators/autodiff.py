@@ -144,8 +144,9 @@ def window(
         batch = batch_at(family, state, data, VALIDATION)
         return inner.family.loss(state.params, state.problem, batch)
 
-    on_train, on_validation = objective.weights(state.step, state.num_steps)
-    emphases = objective.emphases(state.step, state.num_steps, inner.length)
+    place = (state.step, state.num_steps, inner.length)
+    on_train, on_validation = objective.weights(*place)
+    emphases = objective.emphases(*place)
 
     def steps(state, _, length):
         if not every_step:
@@ -170,9 +171,9 @@ def window(
     following = jnp.concatenate([losses[1:], last[None]])
     value = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32))
     if objective.reads_train:
-        value += on_train * objective.value(following, emphases)
+        value += objective.part(following, emphases, on_train)
     if objective.reads_validation:
-        value += on_validation * objective.value(held_out, emphases)  # pyright: ignore[reportArgumentType]
+        value += objective.part(held_out, emphases, on_validation)  # pyright: ignore[reportArgumentType]
     return state, value, objective.metrics(value, following, held_out)
 
 

@@ -176,8 +176,9 @@ class _Engine(NamedTuple):
     def forward(self, theta, state: base.InnerState, data):
         """K steps: (the state after them, what the backward pass needs, metrics)."""
         objective, family = self.objective, self.inner.family
-        on_train, on_validation = objective.weights(state.step, state.num_steps)
-        emphases = objective.emphases(state.step, state.num_steps, self.inner.length)
+        place = (state.step, state.num_steps, self.inner.length)
+        on_train, on_validation = objective.weights(*place)
+        emphases = objective.emphases(*place)
         state, out = jax.lax.scan(
             lambda state, _: self.step(theta, state, data), state, None, self.inner.length
         )
@@ -199,10 +200,10 @@ class _Engine(NamedTuple):
         meta_loss = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32))
         if objective.reads_train:
             seen = seen._replace(weights=on_train * slope(following, emphases))
-            meta_loss += on_train * objective.value(following, emphases)
+            meta_loss += objective.part(following, emphases, on_train)
         if objective.reads_validation:
             seen = seen._replace(held_out_weights=on_validation * slope(values, emphases))
-            meta_loss += on_validation * objective.value(values, emphases)  # pyright: ignore[reportArgumentType]
+            meta_loss += objective.part(values, emphases, on_validation)  # pyright: ignore[reportArgumentType]
         return state, seen, objective.metrics(meta_loss, following, values)
 
     def step(self, theta, state: base.InnerState, data):

@@ -115,18 +115,19 @@ def _forward(inner, objective, teacher, theta, run, taught, data):
     losses, gradients, directions, features, off, held_out = out
     last = gradient_of(after.params, run.problem, batch_at(family, after, data, TRAIN))
     following = jnp.concatenate([losses[1:], last[0][None]])
-    on_train, on_validation = objective.weights(run.step, run.num_steps)
-    emphases = objective.emphases(run.step, run.num_steps, inner.length)
+    place = (run.step, run.num_steps, inner.length)
+    on_train, on_validation = objective.weights(*place)
+    emphases = objective.emphases(*place)
     slope = jax.grad(objective.value)
     meta_loss, pulls = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32)), []
     if objective.reads_train:
-        meta_loss += on_train * objective.value(following, emphases)
+        meta_loss += objective.part(following, emphases, on_train)
         # The loss that follows update t is met, with its gradient, at step t + 1.
         ahead = jax.tree.map(lambda g, x: jnp.concatenate([g[1:], x[None]]), gradients, last[1])
         pulls.append(_weighed(on_train * slope(following, emphases), ahead))
     if objective.reads_validation:
         values, pull = held_out
-        meta_loss += on_validation * objective.value(values, emphases)
+        meta_loss += objective.part(values, emphases, on_validation)
         pulls.append(_weighed(on_validation * slope(values, emphases), pull))
     values = held_out[0] if objective.reads_validation else ()
     metrics = objective.metrics(meta_loss, following, values)

@@ -31,8 +31,8 @@ class Objective(NamedTuple):
     emphasis: e; a loss after step t of T counts (1 + e)(t/T)ᵉ. A window in the middle of a run is
           best served by a small rate, which the run pays for later (short-horizon bias; Wu et al.
           2018): with a positive e such windows weigh little, and the end of a run most.
-    cap:  losses above it count as `cap` and give no gradient; the share of capped losses is
-          reported as the metric `capped`.
+    cap:  losses above it count as `cap` and give no gradient; their share of the losses that the
+          meta-loss reads is reported as the metric `capped`.
     """
 
     on: str = "train"
@@ -52,27 +52,24 @@ class Objective(NamedTuple):
         return self.on != "train"
 
     def weights(
-        self, step: Int[Array, ""], num_steps: Int[Array, ""]
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The weights of (training, validation) losses in a window that begins at `step`."""
+        self, step: Int[Array, ""], num_steps: Int[Array, ""], length: int
+    ) -> tuple[Float[Array, " *K"], Float[Array, " *K"]]:
+        """The weights of (training, validation) losses in a window that begins at `step`: [length]
+        each, or scalars where they are the same throughout a run."""
         if self.on != "both":
             return jnp.float32(self.on == "train"), jnp.float32(self.on == "validation")
-        late = (
-            self.validation_weight
-            if self.late_validation_weight is None
-            else self.late_validation_weight
-        )
-        validation = self.validation_weight + (late - self.validation_weight) * (
-            step / num_steps
-        ).astype(jnp.float32)
+        early, late = self.validation_weight, self.late_validation_weight
+        if late is None or late == early:
+            validation = jnp.float32(early)
+        else:
+            validation = early + (late - early) * _progress(step, num_steps, length)
         return 1.0 - validation, validation
 
     def emphases(
         self, step: Int[Array, ""], num_steps: Int[Array, ""], length: int
     ) -> Float[Array, " {length}"]:
         """What each loss of a window that begins at `step` counts: [length]."""
-        progress = (step + 1 + jnp.arange(length)) / num_steps
-        return (1 + self.emphasis) * progress.astype(jnp.float32) ** self.emphasis
+        return (1 + self.emphasis) * _progress(step, num_steps, length) ** self.emphasis
 
     def least(self, dtype) -> float:
         """The least loss of that dtype that the form can take: any for "plain" and "last".
@@ -86,6 +83,20 @@ class Objective(NamedTuple):
             return -float("inf")
         limits = jnp.finfo(dtype)
         return -(float(limits.eps) ** 0.5) if self.floor else float(limits.tiny)
+
+    def part(
+        self,
+        losses: Float[Array, " K"],
+        emphases: Float[Array, " K"],
+        weight: Float[Array, " *W"],
+    ) -> Float[Array, ""]:
+        """What training or validation losses add to L, given one of `weights`. Its slope in each
+        loss is that of `value`, times the weight there."""
+        if weight.ndim:
+            # In float64 where losses are: the slopes of the first-order engines are products there.
+            exact = weight.astype(jnp.promote_types(losses.dtype, weight.dtype))
+            return self.value(losses, exact * emphases)
+        return weight * self.value(losses, emphases)
 
     def value(self, losses: Float[Array, " K"], emphases: Float[Array, " K"]) -> Float[Array, ""]:
         """L of losses [K] after each update, in float32 at least. It is not finite if one of them
@@ -111,10 +122,11 @@ class Objective(NamedTuple):
     ) -> dict[str, Float[Array, ""]]:
         """What every estimator reports of a window: scalars, from the losses [K] after each
         update."""
+        read = self._read(training, validation)
         return {
             "meta_loss": meta_loss,
             "loss": training[-1],
-            "capped": jnp.mean((training > self.cap).astype(training.dtype)),
+            "capped": jnp.mean((read > self.cap).astype(read.dtype)),
             "lowest": self.lowest(training, validation),
         }
 
@@ -123,9 +135,18 @@ class Objective(NamedTuple):
     ) -> Float[Array, ""]:
         """The lowest of the losses that the meta-loss of a window reads, NaN left out: a scalar,
         for the caller to hold against `least`."""
-        read: list = [training] * self.reads_train + [validation] * self.reads_validation
-        losses = jnp.concatenate([x[-1:] if self.form == "last" else x for x in read])
+        losses = self._read(training, validation)
         return jnp.min(jnp.where(jnp.isnan(losses), jnp.inf, losses))
+
+    def _read(self, training, validation) -> Float[Array, " R"]:
+        """The losses of a window that the meta-loss reads."""
+        read: list = [training] * self.reads_train + [validation] * self.reads_validation
+        return jnp.concatenate([x[-1:] if self.form == "last" else x for x in read])
+
+
+def _progress(step, num_steps, length):
+    """t/T after each update of a window that begins at `step`: [length]."""
+    return ((step + 1 + jnp.arange(length)) / num_steps).astype(jnp.float32)
 
 
 def objective(

@@ -146,7 +146,9 @@ def _scale(axis, losses) -> None:
         axis.set_yscale("log")
 
 
-def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) -> Path:
+def scorecard(
+    points: Sequence[Mapping], path: str | os.PathLike, title: str, reference: str
+) -> Path:
     """Draws ratios of losses and speed-ups, side by side on log axes, a line a cell, and writes
     them as PNG. Left of 1 on the one side and right of 1 on the other is better.
 
@@ -155,6 +157,7 @@ def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) ->
         both (value, low, high). An infinity or a zero is drawn at the edge as an arrow, and NaN,
         which is neither better nor worse, not at all.
       path: of the file; its directory must exist.
+      reference: the kind of tuned baseline that both numbers are relative to.
     """
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -164,7 +167,7 @@ def scorecard(points: Sequence[Mapping], path: str | os.PathLike, title: str) ->
     horizons = sorted({point["steps"] for point in points})
     canvas = _canvas(9, 1.6 + 0.3 * len(cells))
     axes = canvas.subplots(1, 2, sharey=True)
-    labels = ("final training loss / tuned Adam's", "times fewer steps to the same loss")
+    labels = (f"final training loss / tuned {reference}'s", "times fewer steps to the same loss")
     for axis, key, label in zip(axes, ("ratio", "sooner"), labels, strict=True):
         fine = [x for p in points for x in p[key] if math.isfinite(x) and x > 0] or [1.0]
         low, high = min(0.5, *fine) / 1.3, max(2.0, *fine) * 1.3
@@ -298,11 +301,11 @@ def comparisons(
     several = len({row.cell for row in rows}) > 1
     for i, name in enumerate(names):
         points, reference = _points([row for row in rows if row.optimizer == name])
-        if not several or not points:
+        if not several or reference is None:
             continue
         path = directory / f"{prefix}scorecard{f'-{i + 1}' if i else ''}.png"
         title = f"{name} beside tuned {reference}"
-        paths.append(scorecard(points, path, title) if draw else path)
+        paths.append(scorecard(points, path, title, reference) if draw else path)
     scores = aggregate.score(rows) if several else []
     if scores:
         path = directory / f"{prefix}profile.png"

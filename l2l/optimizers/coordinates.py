@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from l2l.core import base
-from l2l.optimizers import binding, blocks, leaves
+from l2l.optimizers import binding, blocks, halves, leaves
 
 
 class LearnedState(NamedTuple):
@@ -290,5 +290,10 @@ def widened(theta: base.PyTree, params: base.PyTree) -> base.PyTree:
 
 
 def optimizer(init, rule: base.Rule) -> base.LearnedOptimizer:
-    """A `LearnedOptimizer` from a rule and the initialiser of its theta."""
+    """A `LearnedOptimizer` from a rule and the initialiser of its theta.
+
+    Raises:
+      UserError: half of the coordinates are treated otherwise than all of them (`halves.check`).
+    """
+    halves.check(init, rule)
     return base.LearnedOptimizer(init, lambda theta: bind(rule, theta), rule)

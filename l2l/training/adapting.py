@@ -16,8 +16,9 @@ LEGEND = """\
 Query loss (on the test split) of new problems after so many inner steps on their support (the
 training split): mean over problems and its standard error. *learned*: from the start that theta
 holds. *random*: from parameters drawn for each problem. *pretrained*: from those of one network
-trained by Adam on as many problems as meta-training saw, all at once. The updates of the optimizer
-are multiplied by a factor for these two, the best of {factors} on these very problems.
+trained by Adam on {problems} new problems in each of {steps} steps, which are the numbers of
+meta-training. The updates of the optimizer are multiplied by a factor for these two, the best of
+{factors} on these very problems.
 """
 PANELS = 6  # Of the figure of fitted curves, at most.
 
@@ -62,7 +63,11 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
         stored[name] = {k: x._replace(outputs=None) for k, x in found.items()}
         paths += _drawn(directory, f"-{i + 1}" * several, (family, data), problems, found)
     text = "\n".join(sections)
-    legend = LEGEND.format(factors=", ".join(f"{x:g}" for x in adaptation.FACTORS))
+    legend = LEGEND.format(
+        problems=experiment.problems(),
+        steps=experiment.running.steps,
+        factors=", ".join(f"{x:g}" for x in adaptation.FACTORS),
+    )
     files.write(directory / "table.md", f"# Adaptation\n\n{legend}\n{text}".encode())
     report.write_json(directory / "results.json", dict(about, adaptation=stored))
     listed = [directory / "table.md", directory / "results.json", *paths]

@@ -123,7 +123,7 @@ class Validate:
 
 def _judges(experiment, horizon: int) -> list[Callable]:
     """The validation losses of the families."""
-    settings = (experiment.curriculum.num_problems, horizon, experiment.objective.form)
+    settings = (experiment.curriculum.num_problems, horizon, experiment.objective)
     validation = curriculum.validation
     return [validation(f, experiment.optimizer, *settings) for f in experiment.families]
 

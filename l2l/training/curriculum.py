@@ -50,6 +50,7 @@ class Curriculum(NamedTuple):
     num_problems: of a validation.
     window: the longest that `inner.length` may be, in a run no longer than the plan says; None for
             any.
+    longest: of all runs that the plan asks for, in inner steps; None where that is not known.
     """
 
     start: Callable[[Any], Any]
@@ -64,6 +65,7 @@ class Curriculum(NamedTuple):
     finish: Callable[[Any, Any], Any] = lambda memory, theta: theta
     num_problems: int = 0
     window: int | None = None
+    longest: int | None = None
 
     def check(self, length: int) -> None:
         """UserError where a single window is longer than the runs that are asked for."""
@@ -104,12 +106,12 @@ def log_uniform(
         top = start * (longest / start) ** share
         return _stage(shortest, top, imitation, step / steps), f"{shortest}–{top:.0f}"
 
-    return Curriculum(lambda theta: (), stage, window=longest)
+    return Curriculum(lambda theta: (), stage, window=longest, longest=longest)
 
 
 class Memory(NamedTuple):
-    """What `stages` remembers: the stage, the best validation so far in it and the theta it was
-    measured at, and the validations since."""
+    """What `stages` remembers: the stage, the best validation so far on its horizon and the theta
+    it was measured at, and the validations since."""
 
     index: Any
     best: Any
@@ -128,8 +130,8 @@ def stages(
 ) -> Curriculum:
     """One horizon after another (Chen et al. 2020): at regular intervals theta is validated on the
     next stage's horizon; once that has not improved `patience` times, the best theta is restored
-    and the next stage begins. The last stage is validated on its own horizon, and ends with the
-    meta-steps.
+    and the next stage begins. The last stage is validated on its own horizon, as the one before it
+    was, has to be better than that one's best, and ends with the meta-steps.
 
     Args:
       every: meta-steps between validations.
@@ -157,9 +159,9 @@ def stages(
             return begin(theta)._replace(index=memory.index, best=loss), theta, None
         if memory.waited + 1 < patience or memory.index >= last:
             return memory._replace(waited=np.int32(memory.waited + 1)), theta, None
-        following = Memory(
-            np.int32(memory.index + 1), np.float32(np.inf), memory.theta, np.int32(0)
-        )
+        following = Memory(np.int32(memory.index + 1), memory.best, memory.theta, np.int32(0))
+        if test(following) != test(memory):  # Losses on another horizon are no measure of these.
+            following = following._replace(best=np.float32(np.inf))
         sentence = (
             f"No better on {test(memory)} steps for {patience} validations: "
             f"back to the best weights ({memory.best:.4g}), "
@@ -173,7 +175,11 @@ def stages(
     def finish(memory, theta):
         return memory.theta if np.isfinite(memory.best) else theta
 
-    return Curriculum(begin, stage, every, test, judge, finish, num_problems, horizons[0])
+    return Curriculum(
+        *(begin, stage, every, test, judge, finish, num_problems),
+        window=horizons[0],
+        longest=horizons[-1],
+    )
 
 
 def validation(
@@ -181,15 +187,16 @@ def validation(
     optimizer: base.LearnedOptimizer,
     num_problems: int,
     num_steps: int,
-    form: str = "log",
+    objective: Objective,
 ) -> Callable[[Any, jax.Array, Any], jax.Array]:
     """Makes (theta, key, data) -> the mean loss on validation batches in the last tenth of
     `num_problems` runs of `num_steps` steps: a scalar, compiled once a horizon.
 
-    form: of the meta-loss (`Objective`). Under "log" it is the mean logarithm of the losses, which
-      then must not be negative; under the others, which losses of any sign are for, the plain mean.
+    objective: the meta-loss, whose cap and floor hold here too. Under the form "log" it is the mean
+      logarithm of the losses, which then must not be negative; under the others, which losses of
+      any sign are for, the plain mean.
     """
-    objective = Objective(form="log" if form == "log" else "plain", cap=float("inf"))
+    objective = objective._replace(form="log" if objective.form == "log" else "plain")
     tail = max(num_steps // 10, 1)
 
     def one(theta, key, data):

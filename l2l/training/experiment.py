@@ -20,7 +20,7 @@ from l2l.console import schema
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.core.unroll import Inner
-from l2l.estimators import first_order, mixture, objective
+from l2l.estimators import autodiff, first_order, mixture, objective
 from l2l.estimators.registry import ESTIMATORS
 from l2l.optimizers import ranges
 from l2l.optimizers.registry import OPTIMIZERS, optimizer
@@ -42,7 +42,8 @@ class Running(NamedTuple):
     steps:        meta-steps of the whole run.
     num_problems: inner problems, split over the devices.
     group:        meta-steps in one call of the compiled program (and between lines of progress).
-    clip:         the largest norm of one problem's meta-gradient; inf for none.
+    clip:         the largest norm of one problem's meta-gradient, which its task's weight has been
+                  multiplied by; inf for none.
     max_bad:      training stops after so many meta-steps in a row in which a family has no finite
                   meta-gradient.
     blend:        how far the result lies from the first theta to the trained one, 1 for all the
@@ -67,10 +68,9 @@ class Evaluation(NamedTuple):
     num_problems: unseen problems of the final comparison (seeds), for each horizon.
     every:        meta-steps between comparisons on the way; 0 for none. They take the shortest
                   horizon and the first of the tasks.
-    against:      "adam", tuned over a grid; or "random_search" over the settings of AdamW, with as
-                  many runs as meta-training takes (for the optimizer `learned_adamw`, whose runs
-                  are one window), on one task at one horizon. Where theta holds a start: always
-                  against other starts.
+    against:      "adam", tuned over a grid; or "random_search" over the settings of AdamW, in as
+                  many inner steps as meta-training takes (for the optimizer `learned_adamw`), on
+                  one task at one horizon. Where theta holds a start: always against other starts.
     tasks:        what to compare on: settings that replace some of section `task`, or several such
                   dicts; {} is that section itself. Always without augmentations.
     """
@@ -213,7 +213,10 @@ def build_experiment(config: Mapping) -> Experiment:
     )
     reads = _reads(families)
     single = len(families) == 1
-    horizons = whole["horizon"]
+    horizons = schema.make(
+        "horizon", HORIZONS, whole["horizon"], {"steps": running.steps, "imitation": imitation}
+    )
+    _check_start(whole["estimator"], learned, horizons.longest, inners[0].length)
     return Experiment(
         config=config,
         specification=specification,
@@ -233,9 +236,7 @@ def build_experiment(config: Mapping) -> Experiment:
             running.num_problems,
             running.clip,
         ),
-        curriculum=schema.make(
-            "horizon", HORIZONS, horizons, {"steps": running.steps, "imitation": imitation}
-        ),
+        curriculum=horizons,
         running=running,
         evaluation=evaluation,
         saving=schema.fill("checkpoint", Saving, whole["checkpoint"]),
@@ -324,6 +325,23 @@ def _learner(learned, section, families, judged) -> base.LearnedOptimizer:
         return families[0].init(own, families[0].sample(problem_key))
 
     return base.learner(learned, start=start if held.start else None, loss=loss, params=shapes[0])
+
+
+def _check_start(estimator, learned, longest: int | None, length: int) -> None:
+    """A window that does not begin a run has no derivative by the start."""
+    like = jax.eval_shape(learned.init, jax.random.key(0))
+    if learned.start is None or jax.tree.leaves(like._replace(start=())):
+        return
+    factory, _ = schema.factory_of("estimator", ESTIMATORS, estimator)
+    # As horizons are rounded; one half way to the next window is drawn by chance of rounding only.
+    windows = 1 if longest is None else math.ceil(longest / length - 0.5)
+    if factory is autodiff.truncated and windows > 1:
+        raise UserError(
+            "theta holds the start of runs and nothing else, but of the up to "
+            f"{windows} windows of a run (section `horizon`: {longest} steps; "
+            f"inner.length={length}) only the first has a truncated meta-gradient by it: set "
+            "inner.length to the steps of a run, or choose the estimator 'pes' or 'reptile'."
+        )
 
 
 def _alike(one, other) -> bool:

@@ -1,5 +1,6 @@
-"""How learned settings of AdamW compare with the best of as many runs of random search."""
+"""How learned settings of AdamW compare with those of random search in as many inner steps."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -14,16 +15,20 @@ from l2l.training.experiment import Experiment
 LEGEND = """\
 Loss over the whole validation and test split at the end of {steps} steps, on {problems} new runs,
 the same for both: mean and standard error. *learned*: the settings that meta-training found in
-{count} runs. *random search*: the best of {count} draws by the validation loss of its own run.
+{taken} inner steps. *random search*: the best of {count} draws by the validation loss of its own
+run, in as many inner steps altogether.
 """
 
 
 def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: dict) -> str:
-    """Searches at random with as many runs as meta-training took, measures both on new runs and
-    writes table.md and results.json; returns what a terminal is shown."""
+    """Searches at random in as many inner steps as meta-training took (the last run is made whole),
+    measures both on new runs and writes table.md and results.json; returns what a terminal is
+    shown."""
     directory, settings = Path(directory), experiment.evaluation
     ((_, family),), (steps,) = experiment.judged, settings.horizons
-    count = experiment.windows(about["meta_steps"])  # A run is one window.
+    # Not by runs: those of meta-training may be of other lengths, and be cut into windows.
+    taken = experiment.windows(about["meta_steps"]) * experiment.inners[0].length
+    count = math.ceil(taken / steps)
     data = jax.device_put(family.data())
     run = random_search.compile_runs(experiment.optimizer, family, steps)
     drawn = random_search.draws(key, experiment.specification.get("knots", 0), count)
@@ -39,7 +44,7 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
                 shown[measure] = f"{values.mean():.4g} ± {error:.1g}"
         rows.append(shown)
     text = report.table(rows)
-    legend = LEGEND.format(steps=steps, problems=settings.num_problems, count=count)
+    legend = LEGEND.format(steps=steps, problems=settings.num_problems, taken=taken, count=count)
     files.write(directory / "table.md", f"# Settings\n\n{legend}\n{text}".encode())
     content = {"rows": rows, "each": ended, "search": losses, "found": found, "learned": theta}
     report.write_json(directory / "results.json", dict(about, **content))
