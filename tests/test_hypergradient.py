@@ -153,7 +153,7 @@ def test_the_search_takes_the_inner_steps_of_meta_training_where_a_window_is_no_
     config |= {"inner": {"length": 2}, "task": {"name": "quadratic", "dimension": 2}}
     experiment = build_experiment(config)
     theta, key = experiment.optimizer.init(jax.random.key(0)), jax.random.key(1)
-    searching.conclude(experiment, theta, tmp_path, key, {})
+    searching.conclude(experiment, theta, tmp_path, key, {"meta_steps": 2})
     assert len(json.loads((tmp_path / "results.json").read_text())["search"]) == 2
     said = " ".join((tmp_path / "table.md").read_text().split())
     assert "found in 8 inner steps" in said and "the best of 2 draws" in said
