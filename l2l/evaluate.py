@@ -6,7 +6,7 @@ python -m l2l.evaluate --optimizer=runs/mlp,"adam(1e-2)" --task=mlp --horizons=5
 import sys
 
 from l2l.evaluation import cli
-from l2l.training import experiment
+from l2l.training import sections
 
 if __name__ == "__main__":
-    sys.exit(cli.main(sys.argv, experiment.settings_of))
+    sys.exit(cli.main(sys.argv, sections.settings_of))

@@ -28,9 +28,9 @@ def _flags() -> flags.FlagValues:
 
 
 def _known():
-    from l2l.training import experiment  # It imports JAX.
+    from l2l.training import sections  # It imports JAX.
 
-    return experiment.settings_of
+    return sections.settings_of
 
 
 @command
@@ -58,13 +58,13 @@ def main(argv) -> int:
 
 def _num_problems(config) -> int:
     """Of a configuration that is not checked yet."""
-    from l2l.training import experiment
+    from l2l.training import sections
 
     meta = config.get("meta")
     number = meta.get("num_problems") if hasattr(meta, "get") else None
     if isinstance(number, int) and number > 0:
         return number
-    return experiment.Running().num_problems
+    return sections.Running().num_problems
 
 
 if __name__ == "__main__":

@@ -92,9 +92,9 @@ def _flags() -> flags.FlagValues:
 
 
 def _known():
-    from l2l.training import experiment  # It imports JAX: after `main` kept it off accelerators.
+    from l2l.training import sections  # It imports JAX: after `main` kept it off accelerators.
 
-    return experiment.settings_of
+    return sections.settings_of
 
 
 def _choices(text: str) -> list[str]:

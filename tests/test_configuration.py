@@ -19,15 +19,8 @@ from l2l.console.errors import UserError
 from l2l.optimizers.registry import OPTIMIZERS
 from l2l.tasks import registry
 from l2l.training import curriculum
-from l2l.training.experiment import (
-    HORIZONS,
-    Evaluation,
-    Running,
-    Saving,
-    build_experiment,
-    objective,
-    settings_of,
-)
+from l2l.training.experiment import build_experiment, objective
+from l2l.training.sections import HORIZONS, Evaluation, Running, Saving, settings_of
 
 SMALL = """
 def get_config():

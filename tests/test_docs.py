@@ -16,7 +16,7 @@ from l2l.console import configuration
 from l2l.estimators.registry import ESTIMATORS
 from l2l.optimizers.registry import OPTIMIZERS
 from l2l.tasks.registry import AUGMENTATIONS, TASKS
-from l2l.training import experiment
+from l2l.training import experiment, sections
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -78,7 +78,7 @@ def test_every_public_name_is_in_the_reference():
 def test_a_page_names_every_choice():
     """Of optimizers, estimators, sections, configs and released optimizers."""
     page = (DOCS / "choosing.md").read_text()
-    choices = {*OPTIMIZERS, *ESTIMATORS, *experiment.SECTIONS, *experiment.HORIZONS, *AUGMENTATIONS}
+    choices = {*OPTIMIZERS, *ESTIMATORS, *sections.SECTIONS, *sections.HORIZONS, *AUGMENTATIONS}
     choices |= {path.name for path in (ROOT / "configs").glob("*.py")} | {*l2l.released()}
     said = set(re.findall(r"[`\"]([\w.]+)[`\"]", page))
     missing = choices - said - {"adam"}

@@ -17,7 +17,7 @@ from l2l.console.errors import UserError
 from l2l.evaluation import cli, entries
 from l2l.storage import exports, files
 from l2l.tasks import called, registry
-from l2l.training import experiment, run_directory, sweep_summary
+from l2l.training import run_directory, sections, sweep_summary
 from l2l.training.experiment import build_experiment
 from l2l.training.run import train
 
@@ -212,7 +212,7 @@ def test_an_output_that_cannot_be_is_told_before_anything_is_scored(tmp_path, mo
     monkeypatch.setattr(cli.comparison, "measure", lambda *_, **__: scored.append(True))
     for what in ("--task=quadratic", "--suite=quick"):
         argv = ["evaluate", what, f"--output={tmp_path}/afile/x"]
-        assert cli.main(argv, experiment.settings_of) == 2
+        assert cli.main(argv, sections.settings_of) == 2
         said = capsys.readouterr().err.splitlines()
         assert said == [f"l2l: --output={tmp_path}/afile/x cannot be a directory: "
                         f"{tmp_path}/afile is a file. Choose another."]  # fmt: skip

@@ -13,7 +13,7 @@ from l2l.cluster import environment
 from l2l.console.errors import UserError
 from l2l.evaluation import cli, comparison, figures, report, stored
 from l2l.evaluation.curves import Problems
-from l2l.training import experiment, finish
+from l2l.training import experiment, finish, sections
 
 TASK = ["--task=quadratic", "--set", "dimension=2", "--set", "batch_size=2", "--seeds=1"]
 
@@ -34,7 +34,7 @@ def evaluate(tmp_path, monkeypatch):
         monkeypatch.setattr(comparison, "measure", measure)
         argv = ["evaluate", "--optimizer=sgd(0.1)", *TASK, "--baseline=none"]
         argv += [f"--horizons={horizons}", f"--output={tmp_path}"]
-        return cli.main(argv, experiment.settings_of)
+        return cli.main(argv, sections.settings_of)
 
     return run
 

@@ -21,8 +21,7 @@ from l2l.console import progress
 from l2l.console.errors import UserError
 from l2l.evaluation import curves
 from l2l.storage import checkpoint
-from l2l.training import experiment as experiments
-from l2l.training import provenance, run
+from l2l.training import provenance, run, sections
 from l2l.training.callbacks import DONE, TERMINATED
 from l2l.training.experiment import build_experiment
 from l2l.training.run import train
@@ -174,7 +173,7 @@ def test_a_run_does_not_go_on_with_other_defaults(tiny, tmp_path, monkeypatch):
     del tiny["checkpoint"]["keep"]
     assert train(build_experiment(tiny), tmp_path) == DONE
     later = {"checkpoint": lambda every=200, keep=5: None}
-    monkeypatch.setattr(experiments, "_RECORDS", experiments._RECORDS | later)
+    monkeypatch.setattr(sections, "_RECORDS", sections._RECORDS | later)
     with pytest.raises(UserError, match=r"\(checkpoint.keep is 3 there, 5 here\). .* set that as"):
         train(build_experiment(tiny), tmp_path)
     tiny["checkpoint"]["keep"] = 3
@@ -190,11 +189,11 @@ def test_a_filled_configuration_is_one_and_stays_as_it_is(tiny):
         {"name": "clip", "max_delta": 1.0},
         {"name": "sgd", "learning_rate": schedule},
     )
-    whole = experiments.filled(tiny)
+    whole = sections.filled(tiny)
     assert whole["task"][0]["augmentations"][0].keys() > noise.keys()
     assert whole["meta"]["optimizer"][1]["learning_rate"]["alpha"] == 0.0
-    assert experiments.filled(whole) == whole
-    assert build_experiment(whole).running == build_experiment(experiments.filled(whole)).running
+    assert sections.filled(whole) == whole
+    assert build_experiment(whole).running == build_experiment(sections.filled(whole)).running
 
 
 def test_what_a_run_was_made_of_is_noted_and_told_of(tiny, tmp_path):

@@ -37,7 +37,7 @@ from l2l.evaluation.comparison import Cell, Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.tasks import registry
-from l2l.training import experiment
+from l2l.training import sections
 
 
 def descent(rate, steps):
@@ -621,7 +621,7 @@ def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, argume
     monkeypatch.setattr(environment, "prepare", lambda: None)  # This process is the tests' own.
     monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path))
     argv = ["evaluate", *arguments, f"--output={tmp_path}"]
-    assert cli.main(argv, experiment.settings_of) == 2
+    assert cli.main(argv, sections.settings_of) == 2
     out, said = capsys.readouterr()
     assert message in said and len(said.strip().splitlines()) == 1 and not out
 
@@ -630,7 +630,7 @@ def test_a_suite_is_measured_beside_those_of_its_rivals_that_are_asked_for(tmp_p
     monkeypatch.setattr(environment, "prepare", lambda: None)
     argv = ["evaluate", "--optimizer=sgd(0.1)", "--suite=quick", "--cells=breast cancer"]
     argv += ["--horizons=3", "--seeds=1", "--baseline=prodigy", f"--output={tmp_path}"]
-    assert cli.main(argv, experiment.settings_of) == 0
+    assert cli.main(argv, sections.settings_of) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["optimizer"] for row in rows] == ["sgd(0.1)", "prodigy, tuned"]
 

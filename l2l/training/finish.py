@@ -20,8 +20,9 @@ from l2l.evaluation.tuning import Grid
 from l2l.optimizers import versions
 from l2l.storage import exports, files
 from l2l.training import adapting, searching
-from l2l.training.experiment import LENGTH, Experiment
+from l2l.training.experiment import Experiment
 from l2l.training.run_directory import START, differences
+from l2l.training.sections import LENGTH
 from l2l.version import __version__
 
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.

@@ -17,7 +17,7 @@ from l2l.console import errors
 from l2l.console.errors import UserError
 from l2l.evaluation import report
 from l2l.storage import files
-from l2l.training.experiment import filled
+from l2l.training.sections import filled
 
 START = "start.safetensors"  # A copy of the export that a run's theta begins with.
 PROVENANCE = "provenance.json"  # What it was made of besides its configuration.
