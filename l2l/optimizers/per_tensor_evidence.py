@@ -91,33 +91,10 @@ def observe(settings, faded: float, gradient, params, past: Accumulators):
     seen, now = soap_directions.observe(settings, gradient, past.soap, floors)
     leaves = jax.tree.leaves(params)
     dtype = past.trail.log_start.dtype
-    along, ahead, square, numerator, second = seen.pooled[: len(POOLED)].astype(dtype)
+    *products, numerator, second = seen.pooled[: len(POOLED)].astype(dtype)
     lengths = jnp.sqrt(seen.pooled[len(POOLED) :].astype(dtype) + TINY)
     nothing = 1e-8 * settings.eps_root
-    log_gradient = 0.5 * jnp.log(square + nothing)
-    # Where there is nothing to compare, neither the roots nor their derivatives are taken. Each of
-    # the two has its own, since their product is too small a number where gradients are small.
-    began, here = past.trail.seen > 0, square > 0
-    there = began & (jnp.minimum(ahead, square) > floors)
-    lengths_of = (jax.lax.rsqrt(jnp.where(there, x, 1)) for x in (ahead, square))
-    cosine = jnp.where(there, along * math.prod(lengths_of), 0)
-
-    def average(decays, past, new):
-        return jnp.where(here[None], decays * past + (1 - decays) * new[None], past)
-
-    decays = jnp.asarray([[FAST], [SLOW]], dtype)
-    before = past.trail
-    logs = jnp.where(began[None], before.log_gradient, log_gradient[None])
-    steady = jnp.where(began, jnp.abs(cosine), 1)
-    off = jnp.where(here, square - before.mean_square, 0)
-    trail = Trail(
-        seen=before.seen + here,
-        alignment=average(decays, before.alignment, cosine),
-        steadiness=average(FAST, before.steadiness[None], steady)[0],
-        log_gradient=average(decays, logs, log_gradient),
-        log_start=before.log_start,
-        mean_square=before.mean_square + off / (before.seen + 1),
-    )
+    trail = _remembered(past.trail, *products, floors, nothing)
     known = trail.seen > 0
     log_weights = _log_rms(settings, params, dtype)
     fall = trail.log_gradient[0] - 0.5 * jnp.log(trail.mean_square + nothing)
@@ -149,6 +126,35 @@ def observe(settings, faded: float, gradient, params, past: Accumulators):
     )
     rows = jnp.stack([*dynamic, growth, *together, *plain, *lengths])
     return seen, rows, Accumulators(now, trail)
+
+
+def _remembered(past: Trail, along, ahead, square, floors, nothing: float) -> Trail:
+    """The trail after another gradient. along, ahead, square: [G], means of g·m, m² and g². floors:
+    [G], mean squares below which there is nothing to compare. nothing: added to mean squares before
+    their logarithm is taken."""
+    log_gradient = 0.5 * jnp.log(square + nothing)
+    # Where there is nothing to compare, neither the roots nor their derivatives are taken. Each of
+    # the two has its own, since their product is too small a number where gradients are small.
+    began, here = past.seen > 0, square > 0
+    there = began & (jnp.minimum(ahead, square) > floors)
+    lengths = (jax.lax.rsqrt(jnp.where(there, x, 1)) for x in (ahead, square))
+    cosine = jnp.where(there, along * math.prod(lengths), 0)
+
+    def average(decays, past, new):
+        return jnp.where(here[None], decays * past + (1 - decays) * new[None], past)
+
+    decays = jnp.asarray([[FAST], [SLOW]], square.dtype)
+    logs = jnp.where(began[None], past.log_gradient, log_gradient[None])
+    steady = jnp.where(began, jnp.abs(cosine), 1)
+    off = jnp.where(here, square - past.mean_square, 0)
+    return Trail(
+        seen=past.seen + here,
+        alignment=average(decays, past.alignment, cosine),
+        steadiness=average(FAST, past.steadiness[None], steady)[0],
+        log_gradient=average(decays, logs, log_gradient),
+        log_start=past.log_start,
+        mean_square=past.mean_square + off / (past.seen + 1),
+    )
 
 
 def parts(rows) -> tuple[jax.Array, Plain, jax.Array]:
