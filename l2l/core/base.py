@@ -101,8 +101,8 @@ class Rule(NamedTuple):
     `observe` is free of theta and `propose` treats every coordinate alike, which is what lets the
     first-order engine (`estimators/first_order.py`) take the network through a whole window one
     block of coordinates at a time. Both are called with any subset of the coordinates, and must
-    give each the same numbers as with all of them: no mean over the last axis, say. Arrays are
-    feature-major: coordinates last.
+    give each the same numbers as with all of them: they take no mean over the last axis, say.
+    Arrays are feature-major: coordinates last.
 
     accumulators: (params, dtype) -> Accumulators at the start (moments, say), leaves [..., P] over
                   the flattened parameters (in the order of `jax.tree.leaves`).

@@ -93,7 +93,7 @@ class Objective(NamedTuple):
         """What training or validation losses add to L, given one of `weights`. Its slope in each
         loss is that of `value`, times the weight there."""
         if weight.ndim:
-            # In float64 where losses are: the slopes of the first-order engines are products there.
+            # In float64 where losses are, as are weights times slopes in the first-order engines.
             exact = weight.astype(jnp.promote_types(losses.dtype, weight.dtype))
             return self.value(losses, exact * emphases)
         return weight * self.value(losses, emphases)

@@ -96,8 +96,8 @@ def pretrain(
     """The Params of one network trained on all problems at once, as a start to compare with.
 
     Each of `steps` steps of Adam with cosine decay goes down the mean loss of `num_problems` new
-    problems, on a training and a validation batch of each. Where runs of meta-training are one
-    window and the numbers are the same, it sees as many problems.
+    problems, on a training and a validation batch of each. Meta-training with the same two numbers
+    sees as many problems, where its runs are one window.
     """
     adam = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 

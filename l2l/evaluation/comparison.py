@@ -242,7 +242,7 @@ def _check_names(what: str, names: Sequence[str]) -> None:
 
 
 def _belongs_to_a_model(optimizer) -> bool:
-    """Whether theta holds a start or a loss, which are those of one model."""
+    """Whether theta holds a start or a loss, which fit one model only."""
     learned = isinstance(optimizer, base.LearnedOptimizer)
     return learned and not (optimizer.start is None and optimizer.loss is None)
 

@@ -132,7 +132,7 @@ def with_knobs(
       rate: (step, num_steps) -> its nominal rate; None if it has none.
       learning_rate: a factor on every update, or an optax schedule of factors.
       weight_decay: decoupled, as in `optax.adamw`: weight_decay · rate · θ is taken off as well.
-        None is 0, and no array under `optax.inject_hyperparams`.
+        None is 0; `optax.inject_hyperparams` makes no array of it.
       mask: where that decay applies, as in `optax.adamw`.
 
     Raises:
@@ -176,14 +176,14 @@ def masked(decay: optax.GradientTransformation, mask) -> optax.GradientTransform
 
 
 def _knob(name: str, value) -> Any:
-    """The value of a knob that is in range; one in an array of NumPy as a number."""
+    """The value of a knob, if it is in range; a NumPy array without axes becomes a number."""
     schedules = name == "learning_rate"
     if schedules and callable(value):
         return value
     value = ranges.unboxed(value)
     if not (ranges.number(value) or ranges.boxed(value)):
-        kinds = "a number and no optax schedule" if schedules else "a number"
-        raise UserError(f"{name}={ranges.shown(value)} is not {kinds}: use 0 or a positive number.")
+        kinds = "neither a number nor an optax schedule" if schedules else "not a number"
+        raise UserError(f"{name}={ranges.shown(value)} is {kinds}: use 0 or a positive number.")
     if ranges.number(value) and not 0 <= value < float("inf"):
         raise UserError(f"{name}={value} is out of range: use 0 or a positive number.")
     return value

@@ -293,7 +293,7 @@ def optimizer(init, rule: base.Rule) -> base.LearnedOptimizer:
     """A `LearnedOptimizer` from a rule and the initialiser of its theta.
 
     Raises:
-      UserError: half of the coordinates are treated otherwise than all of them (`halves.check`).
+      UserError: the rule gives other numbers for half of the coordinates (`halves.check`).
     """
     halves.check(init, rule)
     return base.LearnedOptimizer(init, lambda theta: bind(rule, theta), rule)

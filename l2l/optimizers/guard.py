@@ -429,8 +429,8 @@ def _flat(tree: base.PyTree) -> jax.Array:
 
 
 def _finite(tree: base.PyTree, own: frozenset[str]) -> jax.Array:
-    """Whether all numbers are, on all devices that have the model between them: they take a step,
-    fall and go back as one, or those that take it would wait for the others. own: `meshes.apart` of
+    """Whether all numbers are finite, on all devices that have the model between them: these must
+    take a step, fall and go back as one, or some would wait for the others. own: `meshes.apart` of
     the parameters."""
     finite = jnp.all(jnp.isfinite(_flat(tree))).astype(jnp.int32)
     return meshes.over_model(jax.lax.pmin, finite, own) > 0

@@ -17,7 +17,7 @@ from l2l.core import base
 COUNT = 8
 # So that what is taken over all coordinates is far from what is taken over either half.
 SCALES = np.repeat([1.0, 100.0], COUNT // 2)
-# Products of other widths are rounded otherwise: relative, and to the largest number.
+# Of each number, and its square of the largest: products of other widths round differently.
 TOLERANCE = 1e-3
 
 
@@ -40,15 +40,15 @@ def check(init, rule: base.Rule) -> None:
         if not _alike(whole, parts):
             raise UserError(
                 f"`{name}` of this rule gives other numbers for half of the coordinates than for "
-                "all of them, and on a CPU they go through it in blocks: make each coordinate's "
-                "depend on its own alone, take what is of whole tensors from `Rule.tensors`, or "
-                "write the optimizer with l2l.lift."
+                "all of them, and on a CPU they go through it in blocks: make the numbers of each "
+                "depend on that coordinate alone, take those of whole tensors from "
+                "`Rule.tensors`, or write the optimizer with l2l.lift."
             )
 
 
 def _compared(init, rule):
-    """((whole, in halves) of `observe`, the same of `propose`): what they return for random numbers
-    in all places, state included."""
+    """((whole, in halves) of `observe`, the same of `propose`): what they return for random
+    arguments, state included."""
     rng = np.random.default_rng(0)
 
     def like(x, scales: Any = 1.0):
@@ -75,7 +75,7 @@ def _compared(init, rule):
 
     theta = jax.tree.map(like, jax.eval_shape(init, jax.random.key(0)))
     gradient, params = (rng.normal(size=COUNT) * SCALES for _ in range(2))
-    # It runs once, so that compiling fast code would take longer than slow code does.
+    # It runs once: to compile fast code would take longer than to run slow code.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     program = jax.jit(compared, compiler_options=quick)
     return jax.device_get(program(theta, *map(np.float32, (gradient, params))))

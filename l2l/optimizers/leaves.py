@@ -95,7 +95,7 @@ def check_mask(mask: base.PyTree, params: base.PyTree) -> None:
             fault = f"it is {str(jax.tree.structure(mask))[:150]}"
         raise UserError(
             f"The mask does not fit the parameters: {fault}. Give a tree of True and False "
-            "that has their structure, or a function that makes one of them."
+            "that has their structure, or a function from the parameters to one."
         ) from None
 
 

@@ -87,7 +87,7 @@ def apart(params: base.PyTree) -> frozenset[str]:
 
 def over_model(reduce: Callable, x: jax.Array, own: frozenset[str]) -> jax.Array:
     """`jax.lax.psum` or the like over the devices that have one model between them, as far as x
-    differs there; own: `apart` of its parameters. It varies over these axes and no others."""
+    differs there; own: `apart` of its parameters. The result varies over `own` and no others."""
     axes = tuple(sorted(_varying(x) - own))
     return _varied(reduce(x, axes) if axes else x, own)
 

@@ -134,10 +134,10 @@ def per_tensor(
       decays: of the first moments; the first is the nominal one.
       second_decay, second_power: of the second moment (`soap_directions.Settings`).
       eps_root: added to mean squares of gradients before taking their roots or dividing by them, so
-        that zeros have derivatives too. Gradients below its root count as none: above, the rule
-        does the same whatever the loss is multiplied by.
-      faded: gradients whose mean squares are below this part of what they have been so far on
-        average count as none, too.
+        that zeros have derivatives too. Gradients below its root count as none; above it, the
+        rule does the same whatever the loss is multiplied by.
+      faded: a tensor's gradients count as none, too, where their mean square is below this
+        fraction of its average so far.
       mixture: whether the network mixes in further directions.
       weight_decay: exp(δ) at the start, times the schedule's rate; not for vectors. 0 for none.
       decay_anneal: k: decay fades before the rate does, and the end of a run fits what is left.

@@ -34,11 +34,11 @@ class Plain(NamedTuple):
 class Trail(NamedTuple):
     """What is remembered of each of G tensors. alignment, log_gradient: [2, G], averaged fast and
     slow. steadiness: [G], |alignment| of single steps, averaged fast from 1 on. log_start: [G], log
-    rms θ before the first step. mean_square: [G], of all gradients so far. seen: [G], how many
-    there have been that were not zero.
+    rms θ before the first step. mean_square: [G], of all gradients so far that were not zero.
+    seen: [G], how many there have been of these.
 
     A gradient of nothing but zeros is no evidence: that of a head that is not trained in this step,
-    of an expert that was not asked, or of what lies before a layer that begins at zero.
+    of an expert that is not asked, or of what lies before a layer that begins at zero.
     """
 
     seen: jax.Array
@@ -134,7 +134,7 @@ def _remembered(past: Trail, along, ahead, square, floors, nothing: float) -> Tr
     their logarithm is taken."""
     log_gradient = 0.5 * jnp.log(square + nothing)
     # Where there is nothing to compare, neither the roots nor their derivatives are taken. Each of
-    # the two has its own, since their product is too small a number where gradients are small.
+    # the two means has its own root: their product underflows where gradients are small.
     began, here = past.seen > 0, square > 0
     there = began & (jnp.minimum(ahead, square) > floors)
     lengths = (jax.lax.rsqrt(jnp.where(there, x, 1)) for x in (ahead, square))

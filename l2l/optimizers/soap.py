@@ -90,7 +90,7 @@ def _advance(
     given, state = meshes.together((given, state), likes)
     given = treedef.unflatten(given)
     seen, state = soap_directions.observe(settings, given, state)
-    # In their dtypes: gradients may be of half precision where parameters are not.
+    # In the dtypes of `like`: gradients may be of half precision where parameters are not.
     like = treedef.unflatten(likes)
     directions = soap_directions.back(settings, seen, jnp.ones((1, len(kept))), like)
     out = meshes.alike(treedef.flatten_up_to(directions), likes)
@@ -122,8 +122,7 @@ def soap(
     more than two axes are treated as matrices, all axes but the last by the last: the layout of
     flax and haiku. A kernel of equinox or PyTorch, (out, in, height, width), has its width as
     columns, and layers stacked into one array are one tall matrix. Scalars and vectors move as with
-    Adam. Updates are in the dtypes of the parameters, whatever those of the
-    gradients.
+    Adam. Updates are in the dtypes of the parameters, whatever those of the gradients.
 
     Args:
       learning_rate: a number or an optax schedule.

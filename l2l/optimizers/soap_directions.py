@@ -179,7 +179,7 @@ def observe(settings: Settings, gradient, state: SoapState, floors=None) -> tupl
     it. Derivatives treat the bases as constants: those of eigenvectors are infinite where two
     eigenvalues meet.
 
-    floors: [G], in place of `Settings.eps_root`, of each tensor.
+    floors: [G], one for each tensor, in place of `Settings.eps_root`.
     """
     plan = settings.plan(gradient)
     leaves, treedef = jax.tree.flatten(gradient)
@@ -220,8 +220,8 @@ def observe(settings: Settings, gradient, state: SoapState, floors=None) -> tupl
 
 
 def _bounded(x: jax.Array) -> jax.Array:
-    """Numbers that are finite when they are squared and summed up. What is not finite stays so: it
-    is to be noticed."""
+    """Clipped to numbers whose squares and sums of squares are finite. What is not finite stays
+    so: it is to be noticed."""
     most = float(jnp.finfo(x.dtype).max) ** 0.4
     return jnp.where(jnp.isinf(x), x, jnp.clip(x, -most, most))
 
@@ -385,7 +385,7 @@ def _iterate(average, vectors, damping, lengths):
     trace = jnp.trace(average, axis1=1, axis2=2)
     mean = (trace / jnp.asarray(lengths, trace.dtype))[:, None, None]
     # Before the first gradient there is nothing to follow. In units of the mean eigenvalue the
-    # lengths of rows are numbers of which there are squares, however small or large gradients are.
+    # squares of rows neither overflow nor vanish, however large or small gradients are.
     there = mean > 0
     with jax.default_matmul_precision("highest"):
         ahead = vectors @ jnp.where(there, average / jnp.where(there, mean, 1), 0)

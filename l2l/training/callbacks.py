@@ -34,7 +34,7 @@ class Watch:
         self.since: tuple[Group, int] | None = None
 
     def __call__(self, loop: Loop, group: Group) -> int | None:
-        # Before the first row: a directory without any is free for a mended configuration.
+        # Before a row is logged: a directory without any is free for a mended configuration.
         refuse(loop, group)
         self.log.log(loop.step, summary(loop, group))
         for sentence in left_out(loop, group):
@@ -130,7 +130,7 @@ def _judges(experiment, horizon: int) -> list[Callable]:
 
 class Save:
     """Saves checkpoints, and ends the run with one on a signal, or where a callback of the user's
-    wants it.
+    asks for it.
 
     ending: the exit code that such a callback has returned, None until one does.
     """
@@ -171,7 +171,8 @@ class Save:
 
 
 class Called:
-    """Calls the user's own callbacks in turn, until one of them ends the run: `save` then does."""
+    """Calls the user's own callbacks in turn, until one returns an exit code: with that `save` then
+    ends the run."""
 
     def __init__(self, callbacks: Sequence[Callback], save: Save):
         self.callbacks, self.save = callbacks, save

@@ -50,7 +50,7 @@ class Curriculum(NamedTuple):
     num_problems: of a validation.
     window: the longest that `inner.length` may be, in a run no longer than the plan says; None for
             any.
-    longest: of all runs that the plan asks for, in inner steps; None where that is not known.
+    longest: inner steps of the longest run that the plan asks for; None where that is not known.
     """
 
     start: Callable[[Any], Any]
@@ -131,7 +131,7 @@ def stages(
     """One horizon after another (Chen et al. 2020): at regular intervals theta is validated on the
     next stage's horizon; once that has not improved `patience` times, the best theta is restored
     and the next stage begins. The last stage is validated on its own horizon, as the one before it
-    was, has to be better than that one's best, and ends with the meta-steps.
+    was: it has to improve on the best of that one. It ends with the meta-steps.
 
     Args:
       every: meta-steps between validations.

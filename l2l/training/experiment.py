@@ -238,18 +238,19 @@ def _learner(learned, section, families, judged) -> base.LearnedOptimizer:
 
 
 def _check_start(estimator, learned, longest: int | None, length: int) -> None:
-    """A window that does not begin a run has no derivative by the start."""
+    """UserError for a start alone where some windows have no derivative with respect to it:
+    those that do not begin a run."""
     like = jax.eval_shape(learned.init, jax.random.key(0))
     if learned.start is None or jax.tree.leaves(like._replace(start=())):
         return
     factory, _ = schema.factory_of("estimator", ESTIMATORS, estimator)
-    # As horizons are rounded; one half way to the next window is drawn by chance of rounding only.
+    # Rounded as horizons are. An exact half counts as less: `longest` itself is hardly ever drawn.
     windows = 1 if longest is None else math.ceil(longest / length - 0.5)
     if factory is autodiff.truncated and windows > 1:
         raise UserError(
             "theta holds the start of runs and nothing else, but of the up to "
             f"{windows} windows of a run (section `horizon`: {longest} steps; "
-            f"inner.length={length}) only the first has a truncated meta-gradient by it: set "
+            f"inner.length={length}) only the first has a truncated meta-gradient: set "
             "inner.length to the steps of a run, or choose the estimator 'pes' or 'reptile'."
         )
 

@@ -138,8 +138,8 @@ def earlier(experiment) -> tuple[base.PyTree, dict]:
 
 def keep_start(experiment: Experiment, directory) -> None:
     """Copies the export that training begins with to the run's directory, if it begins with one and
-    has no copy yet: at the end theta may be blended with it, and what is there by then may be
-    another.
+    has no copy yet: at the end theta may be blended with it, and by then another file may lie
+    there.
 
     Raises:
       UserError: it cannot be read, or does not fit.

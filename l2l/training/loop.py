@@ -78,7 +78,7 @@ class Loop:
     def __init__(self, experiment: Experiment, layout: Layout, data, snapshot: Snapshot):
         self.experiment, self.layout, self.data = experiment, layout, data
         self.memory, self.seconds = snapshot.memory, float(snapshot.seconds)
-        # Of a file, read now: at the end it may hold another, or be gone.
+        # Its file is read now: at the end that may hold another, or be gone.
         blends = experiment.running.blend < 1.0
         self._first = jax.device_get(_first_theta(experiment)) if blends else None
         where = meta_step.split_of(layout.same, layout.problems)

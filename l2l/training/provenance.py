@@ -1,7 +1,7 @@
 """What a run was made of besides its configuration: versions, data, and what its tasks compute.
 
-A task is the user's code and data are the user's files; both may change between a signal and the
-command that goes on. provenance.json lists what the run had, and from which meta-step on.
+A task is the user's code and data are the user's files; both may change before a run that was
+stopped goes on. provenance.json lists what the run had, and from which meta-step on.
 """
 
 import hashlib

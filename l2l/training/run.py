@@ -33,10 +33,9 @@ def train(
       extra: callbacks of your own: (loop, group) -> None, or an exit code that ends the run. They
         are called after every group of meta-steps, once it is logged. 0 concludes the run early:
         what was trained until then is evaluated and exported, as it is at the end, with the number
-        of its meta-steps; until summary.txt is removed the same command says so, and from then on
+        of its meta-steps. The same call then only shows that result; once summary.txt is removed,
         it trains on. Any other code up to 255 stops the run, and the next call goes on. In either
-        case, and where a callback raises, a checkpoint is saved first (of several processes only
-        where none raises).
+        case a checkpoint is saved first, and also where a callback raises in a run of one process.
 
     Returns:
       0 when training is done and evaluated; 130 or 143 after SIGINT or SIGTERM, everything saved;

@@ -31,7 +31,8 @@ _BEGUN = (
 @contextlib.contextmanager
 def entered(directory: Path, config: dict):
     """Holds a directory, made if need be, for a run of this configuration. A start that fails
-    before anything is logged or saved leaves nothing behind, so that the next may be of another.
+    before anything is logged or saved leaves nothing behind, so that the next may be of another
+    configuration.
 
     Raises:
       UserError: it cannot be made, another run holds it, or it is another configuration's.
@@ -100,11 +101,11 @@ def check(directory: Path, config: dict) -> None:
         raise UserError(
             f"{path} is damaged ({error}): restore it, or choose another directory."
         ) from error
-    # Filled in as well: runs of before wrote down only what was typed.
+    # Filled in as well: earlier versions wrote down only what was typed.
     if different := differences(_written(theirs), _written(config)):
         raise UserError(
             f"{directory} holds a run of another configuration ({'; '.join(different[:8])}). "
-            "Choose another --workdir, set that as it is there to go on, or remove that directory."
+            "Choose another --workdir, or remove that directory; to go on in it, use its settings."
         )
 
 

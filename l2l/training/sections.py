@@ -1,4 +1,4 @@
-"""The sections of a configuration: what may stand in each, and what stands for what is left out."""
+"""The sections of a configuration: what may stand in each, and the defaults of what is left out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -25,8 +25,8 @@ class Running(NamedTuple):
     steps:        meta-steps of the whole run.
     num_problems: inner problems, split over the devices.
     group:        meta-steps in one call of the compiled program (and between lines of progress).
-    clip:         the largest norm of one problem's meta-gradient, which its task's weight has been
-                  multiplied by; inf for none.
+    clip:         the largest norm of one problem's meta-gradient, once that is multiplied by the
+                  weight of its task; inf for none.
     max_bad:      training stops after so many meta-steps in a row in which a family has no finite
                   meta-gradient.
     blend:        how far the result lies from the first theta to the trained one, 1 for all the
@@ -85,7 +85,7 @@ class Saving(NamedTuple):
     keep: int = 3
 
 
-# With what stands for a section that is left out.
+# Each with what stands for it where it is left out.
 SECTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "seed": 0,
@@ -131,8 +131,8 @@ def settings_of(path: tuple[str, ...], config: Mapping) -> Mapping[str, Any] | N
 
 
 def filled(config: Mapping) -> dict:
-    """A configuration with the defaults of what it leaves out, in all of its sections. Of a section
-    whose name is not known, and of defaults that are not plain data, nothing is filled in."""
+    """A configuration with the defaults of what it leaves out, in all of its sections. A section
+    whose name is not known stays as it is, and defaults that are not plain data are left out."""
     return _filled((), {**SECTIONS, **config})
 
 
