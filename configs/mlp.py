@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         dict(digits, hidden=(64,), batch_size=64, distinct=(0.25, 1.0)),
     )
     config.augmentations = ()
-    # A rate far too low to begin with. Unlike `lstm` it goes on as gradients fall, down to 1e-6.
+    # A rate far too low to begin with. Unlike `lstm` it does not slow down where gradients fall.
     config.optimizer = dict(
         name="per_tensor",
         faded=0.0,

@@ -65,7 +65,7 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
     text = "\n".join(sections)
     legend = LEGEND.format(
         problems=experiment.problems(),
-        steps=experiment.running.steps,
+        steps=steps,
         factors=", ".join(f"{x:g}" for x in adaptation.FACTORS),
     )
     files.write(directory / "table.md", f"# Adaptation\n\n{legend}\n{text}".encode())
