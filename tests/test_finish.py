@@ -68,7 +68,8 @@ def test_adam_is_tuned_as_by_the_command(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(finish, "about", lambda *a: {})
     theta = experiment.optimizer.init(key)
     finish.comparing(experiment, tmp_path, key, lambda sentence: None)(theta)
-    finish.conclude(experiment, theta, tmp_path, key, None)
+    snapshot = SimpleNamespace(state=SimpleNamespace(step=experiment.running.steps))
+    finish.conclude(experiment, theta, tmp_path, key, snapshot)
     assert tried == [expected.trials()] * 2
 
 

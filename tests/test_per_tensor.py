@@ -64,6 +64,7 @@ PLAIN = dict(
     agreement=0.0,
     overshoot=0.0,
     second_power=0.0,
+    faded=0.0,
 )
 
 

@@ -229,6 +229,7 @@ def end(config: dict, directory) -> dict:
 EXACT = {
     "objective": {"on": "validation", "form": "last"},
     "inner": {"length": 2, "stagger": False},
+    "horizon": {"name": "log_uniform", "shortest": 2, "longest": 2},
     "estimator": {"name": "truncated", "order": "exact"},
     "meta": {"steps": 1, "num_problems": 2, "group": 1},
     "evaluation": {"horizons": (2,), "num_problems": 2, "every": 0, "against": "random_search"},

@@ -135,7 +135,8 @@ def per_tensor(
       second_decay, second_power: of the second moment (`soap_directions.Settings`).
       eps_root: added to mean squares of gradients before taking their roots or dividing by them, so
         that zeros have derivatives too. Gradients below its root count as none; above it, the
-        rule does the same whatever the loss is multiplied by.
+        rule does the same whatever the loss is multiplied by. Where a tensor's first gradient is
+        zero, an update's slope is 1 over that root: often too steep for exact meta-gradients.
       faded: a tensor's gradients count as none, too, where their mean square is below this
         fraction of its average so far.
       mixture: whether the network mixes in further directions.
