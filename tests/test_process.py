@@ -174,7 +174,7 @@ def test_a_run_does_not_go_on_with_other_defaults(tiny, tmp_path, monkeypatch):
     assert train(build_experiment(tiny), tmp_path) == DONE
     later = {"checkpoint": lambda every=200, keep=5: None}
     monkeypatch.setattr(sections, "_RECORDS", sections._RECORDS | later)
-    with pytest.raises(UserError, match=r"\(checkpoint.keep is 3 there, 5 here\). .* set that as"):
+    with pytest.raises(UserError, match=r"\(checkpoint.keep is 3 there, 5 here\). .* to go on in it, use its settings"):
         train(build_experiment(tiny), tmp_path)
     tiny["checkpoint"]["keep"] = 3
     assert train(build_experiment(tiny), tmp_path) == DONE
