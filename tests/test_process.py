@@ -174,7 +174,8 @@ def test_a_run_does_not_go_on_with_other_defaults(tiny, tmp_path, monkeypatch):
     assert train(build_experiment(tiny), tmp_path) == DONE
     later = {"checkpoint": lambda every=200, keep=5: None}
     monkeypatch.setattr(sections, "_RECORDS", sections._RECORDS | later)
-    with pytest.raises(UserError, match=r"\(checkpoint.keep is 3 there, 5 here\). .* to go on in it, use its settings"):
+    sentence = r"\(checkpoint.keep is 3 there, 5 here\)\. .* to go on in it, use its settings\.$"
+    with pytest.raises(UserError, match=sentence):
         train(build_experiment(tiny), tmp_path)
     tiny["checkpoint"]["keep"] = 3
     assert train(build_experiment(tiny), tmp_path) == DONE
