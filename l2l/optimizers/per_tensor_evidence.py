@@ -91,10 +91,10 @@ def observe(settings, faded: float, gradient, params, past: Accumulators):
     seen, now = soap_directions.observe(settings, gradient, past.soap, floors)
     leaves = jax.tree.leaves(params)
     dtype = past.trail.log_start.dtype
-    *products, numerator, second = seen.pooled[: len(POOLED)].astype(dtype)
+    along, ahead, square, numerator, second = seen.pooled[: len(POOLED)].astype(dtype)
     lengths = jnp.sqrt(seen.pooled[len(POOLED) :].astype(dtype) + TINY)
     nothing = 1e-8 * settings.eps_root
-    trail = _remembered(past.trail, *products, floors, nothing)
+    trail = _remembered(past.trail, along, ahead, square, floors, nothing)
     known = trail.seen > 0
     log_weights = _log_rms(settings, params, dtype)
     fall = trail.log_gradient[0] - 0.5 * jnp.log(trail.mean_square + nothing)
