@@ -4,7 +4,6 @@ A task is the user's code and data are the user's files; both may change before 
 stopped goes on. provenance.json lists what the run had, and from which meta-step on.
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from l2l.console import errors
 from l2l.core import base
+from l2l.evaluation import cache
 from l2l.storage import files
 from l2l.training.experiment import Experiment
 from l2l.training.run_directory import PROVENANCE
@@ -51,7 +51,7 @@ def _made_of(experiment: Experiment, data) -> dict[str, Any]:
     return {
         "versions": {"l2l": __version__, "jax": jax.__version__},
         "tasks": [{"name": f.name, "program": _program(f, own)} for f, own in families],
-        "data": _digest(jax.tree.leaves(base.raw(data))),
+        "data": cache.digest(base.raw(data)),
     }
 
 
@@ -86,19 +86,7 @@ def _program(family: base.TaskFamily, data) -> str | None:
         return None
     # Functions within are named by their addresses, which are others in every process.
     text = re.sub(r"0x[0-9a-f]+", "", str(made))
-    return _digest([np.frombuffer(text.encode(), np.uint8), *base.raw(list(made.consts))])
-
-
-def _digest(arrays) -> str:
-    total, known = hashlib.sha256(), {}
-    for x in arrays:
-        if id(x) not in known:  # What two families share is read once.
-            array = np.ascontiguousarray(x)
-            own = hashlib.sha256(f"{array.dtype} {array.shape}\n".encode())
-            own.update(array.reshape(-1).view(np.uint8).data)
-            known[id(x)] = own.digest()
-        total.update(known[id(x)])
-    return total.hexdigest()
+    return cache.digest([np.frombuffer(text.encode(), np.uint8), *base.raw(list(made.consts))])
 
 
 def _read(path: Path) -> list[dict]:
