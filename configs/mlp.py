@@ -28,10 +28,8 @@ def get_config() -> ConfigDict:
     # A rate far too low to begin with. Unlike `lstm` it does not slow down where gradients fall.
     config.optimizer = dict(
         name="per_tensor",
-        faded=0.0,
         hidden_size=16,
         learning_rate=0.01,
-        eps_root=1e-12,
         weight_decay=0.5,
         decay_fall=0.0,
         decay_noise=0.0,

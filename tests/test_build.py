@@ -40,6 +40,8 @@ MISTAKES = [
     ({"task": None}, "task None has no name"),
     ({"augmentations": "flip"}, "augmentation 'flip' has no name"),
     ({"task": {"name": "mlp", "augmentations": "flip"}}, "augmentation 'flip' has no name"),
+    ({"evaluation": {"horizons": ()}}, "leaves the comparison without a length"),
+    ({"evaluation": {"tasks": ()}}, "leaves nothing to compare on"),
     ({"evaluation": {"tasks": "mlp"}}, "evaluation.tasks='mlp' is no change"),
     ({"evaluation": {"tasks": ({}, "mlp")}}, "evaluation.tasks='mlp' is no change"),
     ({"meta": {"optimizer": "adam"}}, "meta-optimizer 'adam' has no name"),

@@ -105,6 +105,7 @@ def build_experiment(config: Mapping) -> Experiment:
     built = optimizer(specification)
     imitation = schema.fill("imitation", curriculum.Imitation, whole["imitation"]).checked()
     evaluation = schema.fill("evaluation", Evaluation, whole["evaluation"])
+    _check_compared(evaluation)
     families, weights = _mixture(whole)
     judged = _judged(whole, evaluation.tasks)
     learned = _learner(built, whole["theta"], families, judged)
@@ -168,6 +169,19 @@ def _running(section) -> Running:
             "number above 0, or inf to leave them as long as they are."
         )
     return running
+
+
+def _check_compared(evaluation: Evaluation) -> None:
+    if not evaluation.horizons:
+        raise UserError(
+            "evaluation.horizons=() leaves the comparison without a length: name one number of "
+            "inner steps or more. The optimizer is saved before the comparison, which Ctrl-C ends."
+        )
+    if not schema.several(evaluation.tasks):
+        raise UserError(
+            "evaluation.tasks=() leaves nothing to compare on: write settings that replace some of "
+            "section task, like dict(hidden=(64,)), or {} for the task as it is."
+        )
 
 
 def _check_against(evaluation: Evaluation, specification: Mapping, learned, judged) -> None:
