@@ -224,3 +224,18 @@ def test_float64_parameters_are_computed_in_float64(optimizer):
             return (float(update(moved[0])) - float(update(moved[1]))) / (2 * step)
 
         assert slope(1e-6) == pytest.approx(slope(1e-4), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lstm", "mlp"])
+def test_a_loss_may_be_multiplied_by_anything(name):
+    def updates(factor):
+        transform = l2l.load(name, num_steps=100)
+        state, out = transform.init(PARAMS), []
+        for i in range(12):
+            turned = jax.tree.map(lambda x, i=i: factor * jnp.cos(i + 9 * x), PARAMS)
+            update, state = transform.update(turned, state, PARAMS)
+            out.append(update)
+        return out
+
+    for power in (-30, 30):  # Powers of two are not rounded.
+        close(updates(2.0**power), updates(1.0), rtol=1e-4)
