@@ -370,7 +370,7 @@ class _Field:
         for i, (grid, tuned) in enumerate(zip(self.grids, self.tuned, strict=True)):
             name = tuned_name(grid.kind)
             steps = statistics.interval(statistics.speed_up(own.losses, runs[name].losses))
-            time = 1.0 if name == entry.name else seconds.get(name, math.nan) / duration
+            time = seconds.get(name, math.nan) / duration
             sooner[grid.kind] = {"steps": steps[0], "interval": steps[1:], "time": steps[0] * time}
             if name == entry.name:
                 setting = _setting(grid, tuned.by_train_loss[horizon])
