@@ -123,7 +123,7 @@ def _flags() -> flags.FlagValues:
     whole("seed", 1_000_003, about, lower_bound=0, upper_bound=schema.SEEDS - 1)
     about = f"Grids to tune: {', '.join(baselines.KINDS)}; or none. With --suite, those of its own."
     listed("baseline", ["adam"], about)
-    about = "Adam, AdamW, NAdamW and RMSprop are tried with this eps_root, and with 0."
+    about = "All that is tried of Adam, AdamW, NAdamW and RMSprop is tried with this eps_root too."
     flags.DEFINE_float("eps_root", 0.0, about, lower_bound=0.0, flag_values=values)
     about = "Measure learned optimizers untrained too, at their nominal and their best single rate."
     flags.DEFINE_bool("untrained", True, about, flag_values=values)

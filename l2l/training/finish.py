@@ -26,8 +26,7 @@ from l2l.training.sections import LENGTH
 from l2l.version import __version__
 
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
-# The space of `l2l.evaluate`. With further values of eps_root the same number of trials would meet
-# each schedule at fewer rates, and find an Adam that is easier to beat.
+# The space of `l2l.evaluate`.
 ADAMS = Grid("adam")
 
 
