@@ -103,15 +103,25 @@ class Cell(NamedTuple):
         """The steps after which it is measured where `horizons` are asked for, increasing."""
         return tuple(sorted(set(self.horizons or horizons)))
 
-    def load(self) -> tuple[base.TaskFamily, Any]:
-        """The family and its data, cut to `rows` and placed once."""
+    def family(self) -> base.TaskFamily:
+        """The family, measured on `scored` rows of whole splits."""
         task = self.task
         family = task if isinstance(task, base.TaskFamily) else registry.task(task)
+        if self.scored is not None:
+            family = family._replace(batch=_spaced(family.batch, self.scored))
+        return family
+
+    def read(self) -> tuple[base.TaskFamily, Any]:
+        """The family and its data, cut to `rows`, where the family keeps them."""
+        family = self.family()
         data = family.data()
         if self.rows is not None:
             data = jax.tree.map(lambda x: x[: self.rows], data)
-        if self.scored is not None:
-            family = family._replace(batch=_spaced(family.batch, self.scored))
+        return family, data
+
+    def load(self) -> tuple[base.TaskFamily, Any]:
+        """What `read` gives, with the data on a device: for what trains on them."""
+        family, data = self.read()
         return family, jax.device_put(data)
 
 
