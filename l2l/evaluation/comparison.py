@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from l2l.console.errors import UserError
-from l2l.core import base
+from l2l.core import base, unroll
 from l2l.evaluation import baselines, cache, curves, statistics, timing, tuning
 from l2l.evaluation.curves import Curves, Problems
 from l2l.evaluation.tuning import Grid
@@ -259,16 +259,22 @@ def _belongs_to_a_model(optimizer) -> bool:
 
 def _check_fit(entries: Sequence[Entry], cell: Cell, key) -> None:
     """UserError, before anything is measured, for a start or a loss of another model than the
-    cell's."""
-    family, data = cell.load()
+    cell's. Data are read for a loss alone, which may ask for labels, and not kept: those of all
+    cells together may be too many."""
+    family, data = cell.family(), ()
+    if any(entry.optimizer.loss is not None for entry in entries):
+        data = cell.read()[1]
     for entry in entries:
 
-        def step(theta, key, data, optimizer=entry.optimizer):
-            run = curves.beginning(family, key)
-            return curves.one_run(optimizer, theta, family, run, data, (1,))
+        def fit(theta, key, data, optimizer=entry.optimizer):
+            run = curves.started(optimizer, theta, curves.beginning(family, key))
+            if optimizer.loss is not None:
+                batch = family.batch(key, run.problem, data, "train")
+                loss = unroll.trained_on(family, optimizer, theta).loss
+                loss(run.params, run.problem, batch)
 
         try:
-            jax.eval_shape(step, entry.theta, key, data)
+            jax.eval_shape(fit, entry.theta, key, data)
         except UserError as error:
             raise UserError(f"{entry.name} on {cell.name}: {error}") from None
 
