@@ -521,4 +521,5 @@ def test_options_are_read_as_typed():
     assert cli._assignment("hidden=64,64") == ("hidden", (64, 64))
     assert cli._assignment("activations=relu") == ("activations", "relu")
     cells = cli.read_cells([{"name": "mlp", "hidden": 4}], "activations=relu,tanh")
-    assert [cell.name for cell in cells] == ["mlp-digits-4 relu", "mlp-digits-4 tanh"]
+    names = [f"mlp-digits-4 activations={name}" for name in ("relu", "tanh")]
+    assert [cell.name for cell in cells] == names

@@ -41,21 +41,15 @@ from l2l.tasks import registry
 def read_cells(sections: Sequence[dict], vary: str | None) -> list[Cell]:
     """A cell for each section `task`, or one for each value of `vary` ("setting=value,value") in
     each of them, by names that differ."""
-    values: dict[str, dict] = {"": {}}
+    changes: list[dict] = [{}]
     if vary:
         setting, given = _assignment(vary)
         given = given if isinstance(given, tuple) else (given,)
         if not given:
             raise UserError(f"--vary={vary} has no value: write it like {setting}=64,128.")
-        values = {str(value): {setting: value} for value in given}
-    wanted, names, families = [], [], []
-    for section in sections:
-        for told, value in values.items():
-            wanted.append(_wrapped({**section, **value}, registry.TASKS))
-            families.append(registry.task(wanted[-1]))
-            names.append(" ".join((families[-1].name, told)).strip())
-    names, places = registry.distinct(names, wanted)
-    return [Cell(name, families[i]) for name, i in zip(names, places, strict=True)]
+        changes = [{setting: value} for value in given]
+    wanted = [_wrapped({**s, **change}, registry.TASKS) for s in sections for change in changes]
+    return [Cell(name, family) for name, family in registry.distinct(wanted)]
 
 
 def _wrapped(section: dict, tasks: dict) -> dict:

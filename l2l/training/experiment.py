@@ -312,8 +312,8 @@ def _array(x):
 
 
 def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
-    """The plain families of section `task`, each with each of the changes of settings, by names
-    that differ."""
+    """The families of section `task` without augmentations, each with each of the changes of
+    settings, by names that differ."""
     changes = schema.several(changes)
     for change in changes:
         if not isinstance(change, Mapping):
@@ -321,20 +321,11 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
                 f"evaluation.tasks={change!r} is no change of section task: write settings that "
                 "replace some of it, like dict(hidden=(64,)), or {} for the task as it is."
             )
-    names, sections, families = [], [], []
-    for section in schema.several(config["task"]):
-        plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
-        for change in changes:
-            sections.append({**plain, **change})
-            families.append(task(sections[-1]))
-            values = " ".join(
-                "-".join(map(str, v if isinstance(v, tuple | list) else [v]))
-                for k, v in change.items()
-                if sum(change[k] != other.get(k) for other in changes)
-            )
-            names.append(" ".join(filter(None, (families[-1].name, values))))
-    names, places = tasks.distinct(names, sections)
-    return tuple((name, families[i]) for name, i in zip(names, places, strict=True))
+    plain = [
+        {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
+        for section in schema.several(config["task"])
+    ]
+    return tuple(tasks.distinct([{**one, **change} for one in plain for change in changes]))
 
 
 def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGradient, Inner]:
