@@ -186,8 +186,10 @@ def about(experiment: Experiment, snapshot) -> dict:
             "data": [family.name for family in experiment.families],
         },
         # Of the optimizer that this one went on from, and of those before it.
-        "training_before": [*before.get("training_before", ()), before["training"]]
-        if before
-        else [],
+        "training_before": [
+            *before.get("training_before", ()),
+            # An export that a user made of a theta may say nothing of how it was trained.
+            *([before["training"]] if "training" in before else []),
+        ],
         "versions": {"l2l": __version__, "jax": jax.__version__},
     }
