@@ -310,7 +310,7 @@ def test_what_a_budget_leaves_out_is_said(capsys):
     "seconds, text", [(5, "5 seconds"), (600, "10 minutes"), (36_000, "10 hours")]
 )
 def test_durations(seconds, text):
-    assert suites.duration(seconds) == text
+    assert budget.duration(seconds) == text
 
 
 # --- measuring -------------------------------------------------------------------------------

@@ -58,8 +58,9 @@ def score(rows: Sequence["Row"]) -> list[Score]:
         places.setdefault((row.cell, row.steps), {})[row.optimizer] = row
     scores = []
     for here in places.values():
-        first = next((row for row in here.values() if row.by_validation is not None), None)
-        scores += [_score(row, first) for row in here.values()] if first is not None else []
+        baselines = (row for row in here.values() if row.by_validation is not None)
+        if (reference := next(baselines, None)) is not None:
+            scores += [_score(row, reference) for row in here.values()]
     return scores
 
 

@@ -145,15 +145,11 @@ def _sections(values, config, known) -> list[dict]:
         plain: Any = schema.plain(config)
         found = {**(known((), {}) or {}), **plain}["task"]
         sections = [found] if isinstance(found, dict) else list(found)
-        # What belongs to the mixture is not the task's.
-        sections = [{k: v for k, v in s.items() if k not in _MIXTURE} for s in sections]
+        sections = list(map(registry.alone, sections))
     else:
         sections = [{"name": values.task}]
     own = dict(map(_assignment, values.set))
     return [{**section, **own} for section in sections]
-
-
-_MIXTURE = ("weight", "augmentations")
 
 
 @command
@@ -258,8 +254,8 @@ def _plan(chosen: Suite, count: int, budget: float | None, output):
         parts, costs, rest = budgets.fit(parts, costs, budget * cores)
         if not parts:
             raise UserError(
-                f"A budget of {suites.duration(budget)} leaves nothing to measure: the cheapest "
-                f"cell takes about {suites.duration(dear)}. Allow more, or fewer --horizons or "
+                f"A budget of {budgets.duration(budget)} leaves nothing to measure: the cheapest "
+                f"cell takes about {budgets.duration(dear)}. Allow more, or fewer --horizons or "
                 "--seeds."
             )
         steps = sorted({h for part in rest for h in part.horizons})
@@ -271,7 +267,7 @@ def _plan(chosen: Suite, count: int, budget: float | None, output):
         print(
             f"{len({part.cell.name for part in parts})} cells, {runs} horizons in all, "
             f"{chosen.seeds} {'problems' if chosen.seeds > 1 else 'problem'} each: some "
-            f"{suites.duration(sum(costs))} of CPU time on one core, less what "
+            f"{budgets.duration(sum(costs))} of CPU time on one core, less what "
             f"{output / 'cache'} holds.",
             file=sys.stderr,
         )

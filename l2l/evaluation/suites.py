@@ -273,11 +273,3 @@ def _lacking(cell: Cell) -> str | None:
     except UserError as error:
         return str(error)
     return None
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever says it best."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -34,6 +34,8 @@ TASKS = {
     "vae": tasks.vae,
     "vit": tasks.vit,
 }
+# What a section has for a mixture of tasks, beside the settings of its own: with its defaults.
+MIXTURE = {"weight": 1.0, "augmentations": ()}
 AUGMENTATIONS = {"convex": tasks.convex, "noise": tasks.noise, "rescale": tasks.rescale}
 
 
@@ -64,8 +66,12 @@ def settings_of(section: Mapping) -> dict[str, Any] | None:
     factory = {**TASKS, **_own(section)}.get(section.get("name", ""))
     if factory is None:
         return None
-    mixture = {"weight": 1.0, "augmentations": ()}
-    return {"name": section["name"], **schema.settings_of(factory), **mixture}
+    return {"name": section["name"], **schema.settings_of(factory), **MIXTURE}
+
+
+def alone(section: Mapping) -> dict[str, Any]:
+    """A section without what it has for a mixture: the plain task."""
+    return {key: value for key, value in section.items() if key not in MIXTURE}
 
 
 def _own(section: Mapping) -> dict[str, Callable]:
@@ -83,7 +89,7 @@ def distinct(sections: Sequence[Mapping]) -> list[tuple[str, base.TaskFamily]]:
     they differ too, like "quadratic-2 stddev=0.01".
 
     Args:
-      sections: without what belongs to a mixture.
+      sections: as of `alone`.
     """
     found: list[tuple[base.TaskFamily, dict[str, str]]] = []
     for section in sections:

@@ -81,11 +81,11 @@ class Experiment(NamedTuple):
         """How many inner problems a meta-step has, of all families together."""
         return self.running.num_problems * len(self.families)
 
-    def windows(self, steps: int) -> int:
-        """How many windows of inner training so many meta-steps take."""
+    def inner_steps(self, meta_steps: int) -> int:
+        """How many inner steps so many meta-steps take, of all runs together."""
         # Evolution strategies train every problem twice, by either sign of the noise.
         runs = 2 if self.config.get("estimator", {}).get("name") == "pes" else 1
-        return steps * self.problems() * runs
+        return meta_steps * self.problems() * runs * self.inners[0].length
 
 
 def build_experiment(config: Mapping) -> Experiment:
@@ -189,10 +189,10 @@ def _check_against(evaluation: Evaluation, specification: Mapping, learned, judg
             "learned too: leave it out, or choose against='adam'."
         )
     if len(judged) > 1 or len(evaluation.horizons) != 1:
-        tasks, steps = ", ".join(name for name, _ in judged), evaluation.horizons
+        names, steps = ", ".join(name for name, _ in judged), evaluation.horizons
         raise UserError(
             "evaluation.against='random_search' compares on one task at one horizon, but the tasks "
-            f"are {tasks} and evaluation.horizons={steps}: choose one of each, or against='adam'."
+            f"are {names} and evaluation.horizons={steps}: choose one of each, or against='adam'."
         )
 
 
@@ -321,10 +321,7 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
                 f"evaluation.tasks={change!r} is no change of section task: write settings that "
                 "replace some of it, like dict(hidden=(64,)), or {} for the task as it is."
             )
-    plain = [
-        {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
-        for section in schema.several(config["task"])
-    ]
+    plain = map(tasks.alone, schema.several(config["task"]))
     return tuple(tasks.distinct([{**one, **change} for one in plain for change in changes]))
 
 
