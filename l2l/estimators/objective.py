@@ -209,7 +209,10 @@ def objective(
     late = validation_weight if late_validation_weight is None else late_validation_weight
     for value in (validation_weight, late):
         if not 0.0 <= value <= 1.0:
-            raise UserError(f"A weight {value} of the validation losses is outside [0, 1].")
+            raise UserError(
+                f"A weight {value} of the validation losses is outside [0, 1]: use the share that "
+                "they are to have beside the training losses."
+            )
     for name, value in (("floor", floor), ("emphasis", emphasis)):
         if not 0.0 <= value < float("inf"):
             raise UserError(f"{name}={value} is not a weight: use 0 or a positive number.")
