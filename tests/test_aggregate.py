@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from l2l.evaluation import aggregate
+from l2l.evaluation import aggregate, report
 
 STEPS = np.arange(10, 210, 10)
 
@@ -53,6 +53,21 @@ def test_steps_to_the_target_are_the_closed_form():
     assert found["adam, tuned"][4:] == (200, 200, 1, 1, 1, 1, 1)
     assert found["fast"].validation == pytest.approx(math.exp(-2), rel=1e-6)
     assert found["slow"].validation == pytest.approx(math.exp(1))
+
+
+def test_what_was_not_timed_has_no_time():
+    adam = np.exp(-0.01 * STEPS)
+    rows = (
+        row("own", adam, seconds=math.nan),
+        row("adam, tuned", adam, best=adam, seconds=math.nan),
+    )
+    scores = aggregate.score(rows)
+    assert [(s.sooner, s.cost) for s in scores] == [(1, 200)] * 2
+    assert np.isnan([(s.quicker, s.time) for s in scores]).all()
+    lines = report.over_cells(scores).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| optimizer"))
+    names, _, *shown = ([x.strip() for x in line.split("|")] for line in lines[start : start + 4])
+    assert [x[names.index("target in time")] for x in shown] == ["–", "–"]
 
 
 def test_a_reference_that_overfits_is_even_with_itself():

@@ -160,6 +160,11 @@ def test_spaces_are_declared_and_have_the_same_number_of_trials():
             "at the edge.",
         ),
         (
+            tuning.Grid("adam", eps_roots=(0.0, 1e-8), extensions=0),
+            "adam: 15 rates from 0.0003 to 3, each with 4 of 6 combinations (schedule constant, "
+            "cosine, warmup cosine; eps_root 0, 1e-08).",
+        ),
+        (
             tuning.Grid("sgd", (0.1, 1.0, 3), ("constant",), extensions=0),
             "sgd: 3 rates from 0.1 to 1, each with 1 of 1 combination (schedule constant).",
         ),
@@ -177,6 +182,14 @@ def test_a_space_is_told_as_it_is_tried(grid, told):
     combinations = {trial[1:] for trial in grid.trials()}
     each = len(grid.trials()) // grid.limits[2]
     assert f"each with {each} of {len(combinations)} " in told and f"to {high:g}," in told
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in baselines.KINDS.items() if kind.rooted])
+def test_a_further_eps_root_takes_no_trial_from_the_others(kind):
+    """Or a baseline tuned over more would be easier to beat."""
+    alone, both = (tuning.Grid(kind, eps_roots=roots) for roots in ((0.0,), (0.0, 1e-8)))
+    expected = [trial._replace(eps_root=root) for trial in alone.trials() for root in (0.0, 1e-8)]
+    assert both.trials() == expected
 
 
 def test_adam_of_the_grid_is_optax_adam():

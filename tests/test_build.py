@@ -318,5 +318,5 @@ def test_tasks_to_be_judged_on_replace_settings_and_lose_augmentations():
         }
     )
     names = [name for name, _ in experiment.judged]
-    assert names == ["mlp-digits-4 relu", "mlp-digits-4 tanh"]
+    assert names == [f"mlp-digits-4 activations={name}" for name in ("relu", "tanh")]
     assert "rescale" in experiment.families[0].name

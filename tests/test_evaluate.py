@@ -248,6 +248,7 @@ def test_the_tuned_baseline_beats_a_slow_descent(tmp_path):
     slow, tuned, text = measured(bowl()._replace(name="bowl"), tmp_path)
     assert slow.ratio > 1 and tuned.ratio == 1 and tuned.sooner["sgd"]["steps"] == 1
     assert baselines.parse(tuned.setting) and tuned.setting.startswith("sgd(learning_rate=")
+    assert np.isnan(tuned.sooner["sgd"]["time"]) and "time" not in text  # Nothing was timed.
     assert "## 4 steps" in text and str(tmp_path / "curves-4.png") in text
 
 
@@ -520,4 +521,5 @@ def test_options_are_read_as_typed():
     assert cli._assignment("hidden=64,64") == ("hidden", (64, 64))
     assert cli._assignment("activations=relu") == ("activations", "relu")
     cells = cli.read_cells([{"name": "mlp", "hidden": 4}], "activations=relu,tanh")
-    assert [cell.name for cell in cells] == ["mlp-digits-4 relu", "mlp-digits-4 tanh"]
+    names = [f"mlp-digits-4 activations={name}" for name in ("relu", "tanh")]
+    assert [cell.name for cell in cells] == names

@@ -1,5 +1,6 @@
 """Exports: they come back whole, or say in one sentence that they do not."""
 
+import errno
 import inspect
 import json
 import struct
@@ -280,6 +281,15 @@ def test_a_hostile_export_is_one_clear_error(path, change, change_l2l):
     with pytest.raises(ValueError, match=r"mine\.safetensors is not a complete export") as error:
         exports.read(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_damaged_export(path, monkeypatch):
+    def fails(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(exports, "_whole", fails)
+    with pytest.raises(UserError, match=r"mine\.safetensors: Input/output error.*disk may be"):
+        exports.read(path)
 
 
 def test_truncated_and_mutated_exports(path, theta):

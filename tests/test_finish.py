@@ -11,6 +11,7 @@ import pytest
 from l2l.cluster import collectives
 from l2l.evaluation import cli, comparison
 from l2l.evaluation.curves import Problems
+from l2l.storage import exports
 from l2l.training import finish, loop
 from l2l.training.experiment import build_experiment
 
@@ -91,6 +92,16 @@ def test_inner_steps_are_counted_of_every_run(tiny, estimator, runs):
     about = finish.about(experiment, SimpleNamespace(state=state, seconds=1.0))
     assert about["training"]["inner_steps"] == runs * 12 * 8 * 4
     assert about["dropped"] == 3
+
+
+def test_an_export_that_training_begins_with_need_not_say_how_it_was_trained(tiny, tmp_path):
+    experiment = build_experiment(tiny)
+    theta = experiment.optimizer.init(jax.random.key(0))
+    path = exports.export(tmp_path / "mine.safetensors", experiment.specification, theta)
+    experiment = build_experiment(tiny | {"start": str(path)})
+    state = SimpleNamespace(step=jnp.int32(12), skipped=0, dropped=0)
+    about = finish.about(experiment, SimpleNamespace(state=state, seconds=1.0))
+    assert about["training_before"] == []
 
 
 @pytest.mark.parametrize("taken", [6, 12])

@@ -141,6 +141,28 @@ def test_a_start_of_another_model_is_refused_before_any_cell_is_measured(tmp_pat
         next(rows)
 
 
+def test_a_loss_of_another_task_is_refused_before_any_cell_is_measured(monkeypatch):
+    monkeypatch.setattr(tuning, "tune", None)
+    loss = losses.label_weights(classes=2)
+    optimizer = base.learner(base.fixed(optax.sgd(RATE)), loss=loss, params=())
+    entry = Entry("mine", optimizer, optimizer.init(jax.random.key(0)))
+    rows = comparison.measure([entry], [Cell("bowl", bowl())], (STEPS,), PROBLEMS)
+    with pytest.raises(UserError, match=r"^mine on bowl: The loss 'label_weights' .* no labels"):
+        next(rows)
+
+
+def test_the_data_of_a_cell_are_read_once_beside_a_learned_start():
+    optimizer, loaded = learner(loss=False), []
+    entry = Entry("mine", optimizer, optimizer.init(jax.random.key(0)))
+    cells = [
+        Cell(name, bowl()._replace(data=lambda name=name: loaded.append(name) or ()))
+        for name in "ab"
+    ]
+    for row in comparison.measure([entry], cells, (STEPS,), PROBLEMS, grids=()):
+        assert row.cell == loaded[-1]
+    assert loaded == ["a", "b"]
+
+
 def test_tasks_to_be_judged_on_have_the_parameters_that_theta_holds():
     config = {
         "task": {"name": "sinusoid", "hidden": (4,)},

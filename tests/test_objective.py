@@ -39,16 +39,32 @@ def test_the_validation_weight_goes_to_its_late_value_along_a_run(window):
     parts = []
     for start in range(0, 40, window):
         place, cut = (jnp.int32(start), steps, window), slice(start, start + window)
-        losses = (jnp.asarray(x[cut]) for x in (training, validation))
+        losses = [jnp.asarray(x[cut]) for x in (training, validation)]
         weights = found.weights(*place)
         np.testing.assert_allclose(weights[0] + weights[1], np.ones(window), rtol=1e-6)
-        emphases = found.emphases(*place)
-        pairs = zip(losses, weights, strict=True)
-        parts.append(sum(float(found.part(x, emphases, w)) for x, w in pairs))
+        meta_loss = found.at(*place)
+        parts.append(float(meta_loss.value(*losses)))
+        slopes = jax.grad(meta_loss.value, (0, 1))(*losses)
+        for own, expected in zip(meta_loss.slopes(*losses), slopes, strict=True):
+            np.testing.assert_allclose(own, expected, rtol=1e-6)
     weight = 0.8 - 0.6 * np.arange(1, 41) / 40
     by_hand = np.mean((1 - weight) * training + weight * validation)
     np.testing.assert_allclose(np.mean(parts), by_hand, rtol=1e-6)
     assert float(weights[1][-1]) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("on, validation", [("train", ()), ("validation", LOSSES)])
+def test_what_is_not_read_has_no_slope(on, validation):
+    meta_loss = Objective(on, "plain").at(jnp.int32(0), jnp.int32(4), 4)
+    training, validation = jax.tree.map(jnp.asarray, (10 * LOSSES, validation))
+    slopes = meta_loss.slopes(training, validation)
+    quarters = np.full(4, 0.25)
+    if on == "train":
+        np.testing.assert_allclose(slopes[0], quarters)
+        assert slopes[1] == () and meta_loss.value(training, ()) == np.mean(training)
+    else:
+        np.testing.assert_allclose(slopes, [0 * quarters, quarters])
+        assert meta_loss.value(training, validation) == np.mean(validation)
 
 
 def test_without_a_late_value_one_weight_serves_the_whole_run():

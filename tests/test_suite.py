@@ -171,6 +171,12 @@ def test_absent_data_are_told_and_replaced(tmp_path, monkeypatch):
     assert "breast cancer in its place" in notes[0] and len(notes) == 3
 
 
+def test_what_can_be_measured_is_found_without_placing_data(monkeypatch):
+    monkeypatch.setattr(comparison.Cell, "load", None)
+    cells = [suites.CELLS["mlp"], suites.CELLS["nanogpt on pydoc"]]
+    assert suites.available(cells) == (tuple(cells), [])
+
+
 def test_data_that_cannot_be_read_are_told_and_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("L2L_DATA_DIR", str(tmp_path))
     (tmp_path / "reserved" / "adult").mkdir(parents=True)  # Empty.
@@ -304,7 +310,7 @@ def test_what_a_budget_leaves_out_is_said(capsys):
     "seconds, text", [(5, "5 seconds"), (600, "10 minutes"), (36_000, "10 hours")]
 )
 def test_durations(seconds, text):
-    assert suites.duration(seconds) == text
+    assert budget.duration(seconds) == text
 
 
 # --- measuring -------------------------------------------------------------------------------

@@ -144,9 +144,7 @@ def window(
         batch = batch_at(family, state, data, VALIDATION)
         return inner.family.loss(state.params, state.problem, batch)
 
-    place = (state.step, state.num_steps, inner.length)
-    on_train, on_validation = objective.weights(*place)
-    emphases = objective.emphases(*place)
+    meta_loss = objective.at(state.step, state.num_steps, inner.length)
 
     def steps(state, _, length):
         if not every_step:
@@ -169,11 +167,7 @@ def window(
         held_out = jnp.broadcast_to(held_out_at(state), losses.shape)
     last = family.loss(state.params, state.problem, batch_at(family, state, data, TRAIN))
     following = jnp.concatenate([losses[1:], last[None]])
-    value = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32))
-    if objective.reads_train:
-        value += objective.part(following, emphases, on_train)
-    if objective.reads_validation:
-        value += objective.part(held_out, emphases, on_validation)  # pyright: ignore[reportArgumentType]
+    value = meta_loss.value(following, held_out)
     return state, value, objective.metrics(value, following, held_out)
 
 

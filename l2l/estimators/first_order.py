@@ -176,9 +176,7 @@ class _Engine(NamedTuple):
     def forward(self, theta, state: base.InnerState, data):
         """K steps: (the state after them, what the backward pass needs, metrics)."""
         objective, family = self.objective, self.inner.family
-        place = (state.step, state.num_steps, self.inner.length)
-        on_train, on_validation = objective.weights(*place)
-        emphases = objective.emphases(*place)
+        meta_loss = objective.at(state.step, state.num_steps, self.inner.length)
         state, out = jax.lax.scan(
             lambda state, _: self.step(theta, state, data), state, None, self.inner.length
         )
@@ -186,25 +184,19 @@ class _Engine(NamedTuple):
         batch = batch_at(family, state, data, TRAIN)
         last, pull = jax.value_and_grad(family.loss)(state.params, state.problem, batch)
         following = jnp.concatenate([losses[1:], last[None]])
-        slope = jax.grad(objective.value)
+        weights, held_out_weights = meta_loss.slopes(following, values)
         seen = Seen(
             gradient=g,
             params=p,
             directions=whole.directions,
             held_out=held_out,
             last=coordinates.flatten(pull, coordinates.dtype_of(theta)),
-            weights=jnp.zeros_like(losses),
-            held_out_weights=(),
+            weights=weights,
+            held_out_weights=held_out_weights,
             tensors=whole.tensors,
         )
-        meta_loss = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32))
-        if objective.reads_train:
-            seen = seen._replace(weights=on_train * slope(following, emphases))
-            meta_loss += objective.part(following, emphases, on_train)
-        if objective.reads_validation:
-            seen = seen._replace(held_out_weights=on_validation * slope(values, emphases))
-            meta_loss += objective.part(values, emphases, on_validation)  # pyright: ignore[reportArgumentType]
-        return state, seen, objective.metrics(meta_loss, following, values)
+        value = meta_loss.value(following, values)
+        return state, seen, objective.metrics(value, following, values)
 
     def step(self, theta, state: base.InnerState, data):
         """A training step: (the state after it, what is kept of it)."""

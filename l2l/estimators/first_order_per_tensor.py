@@ -115,22 +115,17 @@ def _forward(inner, objective, teacher, theta, run, taught, data):
     losses, gradients, directions, features, off, held_out = out
     last = gradient_of(after.params, run.problem, batch_at(family, after, data, TRAIN))
     following = jnp.concatenate([losses[1:], last[0][None]])
-    place = (run.step, run.num_steps, inner.length)
-    on_train, on_validation = objective.weights(*place)
-    emphases = objective.emphases(*place)
-    slope = jax.grad(objective.value)
-    meta_loss, pulls = jnp.zeros((), jnp.promote_types(losses.dtype, jnp.float32)), []
+    meta_loss = objective.at(run.step, run.num_steps, inner.length)
+    values, held_out_pulls = held_out if objective.reads_validation else ((), ())
+    weights, held_out_weights = meta_loss.slopes(following, values)
+    pulls = []
     if objective.reads_train:
-        meta_loss += objective.part(following, emphases, on_train)
         # The loss that follows update t is met, with its gradient, at step t + 1.
         ahead = jax.tree.map(lambda g, x: jnp.concatenate([g[1:], x[None]]), gradients, last[1])
-        pulls.append(_weighed(on_train * slope(following, emphases), ahead))
+        pulls.append(_weighed(weights, ahead))
     if objective.reads_validation:
-        values, pull = held_out
-        meta_loss += objective.part(values, emphases, on_validation)
-        pulls.append(_weighed(on_validation * slope(values, emphases), pull))
-    values = held_out[0] if objective.reads_validation else ()
-    metrics = objective.metrics(meta_loss, following, values)
+        pulls.append(_weighed(held_out_weights, held_out_pulls))
+    metrics = objective.metrics(meta_loss.value(following, values), following, values)
     pulls = jax.tree.map(lambda *x: sum(x), *pulls)
     return after, taught, Window(directions, features, pulls, off), metrics
 

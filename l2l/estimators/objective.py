@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -84,19 +85,10 @@ class Objective(NamedTuple):
         limits = jnp.finfo(dtype)
         return -(float(limits.eps) ** 0.5) if self.floor else float(limits.tiny)
 
-    def part(
-        self,
-        losses: Float[Array, " K"],
-        emphases: Float[Array, " K"],
-        weight: Float[Array, " *W"],
-    ) -> Float[Array, ""]:
-        """What training or validation losses add to L, given one of `weights`. Its slope in each
-        loss is that of `value`, times the weight there."""
-        if weight.ndim:
-            # In float64 where losses are, as are weights times slopes in the first-order engines.
-            exact = weight.astype(jnp.promote_types(losses.dtype, weight.dtype))
-            return self.value(losses, exact * emphases)
-        return weight * self.value(losses, emphases)
+    def at(self, step: Int[Array, ""], num_steps: Int[Array, ""], length: int) -> "MetaLoss":
+        """The meta-loss of the window of `length` steps that begins at `step`."""
+        place = (step, num_steps, length)
+        return MetaLoss(self, *self.weights(*place), self.emphases(*place))
 
     def value(self, losses: Float[Array, " K"], emphases: Float[Array, " K"]) -> Float[Array, ""]:
         """L of losses [K] after each update, in float32 at least. It is not finite if one of them
@@ -144,6 +136,51 @@ class Objective(NamedTuple):
         return jnp.concatenate([x[-1:] if self.form == "last" else x for x in read])
 
 
+class MetaLoss(NamedTuple):
+    """The meta-loss of one window of K steps: an objective, and what the losses of the window weigh
+    in it. on_train, on_validation: as of `Objective.weights`; emphases: of `Objective.emphases`.
+
+    Its arguments are the losses after each update, [K]; `validation` may be () where the objective
+    reads none.
+    """
+
+    objective: Objective
+    on_train: Float[Array, " *K"]
+    on_validation: Float[Array, " *K"]
+    emphases: Float[Array, " K"]
+
+    def value(
+        self, training: Float[Array, " K"], validation: Float[Array, " K"] | tuple
+    ) -> Float[Array, ""]:
+        """L of both."""
+        total = jnp.zeros((), jnp.promote_types(training.dtype, jnp.float32))
+        if self.objective.reads_train:
+            total += self._part(training, self.on_train)
+        if self.objective.reads_validation:
+            total += self._part(validation, self.on_validation)
+        return total
+
+    def _part(self, losses, weight):
+        if weight.ndim:
+            # In float64 where losses are, as are weights times slopes.
+            exact = weight.astype(jnp.promote_types(losses.dtype, weight.dtype))
+            return self.objective.value(losses, exact * self.emphases)
+        return weight * self.objective.value(losses, self.emphases)
+
+    def slopes(
+        self, training: Float[Array, " K"], validation: Float[Array, " K"] | tuple
+    ) -> tuple[Float[Array, " K"], Float[Array, " K"] | tuple]:
+        """∂L by each of both, [K]: of training losses that are not read 0, of validation losses
+        that are not read ()."""
+        slope = jax.grad(self.objective.value)
+        on_train, on_validation = jnp.zeros_like(training), ()
+        if self.objective.reads_train:
+            on_train = self.on_train * slope(training, self.emphases)
+        if self.objective.reads_validation:
+            on_validation = self.on_validation * slope(validation, self.emphases)
+        return on_train, on_validation
+
+
 def _progress(step, num_steps, length):
     """t/T after each update of a window that begins at `step`: [length]."""
     return ((step + 1 + jnp.arange(length)) / num_steps).astype(jnp.float32)
@@ -172,7 +209,10 @@ def objective(
     late = validation_weight if late_validation_weight is None else late_validation_weight
     for value in (validation_weight, late):
         if not 0.0 <= value <= 1.0:
-            raise UserError(f"A weight {value} of the validation losses is outside [0, 1].")
+            raise UserError(
+                f"A weight {value} of the validation losses is outside [0, 1]: use the share that "
+                "they are to have beside the training losses."
+            )
     for name, value in (("floor", floor), ("emphasis", emphasis)):
         if not 0.0 <= value < float("inf"):
             raise UserError(f"{name}={value} is not a weight: use 0 or a positive number.")

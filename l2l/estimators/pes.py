@@ -106,11 +106,6 @@ def pes(
     return base.MetaGradient(init, estimate)
 
 
-def es(inner: unroll.Inner, objective: Objective, **settings) -> base.MetaGradient:
-    """Truncated evolution strategies: `pes` that forgets between windows."""
-    return pes(inner, objective, persistent=False, **settings)
-
-
 def _twice(run):
     return jax.tree.map(lambda x: jnp.stack([x, x]), run)
 

@@ -32,7 +32,7 @@ class Score(NamedTuple):
     cost:    steps to the target, the final validation loss of R; infinite if it is never reached.
     time:    likewise in seconds; NaN where steps were not timed.
     sooner:  how many times fewer steps than R to the validation loss that both reach.
-    quicker: the same in time.
+    quicker: the same in time; NaN where steps were not timed, of R too.
     train:   final training loss over that of the setting that is best by it.
     validation: final validation loss over R's.
     judged:  `train`, or `validation` where a training loss is as good as zero.
@@ -58,14 +58,15 @@ def score(rows: Sequence["Row"]) -> list[Score]:
         places.setdefault((row.cell, row.steps), {})[row.optimizer] = row
     scores = []
     for here in places.values():
-        first = next((row for row in here.values() if row.by_validation is not None), None)
-        scores += [_score(row, first) for row in here.values()] if first is not None else []
+        baselines = (row for row in here.values() if row.by_validation is not None)
+        if (reference := next(baselines, None)) is not None:
+            scores += [_score(row, reference) for row in here.values()]
     return scores
 
 
 def _score(row: "Row", reference: "Row") -> Score:
     cost, sooner = _to_target(row, reference)
-    slower = 1.0 if row is reference else row.seconds / reference.seconds
+    slower = row.seconds / reference.seconds
     loss, target = (float(validation_of(one)[-1]) for one in (row, reference))
     validation = float(statistics.ratio(loss, target))
     fitted = min(row.train, reference.train) < FITTED

@@ -22,6 +22,14 @@ def read(text: str) -> float:
     return seconds
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever says it best."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def order(parts: Sequence[Part], costs: Sequence[float]) -> list[int]:
     """The numbers of the parts in the order that informs most: in turns the cheapest of every kind
     of cell that is left, so that whatever is done when it ends spans as many kinds as it can."""

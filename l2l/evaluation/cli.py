@@ -41,21 +41,15 @@ from l2l.tasks import registry
 def read_cells(sections: Sequence[dict], vary: str | None) -> list[Cell]:
     """A cell for each section `task`, or one for each value of `vary` ("setting=value,value") in
     each of them, by names that differ."""
-    values: dict[str, dict] = {"": {}}
+    changes: list[dict] = [{}]
     if vary:
         setting, given = _assignment(vary)
         given = given if isinstance(given, tuple) else (given,)
         if not given:
             raise UserError(f"--vary={vary} has no value: write it like {setting}=64,128.")
-        values = {str(value): {setting: value} for value in given}
-    wanted, names, families = [], [], []
-    for section in sections:
-        for told, value in values.items():
-            wanted.append(_wrapped({**section, **value}, registry.TASKS))
-            families.append(registry.task(wanted[-1]))
-            names.append(" ".join((families[-1].name, told)).strip())
-    names, places = registry.distinct(names, wanted)
-    return [Cell(name, families[i]) for name, i in zip(names, places, strict=True)]
+        changes = [{setting: value} for value in given]
+    wanted = [_wrapped({**s, **change}, registry.TASKS) for s in sections for change in changes]
+    return [Cell(name, family) for name, family in registry.distinct(wanted)]
 
 
 def _wrapped(section: dict, tasks: dict) -> dict:
@@ -123,7 +117,7 @@ def _flags() -> flags.FlagValues:
     whole("seed", 1_000_003, about, lower_bound=0, upper_bound=schema.SEEDS - 1)
     about = f"Grids to tune: {', '.join(baselines.KINDS)}; or none. With --suite, those of its own."
     listed("baseline", ["adam"], about)
-    about = "Adam, AdamW, NAdamW and RMSprop are tried with this eps_root, and with 0."
+    about = "All that is tried of Adam, AdamW, NAdamW and RMSprop is tried with this eps_root too."
     flags.DEFINE_float("eps_root", 0.0, about, lower_bound=0.0, flag_values=values)
     about = "Measure learned optimizers untrained too, at their nominal and their best single rate."
     flags.DEFINE_bool("untrained", True, about, flag_values=values)
@@ -151,15 +145,11 @@ def _sections(values, config, known) -> list[dict]:
         plain: Any = schema.plain(config)
         found = {**(known((), {}) or {}), **plain}["task"]
         sections = [found] if isinstance(found, dict) else list(found)
-        # What belongs to the mixture is not the task's.
-        sections = [{k: v for k, v in s.items() if k not in _MIXTURE} for s in sections]
+        sections = list(map(registry.alone, sections))
     else:
         sections = [{"name": values.task}]
     own = dict(map(_assignment, values.set))
     return [{**section, **own} for section in sections]
-
-
-_MIXTURE = ("weight", "augmentations")
 
 
 @command
@@ -264,8 +254,8 @@ def _plan(chosen: Suite, count: int, budget: float | None, output):
         parts, costs, rest = budgets.fit(parts, costs, budget * cores)
         if not parts:
             raise UserError(
-                f"A budget of {suites.duration(budget)} leaves nothing to measure: the cheapest "
-                f"cell takes about {suites.duration(dear)}. Allow more, or fewer --horizons or "
+                f"A budget of {budgets.duration(budget)} leaves nothing to measure: the cheapest "
+                f"cell takes about {budgets.duration(dear)}. Allow more, or fewer --horizons or "
                 "--seeds."
             )
         steps = sorted({h for part in rest for h in part.horizons})
@@ -277,7 +267,7 @@ def _plan(chosen: Suite, count: int, budget: float | None, output):
         print(
             f"{len({part.cell.name for part in parts})} cells, {runs} horizons in all, "
             f"{chosen.seeds} {'problems' if chosen.seeds > 1 else 'problem'} each: some "
-            f"{suites.duration(sum(costs))} of CPU time on one core, less what "
+            f"{budgets.duration(sum(costs))} of CPU time on one core, less what "
             f"{output / 'cache'} holds.",
             file=sys.stderr,
         )

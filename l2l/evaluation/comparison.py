@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from l2l.console.errors import UserError
-from l2l.core import base
+from l2l.core import base, unroll
 from l2l.evaluation import baselines, cache, curves, statistics, timing, tuning
 from l2l.evaluation.curves import Curves, Problems
 from l2l.evaluation.tuning import Grid
@@ -103,15 +103,25 @@ class Cell(NamedTuple):
         """The steps after which it is measured where `horizons` are asked for, increasing."""
         return tuple(sorted(set(self.horizons or horizons)))
 
-    def load(self) -> tuple[base.TaskFamily, Any]:
-        """The family and its data, cut to `rows` and placed once."""
+    def family(self) -> base.TaskFamily:
+        """The family, measured on `scored` rows of whole splits."""
         task = self.task
         family = task if isinstance(task, base.TaskFamily) else registry.task(task)
+        if self.scored is not None:
+            family = family._replace(batch=_spaced(family.batch, self.scored))
+        return family
+
+    def read(self) -> tuple[base.TaskFamily, Any]:
+        """The family and its data, cut to `rows`, where the family keeps them."""
+        family = self.family()
         data = family.data()
         if self.rows is not None:
             data = jax.tree.map(lambda x: x[: self.rows], data)
-        if self.scored is not None:
-            family = family._replace(batch=_spaced(family.batch, self.scored))
+        return family, data
+
+    def load(self) -> tuple[base.TaskFamily, Any]:
+        """What `read` gives, with the data on a device: for what trains on them."""
+        family, data = self.read()
         return family, jax.device_put(data)
 
 
@@ -249,16 +259,22 @@ def _belongs_to_a_model(optimizer) -> bool:
 
 def _check_fit(entries: Sequence[Entry], cell: Cell, key) -> None:
     """UserError, before anything is measured, for a start or a loss of another model than the
-    cell's."""
-    family, data = cell.load()
+    cell's. Data are read for a loss alone, which may ask for labels, and not kept: those of all
+    cells together may be too many."""
+    family, data = cell.family(), ()
+    if any(entry.optimizer.loss is not None for entry in entries):
+        data = cell.read()[1]
     for entry in entries:
 
-        def step(theta, key, data, optimizer=entry.optimizer):
-            run = curves.beginning(family, key)
-            return curves.one_run(optimizer, theta, family, run, data, (1,))
+        def fit(theta, key, data, optimizer=entry.optimizer):
+            run = curves.started(optimizer, theta, curves.beginning(family, key))
+            if optimizer.loss is not None:
+                batch = family.batch(key, run.problem, data, "train")
+                loss = unroll.trained_on(family, optimizer, theta).loss
+                loss(run.params, run.problem, batch)
 
         try:
-            jax.eval_shape(step, entry.theta, key, data)
+            jax.eval_shape(fit, entry.theta, key, data)
         except UserError as error:
             raise UserError(f"{entry.name} on {cell.name}: {error}") from None
 
@@ -370,7 +386,7 @@ class _Field:
         for i, (grid, tuned) in enumerate(zip(self.grids, self.tuned, strict=True)):
             name = tuned_name(grid.kind)
             steps = statistics.interval(statistics.speed_up(own.losses, runs[name].losses))
-            time = 1.0 if name == entry.name else seconds.get(name, math.nan) / duration
+            time = seconds.get(name, math.nan) / duration
             sooner[grid.kind] = {"steps": steps[0], "interval": steps[1:], "time": steps[0] * time}
             if name == entry.name:
                 setting = _setting(grid, tuned.by_train_loss[horizon])

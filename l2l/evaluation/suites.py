@@ -263,20 +263,13 @@ def _lacking(cell: Cell) -> str | None:
     if dataset in datasets.SPECS and not datasets.present(dataset):  # Nothing is downloaded.
         return f"{dataset} is not present below {datasets.data_dir()}"
     try:
-        family, data = cell.load()
+        family, data = cell.read()
 
-        def batches(key):
+        def batches(key, data):
             return [family.batch(None, family.sample(key), data, s) for s in ("validation", "test")]
 
-        jax.eval_shape(batches, jax.random.key(0))  # Data may be too few for the task's batches.
+        # Data may be too few for the task's batches.
+        jax.eval_shape(batches, jax.random.key(0), data)
     except UserError as error:
         return str(error)
     return None
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever says it best."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -17,8 +17,8 @@ from l2l.core import base
 from l2l.evaluation import baselines, cache, curves, statistics
 from l2l.evaluation.curves import Curves, Problems
 
-# Every baseline gets as many trials as any other: so many rates, and with each of them so many
-# settings of everything else.
+# Every baseline of a suite gets as many trials as any other: so many rates, and with each of them
+# so many settings of everything else.
 RATES = 15
 EACH = 2
 TRIALS = RATES * EACH
@@ -44,9 +44,10 @@ class Grid(NamedTuple):
     rates:      (low, high, count), log-spaced; by default the kind's limits and 15.
     schedules:  of `baselines.SCHEDULE_KINDS`.
     eps_roots, weight_decays: values of either.
-    each:       how many of all schedules × eps_roots × weight_decays are tried with each rate,
-                a different choice for each, so that all of them occur as evenly as they divide;
-                None for all of them.
+    each:       how many of all schedules × weight_decays are tried with each rate, and these with
+                every eps_root: a different choice for each, so that all of them occur as evenly as
+                they divide; None for all of them. Further eps_roots cost further trials, and none
+                of those there are without them.
     extensions: how often, at most, the rates grow by 3 at either end when the best of some measure
                 sits there. 0 keeps the number of trials.
     settings:   of `baselines.grid`.
@@ -101,8 +102,7 @@ class Grid(NamedTuple):
             f"{name} {', '.join(x if isinstance(x, str) else f'{x:g}' for x in values)}"
             for name, values in varied.items()
         )
-        total = math.prod(map(len, self.values))
-        each = total if self.each is None else min(self.each, total)
+        total, each = math.prod(map(len, self.values)), self._pairs[1] * len(self.values[1])
         further = ", and further rates where the best one is at the edge" if self.extensions else ""
         return (
             f"{self.kind}: {count} rates from {low:g} to {high:g}, each with {each} of {total} "
@@ -111,15 +111,24 @@ class Grid(NamedTuple):
 
     def drawn(self, numbers: Iterable[int]) -> list[Drawn]:
         """What is tried with the rates of these numbers."""
-        others = list(itertools.product(*self.values))
-        each = len(others) if self.each is None else min(self.each, len(others))
+        pairs, each = self._pairs
         # In one shuffled round, so that neighbouring rates differ in all and none has one twice.
-        order = np.random.RandomState(0).permutation(len(others))
-        return [
-            Drawn(k, *others[order[(k * each + j) % len(others)]])
-            for k in numbers
-            for j in range(each)
+        order = np.random.RandomState(0).permutation(len(pairs))
+        chosen = [
+            (k, pairs[order[(k * each + j) % len(pairs)]]) for k in numbers for j in range(each)
         ]
+        return [
+            Drawn(k, schedule, root, decay)
+            for k, (schedule, decay) in chosen
+            for root in self.values[1]
+        ]
+
+    @property
+    def _pairs(self) -> tuple[list[tuple[str, float]], int]:
+        """(all schedules × weight decays, how many of them a rate is tried with)."""
+        schedules, _, decays = self.values
+        pairs = list(itertools.product(schedules, decays))
+        return pairs, len(pairs) if self.each is None else min(self.each, len(pairs))
 
     def trials(self) -> list[Drawn]:
         """All that is tried, before extensions."""

@@ -18,25 +18,8 @@ import optax
 
 from l2l.console.errors import UserError
 from l2l.core import base
-from l2l.optimizers import coordinates, features, leaves, meshes, ranges
-
-
-class LossRecord(NamedTuple):
-    """The losses since the last fall; scalars, float32 but for `seen`.
-
-    seen:     how many finite ones, int32.
-    first:    the first of the whole run.
-    mean, variance: running ones, over some `window` losses; what was above the limit enters as it.
-    best:     the lowest that `mean` has been.
-    limit:    what a loss may reach; of no meaning before `window` losses. It never rises.
-    """
-
-    seen: jax.Array
-    first: jax.Array
-    mean: jax.Array
-    variance: jax.Array
-    best: jax.Array
-    limit: jax.Array
+from l2l.optimizers import coordinates, features, leaves, loss_record, meshes, ranges
+from l2l.optimizers.loss_record import LossRecord
 
 
 class GuardState(NamedTuple):
@@ -73,8 +56,6 @@ LIKE_PARAMS = ("anchor", "adam", "learned")
 # steps for each parameter: in networks of 4 to 300 parameters, the longest of the released
 # optimizers had a norm of 4.
 RATE, SMALLEST = 1e-3, 4096
-# Losses above this count as this.
-LARGEST = 1e18
 
 
 # Nine settings: each is part of one of the promises below, so none can be left out.
@@ -191,7 +172,7 @@ def guard(
             )
         leaves.matched(state.anchor, params, "remembered parameters")
         if value is not None:
-            _check_loss(value)
+            loss_record.check(value)
         if base.count(params) == 0:
             return updates, state
         if "num_steps" in extra_args:
@@ -242,7 +223,7 @@ class _Guard(NamedTuple):
             rest=jnp.zeros((), jnp.int32),
             returning=jnp.zeros((), bool),
             longest=jnp.asarray(_least(params), jnp.float32),
-            losses=_no_losses(),
+            losses=loss_record.empty(),
             learned=learned,
             adam=adam,
             # A copy: leaves that share a buffer with the parameters could not be donated.
@@ -288,7 +269,7 @@ class _Guard(NamedTuple):
 
         striking = jnp.where(bad | failed, state.strikes + 1, state.strikes - heard.informed)
         rest = jnp.maximum(state.rest - stepping, 0)
-        fresh = _no_losses()._replace(first=heard.losses.first)
+        fresh = loss_record.empty()._replace(first=heard.losses.first)
         return meshes.alike(out, params), GuardState(
             falls=state.falls + falling,
             strikes=jnp.where(driving & ~falling, jnp.maximum(striking, 0), 0),
@@ -319,7 +300,8 @@ class _Guard(NamedTuple):
             # Without losses every place with gradients will do; with some, only they tell.
             unheard = state.losses.seen == 0
             return _Heard(state.losses, jnp.zeros((), bool), unheard, unheard)
-        found = _heard(state, value, self.window, self.deviations, self.share)
+        bounds = (self.window, self.deviations, self.share)
+        found = loss_record.heard(state.losses, value, state.falls == 0, *bounds)
         return _Heard(*found, jnp.ones((), bool))
 
     def go_back(self, anchor, params):
@@ -372,48 +354,6 @@ def _where(condition, change: Callable, carry: base.PyTree) -> base.PyTree:
     on, 1.5 times the time of a step for the states here; a loop of one round or none does not."""
     once = jax.lax.while_loop(lambda x: x[0], lambda x: (~x[0], change(x[1])), (condition, carry))
     return once[1]
-
-
-def _heard(state: GuardState, value, window, deviations, share):
-    """(LossRecord with one more loss, whether it is above the limit, whether the mean is at a new
-    low); a loss that is not finite is above, and changes nothing."""
-    value = jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
-    old = state.losses
-    finite = jnp.isfinite(value)
-    # Squares of more would overflow, and a variance that is infinite once stays so.
-    value = jnp.clip(value, -LARGEST, LARGEST).astype(jnp.float32)
-    limited = old.seen >= window
-    above = ~finite | (limited & (value > old.limit))
-    value = jnp.where(limited, jnp.minimum(value, old.limit), value)
-    seen = old.seen + 1
-    weight = 1 / jnp.minimum(seen, window).astype(jnp.float32)
-    off = value - old.mean
-    mean = old.mean + weight * off
-    variance = (1 - weight) * (old.variance + weight * off**2)
-    first = jnp.where((old.seen == 0) & (state.falls == 0), value, old.first)
-    low = (seen == 1) | (mean < old.best)
-    best = jnp.where(low, mean, old.best)
-    limit = best + jnp.maximum(deviations * features.norm(variance), share * (first - best))
-    limit = jnp.where(limited, jnp.where(low, jnp.minimum(limit, old.limit), old.limit), limit)
-    new = LossRecord(seen, first, mean, variance, best, limit)
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old), above, low & finite
-
-
-def _check_loss(value) -> None:
-    """Raises UserError unless it is one real number."""
-    numbers = isinstance(value, jax.Array | np.ndarray) or ranges.number(value)
-    kind = jnp.result_type(value) if numbers else f"a {type(value).__name__}"
-    if not numbers or not any(jnp.issubdtype(kind, x) for x in (jnp.floating, jnp.integer)):
-        raise UserError(f"value is {kind}, and a loss is one real number: give that.")
-    if jnp.shape(value) != ():
-        raise UserError(
-            f"value has the shape {jnp.shape(value)}, and a loss is one number: take its mean."
-        )
-
-
-def _no_losses() -> LossRecord:
-    # An array each: leaves that share a buffer could not be donated.
-    return LossRecord(jnp.zeros((), jnp.int32), *(jnp.zeros((), jnp.float32) for _ in range(5)))
 
 
 def _least(params: base.PyTree) -> float:

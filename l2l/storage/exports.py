@@ -169,8 +169,13 @@ def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any
             return _whole(file, local, other_rules)
         except versions.OtherRule as error:
             raise UserError(f"{path} is not for this version of l2l: {error}.") from None
+        except OSError:  # It is not the file that is wrong: `reached` says what is.
+            raise
         except Exception as error:  # Settings reach Haiku and JAX, which raise all kinds.
-            raise UserError(f"{path} is not a complete export of l2l: {_reason(error)}.") from error
+            raise UserError(
+                f"{path} is not a complete export of l2l: {_reason(error)}. Copy it once more from "
+                "where it came, or export it anew."
+            ) from error
 
 
 def _whole(file, path, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any, dict]:

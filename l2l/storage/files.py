@@ -111,7 +111,10 @@ def reached(path):
     except Exception as error:  # Each cloud's library has its own.
         if scheme(path) is None:
             raise
-        raise UserError(f"{path} could not be read ({printable(str(error))[:300]}).") from error
+        raise UserError(
+            f"{path} could not be read ({printable(str(error))[:300]}): check its name and your "
+            "access to it, or download the file and name that."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ TASKS = {
     "vae": tasks.vae,
     "vit": tasks.vit,
 }
+# What a section has for a mixture of tasks, beside the settings of its own: with its defaults.
+MIXTURE = {"weight": 1.0, "augmentations": ()}
 AUGMENTATIONS = {"convex": tasks.convex, "noise": tasks.noise, "rescale": tasks.rescale}
 
 
@@ -64,8 +66,12 @@ def settings_of(section: Mapping) -> dict[str, Any] | None:
     factory = {**TASKS, **_own(section)}.get(section.get("name", ""))
     if factory is None:
         return None
-    mixture = {"weight": 1.0, "augmentations": ()}
-    return {"name": section["name"], **schema.settings_of(factory), **mixture}
+    return {"name": section["name"], **schema.settings_of(factory), **MIXTURE}
+
+
+def alone(section: Mapping) -> dict[str, Any]:
+    """A section without what it has for a mixture: the plain task."""
+    return {key: value for key, value in section.items() if key not in MIXTURE}
 
 
 def _own(section: Mapping) -> dict[str, Callable]:
@@ -77,27 +83,25 @@ def _own(section: Mapping) -> dict[str, Callable]:
     return {name: modules.attribute(place, attribute, "task")}
 
 
-def distinct(names: Sequence[str], sections: Sequence[Mapping]) -> tuple[list[str], list[int]]:
-    """(names of tasks that differ, the places of the tasks that they belong to). A task that comes
-    again with all of its settings is left out; others of one name are followed by the settings in
-    which they differ, like "quadratic-2 stddev=0.01".
+def distinct(sections: Sequence[Mapping]) -> list[tuple[str, base.TaskFamily]]:
+    """(a name, the family) of each section `task`, by names that differ. A section that comes again
+    with all of its settings is left out; families of one name are called by the settings in which
+    they differ too, like "quadratic-2 stddev=0.01".
 
     Args:
-      names: of the families, which leave some of their settings out.
-      sections: a section `task` for each, without what belongs to a mixture.
+      sections: as of `alone`.
     """
-    whole = [_whole(section) for section in sections]
-    places = [
-        i
-        for i, (name, own) in enumerate(zip(names, whole, strict=True))
-        if (name, own) not in zip(names[:i], whole[:i], strict=True)
-    ]
-    out = []
-    for i in places:
-        same = [whole[j] for j in places if names[j] == names[i]]
-        keys = [k for k in whole[i] if any(own.get(k) != whole[i][k] for own in same)]
-        out.append(" ".join([names[i], *(f"{k}={whole[i][k]}" for k in keys)]))
-    return out, places
+    found: list[tuple[base.TaskFamily, dict[str, str]]] = []
+    for section in sections:
+        own = _whole(section)
+        if all(own != other for _, other in found):
+            found.append((task(section), own))
+    named = []
+    for family, own in found:
+        same = [other for namesake, other in found if namesake.name == family.name]
+        keys = [k for k in own if any(other.get(k) != own[k] for other in same)]
+        named.append((" ".join([family.name, *(f"{k}={own[k]}" for k in keys)]), family))
+    return named
 
 
 def _whole(section: Mapping) -> dict[str, str]:

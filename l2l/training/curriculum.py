@@ -141,7 +141,10 @@ def stages(
     if not horizons or list(horizons) != sorted(set(horizons)) or horizons[0] < 1:
         raise UserError(f"horizons={horizons} do not increase: list each once, the shortest first.")
     if min(every, patience, num_problems) < 1:
-        raise UserError("every, patience and num_problems of the stages must all be 1 or more.")
+        raise UserError(
+            f"every={every}, patience={patience}, num_problems={num_problems} of the stages: each "
+            "counts something, and must be 1 or more."
+        )
     last = len(horizons) - 1
 
     def begin(theta):

@@ -81,11 +81,11 @@ class Experiment(NamedTuple):
         """How many inner problems a meta-step has, of all families together."""
         return self.running.num_problems * len(self.families)
 
-    def windows(self, steps: int) -> int:
-        """How many windows of inner training so many meta-steps take."""
+    def inner_steps(self, meta_steps: int) -> int:
+        """How many inner steps so many meta-steps take, of all runs together."""
         # Evolution strategies train every problem twice, by either sign of the noise.
         runs = 2 if self.config.get("estimator", {}).get("name") == "pes" else 1
-        return steps * self.problems() * runs
+        return meta_steps * self.problems() * runs * self.inners[0].length
 
 
 def build_experiment(config: Mapping) -> Experiment:
@@ -203,10 +203,10 @@ def _check_against(evaluation: Evaluation, specification: Mapping, learned, judg
             "learned too: leave it out, or choose against='adam'."
         )
     if len(judged) > 1 or len(evaluation.horizons) != 1:
-        tasks, steps = ", ".join(name for name, _ in judged), evaluation.horizons
+        names, steps = ", ".join(name for name, _ in judged), evaluation.horizons
         raise UserError(
             "evaluation.against='random_search' compares on one task at one horizon, but the tasks "
-            f"are {tasks} and evaluation.horizons={steps}: choose one of each, or against='adam'."
+            f"are {names} and evaluation.horizons={steps}: choose one of each, or against='adam'."
         )
 
 
@@ -326,8 +326,8 @@ def _array(x):
 
 
 def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
-    """The plain families of section `task`, each with each of the changes of settings, by names
-    that differ."""
+    """The families of section `task` without augmentations, each with each of the changes of
+    settings, by names that differ."""
     changes = schema.several(changes)
     for change in changes:
         if not isinstance(change, Mapping):
@@ -335,20 +335,8 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
                 f"evaluation.tasks={change!r} is no change of section task: write settings that "
                 "replace some of it, like dict(hidden=(64,)), or {} for the task as it is."
             )
-    names, sections, families = [], [], []
-    for section in schema.several(config["task"]):
-        plain = {k: v for k, v in section.items() if k not in ("weight", "augmentations")}
-        for change in changes:
-            sections.append({**plain, **change})
-            families.append(task(sections[-1]))
-            values = " ".join(
-                "-".join(map(str, v if isinstance(v, tuple | list) else [v]))
-                for k, v in change.items()
-                if sum(change[k] != other.get(k) for other in changes)
-            )
-            names.append(" ".join(filter(None, (families[-1].name, values))))
-    names, places = tasks.distinct(names, sections)
-    return tuple((name, families[i]) for name, i in zip(names, places, strict=True))
+    plain = map(tasks.alone, schema.several(config["task"]))
+    return tuple(tasks.distinct([{**one, **change} for one in plain for change in changes]))
 
 
 def _estimator(config, family, learned, losses, imitation) -> tuple[base.MetaGradient, Inner]:

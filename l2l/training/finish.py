@@ -22,12 +22,10 @@ from l2l.storage import exports, files
 from l2l.training import adapting, searching
 from l2l.training.experiment import Experiment
 from l2l.training.run_directory import START, differences
-from l2l.training.sections import LENGTH
 from l2l.version import __version__
 
 SUMMARY = "summary.txt"  # Written last: a directory that has it holds a finished run.
-# The space of `l2l.evaluate`. With further values of eps_root the same number of trials would meet
-# each schedule at fewer rates, and find an Adam that is easier to beat.
+# The space of `l2l.evaluate`.
 ADAMS = Grid("adam")
 
 
@@ -170,7 +168,6 @@ def finished(directory) -> str | None:
 
 def about(experiment: Experiment, snapshot) -> dict:
     """Where an optimizer comes from, as plain data: what exports and results say of it."""
-    inner = experiment.config.get("inner", {})
     before = earlier(experiment)[1] if experiment.start else {}
     devices, taken = snapshot.state.step.devices(), int(snapshot.state.step)
     return {
@@ -183,12 +180,14 @@ def about(experiment: Experiment, snapshot) -> dict:
             "seconds": round(float(snapshot.seconds), 1),
             "devices": len(devices),
             "platform": min(devices, key=lambda device: device.id).device_kind,
-            "inner_steps": experiment.windows(taken) * inner.get("length", LENGTH),
+            "inner_steps": experiment.inner_steps(taken),
             "data": [family.name for family in experiment.families],
         },
         # Of the optimizer that this one went on from, and of those before it.
-        "training_before": [*before.get("training_before", ()), before["training"]]
-        if before
-        else [],
+        "training_before": [
+            *before.get("training_before", ()),
+            # An export that a user made of a theta may say nothing of how it was trained.
+            *([before["training"]] if "training" in before else []),
+        ],
         "versions": {"l2l": __version__, "jax": jax.__version__},
     }

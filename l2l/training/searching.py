@@ -27,7 +27,7 @@ def conclude(experiment: Experiment, theta, directory, key: jax.Array, about: di
     directory, settings = Path(directory), experiment.evaluation
     ((_, family),), (steps,) = experiment.judged, settings.horizons
     # Not by runs: those of meta-training may be of other lengths, and be cut into windows.
-    taken = experiment.windows(about["meta_steps"]) * experiment.inners[0].length
+    taken = experiment.inner_steps(about["meta_steps"])
     count = math.ceil(taken / steps)
     data = jax.device_put(family.data())
     run = random_search.compile_runs(experiment.optimizer, family, steps)
