@@ -19,10 +19,10 @@ from l2l.console.errors import UserError, fail
 
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    about = "Of the run; by default checkpoints/<config>."
+    about = "The directory of the run; by default checkpoints/<config>."
     flags.DEFINE_string("workdir", None, about, flag_values=values)
     for name, variable in initialize.VARIABLES.items():
-        about = f"Of a run of several processes; by default ${variable}."
+        about = f"For a run of several processes; by default ${variable}."
         flags.DEFINE_string(name, None, about, flag_values=values)
     return values
 

@@ -79,15 +79,15 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Run]]:
 
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    about = "Of all runs; by default checkpoints/<config>-sweep."
+    about = "The directory of all runs; by default checkpoints/<config>-sweep."
     flags.DEFINE_string("workdir", None, about, flag_values=values)
-    about = "How many, from that of the configuration on."
+    about = "How many seeds, counted up from that of the configuration."
     flags.DEFINE_integer("seeds", 1, about, lower_bound=1, flag_values=values)
-    about = "field=value,value; several are multiplied."
+    about = "field=value,value; of several, all combinations are run."
     flags.DEFINE_multi_string("sweep", [], about, flag_values=values)
-    about = "Does this run alone."
+    about = "Does only this run; the first is 0."
     flags.DEFINE_integer("index", None, about, lower_bound=0, flag_values=values)
-    flags.DEFINE_bool("gather", False, "Writes the summary alone.", flag_values=values)
+    flags.DEFINE_bool("gather", False, "Writes only the summary.", flag_values=values)
     return values
 
 

@@ -25,6 +25,7 @@ MISTAKES = [
     ({"optimizer": {"name": "lstm", "hiden_size": 3}}, "Did you mean 'hidden_size'"),
     ({"optimizer": {"name": "lstm", "hidden_size": "3"}}, "hidden_size='3'.* int is needed"),
     ({"optimizer": {"name": "lstm", "decays": 0.9}}, "decays=0.9"),
+    ({"evaluation": {"horizons": (100, "")}}, r"horizons=.* is a tuple of int, str: Sequence"),
     ({"optimizer": {"hidden_size": 3}}, "has no name"),
     ({"optimizer": "lstm"}, "has no name"),
     ({"optimizer": {}, "evaluation": {"against": "random_search"}}, "optimizer {} has no name"),

@@ -312,6 +312,13 @@ def test_a_run_may_begin_with_the_theta_of_another(tiny, whole, tmp_path):
         train(build_experiment(tiny), tmp_path / "other")
 
 
+def test_of_a_start_of_another_kind_the_name_alone_is_told(tiny):
+    """Two kinds have dozens of settings that differ, and what matters would drown among them."""
+    tiny["start"] = "dm"
+    with pytest.raises(ValueError, match=r"\(optimizer.name is dm there, lstm here\)"):
+        finish.earlier(build_experiment(tiny))
+
+
 TASK = """
 from l2l.tasks import quadratic
 

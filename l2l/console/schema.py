@@ -134,8 +134,11 @@ def fits(where: str, key: str, value, hint) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and _is(float(value), hint):
         return float(value)
     wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else None
+    found = type(value).__name__
+    if isinstance(value, list | tuple) and value:
+        found += f" of {', '.join(sorted({type(x).__name__ for x in value}))}"
     raise UserError(
-        f"{key}={value!r} in {where} is a {type(value).__name__}: "
+        f"{key}={value!r} in {where} is a {found}: "
         f"{wanted or str(hint).replace('typing.', '').replace('collections.abc.', '')} is needed."
     )
 

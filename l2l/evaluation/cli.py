@@ -96,17 +96,17 @@ def _flags() -> flags.FlagValues:
         "it takes it; comma-separated or repeated.",
     )
     text("suite", None, f"Score on the cells of a suite: {', '.join(suites.SUITES)}.")
-    listed("cells", None, "Of the suite these alone, by their names.")
+    listed("cells", None, "Only these cells of the suite, by their names.")
     text(
         "budget",
         None,
-        "Measure those cells of the suite that fit into a time like 2h, 20m or 90s, of every kind "
-        "some; what was left out is said.",
+        "Measure as many cells of the suite as fit into a time like 2h, 20m or 90s, some of every "
+        "kind, and say what is left out.",
     )
     text(
         "from",
         None,
-        "Measure nothing: make tables and figures from the .json files of this directory, in it.",
+        "Measure nothing; make tables and figures, in this directory, from its .json files.",
     )
     text("task", "mlp", f"One of {', '.join(registry.TASKS)}, or path/to/file.py:function.")
     several("set", [], "A setting of the task, like hidden=64,64.")
@@ -115,7 +115,7 @@ def _flags() -> flags.FlagValues:
     whole("seeds", None, "Problems of each task; by default 10 or the suite's.", lower_bound=1)
     about = "Decides the problems."
     whole("seed", 1_000_003, about, lower_bound=0, upper_bound=schema.SEEDS - 1)
-    about = f"Grids to tune: {', '.join(baselines.KINDS)}; or none. With --suite, those of its own."
+    about = f"Rivals to tune: {', '.join(baselines.KINDS)}; or none. A suite has its own."
     listed("baseline", ["adam"], about)
     about = "All that is tried of Adam, AdamW, NAdamW and RMSprop is tried with this eps_root too."
     flags.DEFINE_float("eps_root", 0.0, about, lower_bound=0.0, flag_values=values)

@@ -1,4 +1,4 @@
-"""A learned optimizer under guard: where it does worse than Adam would, Adam takes over.
+"""A learned optimizer under guard: where it diverges, Adam takes over.
 
     optimizer = l2l.guard(l2l.load("mlp"), adam=optax.adam(3e-3))
     updates, state = optimizer.update(gradients, state, params, value=loss)
@@ -71,7 +71,7 @@ def guard(
     period: int = 100,
     max_falls: int = 5,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, with Adam beside it, which takes over where the optimizer does worse.
+    """The optimizer, with Adam beside it, which takes over where the optimizer diverges.
 
     While the learned optimizer passes two tests, its updates are returned as they are. Each call
     on which it fails one of them is a strike; every other call takes one strike back:

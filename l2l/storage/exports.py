@@ -149,6 +149,7 @@ def _read_back(path) -> None:
 
 def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any, dict]:
     """An export, local or remote, as (optimizer, theta, metadata). Executes nothing in the file.
+    `released()["lstm"]` is the path of a released one.
 
     Where it holds a start or a loss, theta is `Parts`, made of dicts and lists, and the optimizer
     binds that. Only the numbers of the loss are stored; the configuration in the metadata says
