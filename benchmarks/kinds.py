@@ -541,7 +541,8 @@ def compare(optimizer: str, name: str, task: Task, seeds: int) -> dict:
         for measure in MEASURES:
             rate = best(runs, measure)
             loss = runs[rate][measure]
-            ratio = float(np.divide(own[measure], loss))
+            with np.errstate(divide="ignore"):  # SOAP reaches 0 on `reverse`.
+                ratio = float(np.divide(own[measure], loss))
             row[rival][measure] = {"loss": loss, "rate": rate, "ratio": ratio}
     return row
 
