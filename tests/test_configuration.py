@@ -300,7 +300,10 @@ def test_a_setting_without_default_is_asked_for(tmp_path):
     [
         ("launch", ["--workdir", "--num_processes", "--config.section.key=value"]),
         ("sweep", ["--seeds", "--sweep", "--index", "--gather", "--workdir", "--config:"]),
-        ("evaluate", ["--optimizer", "--suite", "--vary", "--horizons", "--output", "--config:"]),
+        (
+            "evaluate",
+            ["--optimizer", "--suite", "--vary", "--untrained, --nountrained", "--config:"],
+        ),
     ],
 )
 def test_help_lists_the_flags(command, lines):

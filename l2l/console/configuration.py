@@ -210,4 +210,5 @@ def _print_help(values: flags.FlagValues, about: str) -> None:
     for name in sorted(values):
         flag = values[name]
         default = "" if flag.default in (None, []) else f" Default: {flag.default_as_str}."
-        print(f"  --{name}: {flag.help}{default}")
+        names = f"--{name}, --no{name}" if flag.boolean and flag.default else f"--{name}"
+        print(f"  {names}: {flag.help}{default}")
