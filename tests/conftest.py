@@ -1,6 +1,7 @@
 """Settings of all tests: eight small CPU devices, quick compilation, strict ranks, a cache of
 compiled programs."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -31,6 +32,8 @@ install_import_hook(
 
 
 def pytest_configure(config):
+    # What JAX has traced is kept, and looked through again and again: a twentieth of the time.
+    gc.set_threshold(100_000, 50, 50)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Tests start the same tiny runs again and again, in processes of their own too: each program
     # is compiled once.

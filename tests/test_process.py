@@ -311,7 +311,10 @@ sys.exit(sweep.main(sys.argv))
 """
 
 
-@pytest.mark.parametrize("name", ["launch", "evaluate", "sweep"])
+# A whole run is long, and shows what the others do.
+@pytest.mark.parametrize(
+    "name", [pytest.param("launch", marks=pytest.mark.slow), "evaluate", "sweep"]
+)
 def test_a_terminal_that_is_not_utf_8_is_shown_question_marks(tmp_path, name):
     config_of(tmp_path)
     arguments = {
