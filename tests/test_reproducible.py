@@ -53,7 +53,8 @@ def trained(optimizer, start, data):
 
 
 # Multiples of the rate. At its own, `lstm` memorises 128 examples in 20 steps and wanders on, where
-# a step is as sensitive as it is useless: it ends half of the way apart.
+# a step is as sensitive as it is useless: it ends half of the way apart. `mlp` ends 1e-3 to 5e-2 of
+# the way apart at other multiples, whichever way the bases turn.
 RATES = {"lstm": 0.08, "mlp": 0.2}
 
 
@@ -68,7 +69,7 @@ RATES = {"lstm": 0.08, "mlp": 0.2}
 def test_splitting_the_batch_moves_the_end_by_little_of_the_way(name):
     """Adam's end moves by 2e-7 of it. What sums of another order add to a gradient, 1e-7 of it, a
     preconditioner divides by the small root of a direction that has little of the gradient, and
-    bases of nearly equal eigenvalues turn with it: 5e-2 has been seen. The loss does not care."""
+    bases of nearly equal eigenvalues turn with it."""
     rate = RATES.get(name, 1.0)
     optimizer = l2l.load(name, num_steps=STEPS, learning_rate=rate)
     start, data = network(), digits()
@@ -78,5 +79,5 @@ def test_splitting_the_batch_moves_the_end_by_little_of_the_way(name):
     other = trained(optimizer, jax.device_put(start, NamedSharding(mesh, P())), split)
     for key, begin in start.items():
         way = np.linalg.norm(one[key] - begin)
-        assert 0 < np.linalg.norm(one[key] - other[key]) < 0.1 * way, key
+        assert 0 < np.linalg.norm(one[key] - other[key]) < 1e-2 * way, key
     assert float(loss(other, *data)) == pytest.approx(float(loss(one, *data)), rel=1e-3)
