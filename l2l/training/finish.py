@@ -125,10 +125,7 @@ def earlier(experiment) -> tuple[base.PyTree, dict]:
     """(theta, metadata) of the export that training begins with; UserError if it does not fit."""
     _, theta, metadata = exports.read(exports.locate(experiment.start))
     mine = json.loads(json.dumps(versions.complete(experiment.specification)))
-    stored = exports.specification_of(metadata)
-    if stored["name"] != mine["name"]:  # Of two kinds, no setting is worth comparing.
-        mine, stored = {"name": mine["name"]}, {"name": stored["name"]}
-    if different := differences(stored, mine, "optimizer"):
+    if different := differences(exports.specification_of(metadata), mine, "optimizer"):
         raise UserError(
             f"start={experiment.start!r} is another optimizer ({'; '.join(different)}): set "
             "section `optimizer` to its settings, or begin without it."

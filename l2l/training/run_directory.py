@@ -142,11 +142,13 @@ def shared(directory: Path, config: dict) -> None:
 
 
 def differences(theirs, mine, path="") -> list[str]:
-    """Where two pieces of plain data differ, in words: "meta.steps is 9 there, 8 here". path: of
-    the keys above both."""
+    """Where two pieces of plain data differ, in words: "meta.steps is 9 there, 8 here". Of sections
+    of two kinds, whose names differ, the names alone. path: of the keys above both."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
-        out = []
-        for key in sorted({*theirs, *mine}):
+        out, keys = [], {*theirs, *mine}
+        if "name" in theirs and "name" in mine and theirs["name"] != mine["name"]:
+            keys = {"name"}
+        for key in sorted(keys):
             out += differences(theirs.get(key), mine.get(key), f"{path}.{key}" if path else key)
         return out
     return [] if theirs == mine else [f"{path} is {theirs} there, {mine} here"]
