@@ -261,9 +261,8 @@ def _check_fit(entries: Sequence[Entry], cell: Cell, key) -> None:
     """UserError, before anything is measured, for a start or a loss of another model than the
     cell's. Data are read for a loss alone, which may ask for labels, and not kept: those of all
     cells together may be too many."""
-    family, data = cell.family(), ()
-    if any(entry.optimizer.loss is not None for entry in entries):
-        data = cell.read()[1]
+    learned_loss = any(entry.optimizer.loss is not None for entry in entries)
+    family, data = cell.read() if learned_loss else (cell.family(), ())
     for entry in entries:
 
         def fit(theta, key, data, optimizer=entry.optimizer):

@@ -102,7 +102,8 @@ class Grid(NamedTuple):
             f"{name} {', '.join(x if isinstance(x, str) else f'{x:g}' for x in values)}"
             for name, values in varied.items()
         )
-        total, each = math.prod(map(len, self.values)), self._pairs[1] * len(self.values[1])
+        (pairs, each), roots = self._pairs, len(self.values[1])
+        total, each = len(pairs) * roots, each * roots
         further = ", and further rates where the best one is at the edge" if self.extensions else ""
         return (
             f"{self.kind}: {count} rates from {low:g} to {high:g}, each with {each} of {total} "

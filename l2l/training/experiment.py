@@ -177,11 +177,6 @@ def _check_compared(evaluation: Evaluation) -> None:
             "evaluation.horizons=() leaves the comparison without a length: name one number of "
             "inner steps or more. The optimizer is saved before the comparison, which Ctrl-C ends."
         )
-    if not schema.several(evaluation.tasks):
-        raise UserError(
-            "evaluation.tasks=() leaves nothing to compare on: write settings that replace some of "
-            "section task, like dict(hidden=(64,)), or {} for the task as it is."
-        )
 
 
 def _check_against(evaluation: Evaluation, specification: Mapping, learned, judged) -> None:
@@ -329,6 +324,11 @@ def _judged(config, changes) -> tuple[tuple[str, base.TaskFamily], ...]:
     """The families of section `task` without augmentations, each with each of the changes of
     settings, by names that differ."""
     changes = schema.several(changes)
+    if not changes:
+        raise UserError(
+            "evaluation.tasks=() leaves nothing to compare on: write settings that replace some of "
+            "section task, like dict(hidden=(64,)), or {} for the task as it is."
+        )
     for change in changes:
         if not isinstance(change, Mapping):
             raise UserError(
