@@ -34,7 +34,7 @@ from l2l.console.configuration import split
 from l2l.core import base
 from l2l.data import datasets
 from l2l.evaluation import cache, entries, report
-from l2l.evaluation.comparison import Cell
+from l2l.evaluation.cells import Cell
 from l2l.evaluation.curves import Problems
 from l2l.tasks.mlp import dense
 

@@ -35,10 +35,11 @@ from l2l.core import base
 from l2l.data import datasets
 from l2l.evaluation import comparison, curves, report
 from l2l.evaluation import statistics as means
-from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.cells import Cell
+from l2l.evaluation.comparison import Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
-from l2l.storage import exports
+from l2l.storage import exports, loading
 from l2l.tasks import registry
 from l2l.training.experiment import build_experiment
 from l2l.training.loop import start
@@ -201,7 +202,7 @@ def main() -> None:
     for name in flags.judge.split(",") if flags.judge else flags.only.split(";"):
         path = flags.output / f"{re.sub(r'[^0-9A-Za-z+]', '', name)}-{flags.seconds:g}.safetensors"
         if flags.judge:
-            path = exports.locate(name)
+            path = loading.locate(name)
         elif not path.exists():
             train(NETWORKS[name], flags.seconds, path)
         optimizer, theta, about = exports.read(path)

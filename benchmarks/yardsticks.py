@@ -25,10 +25,11 @@ import numpy as np
 
 from l2l.data import datasets
 from l2l.evaluation import cache, comparison, report, suites
-from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.cells import Cell
+from l2l.evaluation.comparison import Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
-from l2l.storage import exports
+from l2l.storage import exports, loading
 
 KEY = 31
 DIGITS = (200, 1_000, 2_000)
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--only", default="digits,mnist,batches")
     parser.add_argument("--cache", default="yardsticks", help="keeps what was measured")
     flags = parser.parse_args()
-    optimizer, theta, _ = exports.read(exports.locate(flags.load))
+    optimizer, theta, _ = exports.read(loading.locate(flags.load))
     for name in flags.only.split(","):
         if name == "mnist" and not datasets.present("mnist"):
             print(f"MNIST is not present below {datasets.data_dir()}: skipped.")

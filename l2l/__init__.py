@@ -17,8 +17,9 @@ if TYPE_CHECKING:  # The same names as in `_CONTENTS`, for editors and type chec
     from l2l.core.base import LearnedOptimizer, Rule, TaskFamily, fixed, learner, lift
     from l2l.optimizers.guard import guard
     from l2l.optimizers.soap import soap
-    from l2l.storage.exports import export, load, released, start
+    from l2l.storage.exports import export
     from l2l.storage.exports import read as read_export
+    from l2l.storage.loading import load, released, start
     from l2l.training.experiment import build_experiment
     from l2l.training.run import train
 
@@ -58,12 +59,12 @@ _CONTENTS = {
     "guard": ("l2l.optimizers.guard", "guard"),
     "learner": ("l2l.core.base", "learner"),
     "lift": ("l2l.core.base", "lift"),
-    "load": ("l2l.storage.exports", "load"),
+    "load": ("l2l.storage.loading", "load"),
     "optimizers": ("l2l.optimizers", None),
     "read_export": ("l2l.storage.exports", "read"),
-    "released": ("l2l.storage.exports", "released"),
+    "released": ("l2l.storage.loading", "released"),
     "soap": ("l2l.optimizers.soap", "soap"),
-    "start": ("l2l.storage.exports", "start"),
+    "start": ("l2l.storage.loading", "start"),
     "tasks": ("l2l.tasks", None),
     "train": ("l2l.training.run", "train"),
 }

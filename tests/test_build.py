@@ -12,7 +12,7 @@ import pytest
 from l2l.console.errors import UserError
 from l2l.data import datasets
 from l2l.optimizers import adam, binding, registry
-from l2l.storage import exports
+from l2l.storage import exports, loading
 from l2l.training.experiment import build_experiment
 from l2l.training.meta_optimizers import meta_optimizer
 
@@ -258,7 +258,7 @@ def test_two_loads_of_one_export_share_their_programs(tmp_path, section):
     params = {"x_0": jnp.ones(2), "x_1": jnp.ones(3)}
     sizes = set()
     for _ in range(2):
-        loaded = exports.load(path)
+        loaded = loading.load(path)
         loaded.update(params, loaded.init(params), params)
         sizes.add((binding._begin._cache_size(), binding._advance._cache_size()))
     assert len(sizes) == 1
@@ -266,7 +266,7 @@ def test_two_loads_of_one_export_share_their_programs(tmp_path, section):
 
 def test_injected_knobs_compile_no_step_anew():
     params = jnp.ones(3)
-    injected = optax.inject_hyperparams(exports.load)("dm", learning_rate=0.5)
+    injected = optax.inject_hyperparams(loading.load)("dm", learning_rate=0.5)
     state, sizes = injected.init(params), set()
     for _ in range(3):
         _, state = injected.update(params, state, params)
@@ -301,7 +301,7 @@ def test_what_a_user_registers_is_made_as_it_is_now(monkeypatch):
 def test_two_optimizers_by_parameter_survive_their_export(tmp_path):
     theta = registry.optimizer(BOTH).init(jax.random.key(0))
     path = exports.export(tmp_path / "multi.safetensors", BOTH, theta)
-    loaded = exports.load(path)
+    loaded = loading.load(path)
     params = {"x_0": jnp.ones(2), "x_1": jnp.ones(3)}
     updates, _ = loaded.update(params, loaded.init(params), params)
     adam = optax.adam(1e-3, eps_root=1e-8)

@@ -18,7 +18,7 @@ import pytest
 from l2l.optimizers import features, registry, soap_coordinates, soap_directions
 from l2l.optimizers.guard import guard
 from l2l.optimizers.per_tensor import PerTensorState
-from l2l.storage import exports
+from l2l.storage import exports, loading
 
 STEPS = 3
 # Settings beside the defaults of what `registry.OPTIMIZERS` names; one without any needs no entry.
@@ -74,7 +74,7 @@ GUARDED = "guarded lstm"
 SLOW = ("lstm", "lstm 0", "lstm 1", "lstm 3", "lstm 5", "per_tensor 0", "mlp")
 CASES = [
     pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case
-    for case in (*exports.released(), *MADE)
+    for case in (*loading.released(), *MADE)
 ]
 
 
@@ -83,9 +83,9 @@ def transformation(case):
     zeros."""
     registry._made.cache_clear()
     registry._together.cache_clear()
-    if case in exports.released():
+    if case in loading.released():
         with jax.enable_x64(False):
-            optimizer, theta, _ = exports.read(exports.locate(case))
+            optimizer, theta, _ = exports.read(loading.locate(case))
     else:
         optimizer = registry.optimizer(MADE["lstm 1" if case == GUARDED else case])
         theta = jax.tree.map(

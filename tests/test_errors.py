@@ -15,7 +15,7 @@ import l2l
 from l2l.console.commands import command
 from l2l.console.errors import UserError
 from l2l.evaluation import cli, entries
-from l2l.storage import exports, files
+from l2l.storage import exports, files, loading
 from l2l.tasks import called, registry
 from l2l.training import run_directory, sections, sweep_summary
 from l2l.training.experiment import build_experiment
@@ -35,6 +35,8 @@ def family(wrong: str = "", dimension: int = 3) -> TaskFamily:
     def init(key, problem):
         if wrong == "nothing":
             return None
+        if wrong == "counter":
+            return {"w": jnp.ones(dimension), "count": jnp.zeros((), jnp.int32)}
         return {"w": jnp.ones(dimension), "b": jnp.zeros((dimension, 2), jnp.bfloat16)}
 
     def batch(key, problem, data, split):
@@ -49,6 +51,8 @@ def family(wrong: str = "", dimension: int = 3) -> TaskFamily:
             return batch[0].sum(0) * params["w"]
         if wrong == "whole":
             return jnp.ones((), int)
+        if wrong == "constant":
+            return 0.5
         return ((batch[0] @ params["w"]) ** 2).mean()
 
     def accuracy(params, problem, batch):
@@ -110,6 +114,8 @@ def test_an_error_in_a_task_is_its_own_and_says_where(task, wrong, kind, note):
         ("none", "Function loss of task .* returned None, not one floating-point number"),
         ("vector", r"Function loss of task .* returned float32\[3\], not one"),
         ("whole", r"Function loss of task .* returned int32\[\], not one"),
+        ("constant", "Function loss of task .* returned 0.5, a number that is the same for all"),
+        ("counter", r"Function init of task .* returned int32\[\] among the parameters"),
     ],
 )
 def test_what_a_task_may_not_return_is_one_sentence(task, wrong, sentence):
@@ -247,9 +253,9 @@ def test_a_name_is_not_moved_by_what_lies_in_the_working_directory(tmp_path, mon
     for name in ("lstm", "adam"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    assert exports.locate("lstm") == exports.released()["lstm"]
+    assert loading.locate("lstm") == loading.released()["lstm"]
     assert entries.read("lstm").name == "lstm"
     assert entries.read("adam").theta is None
     for path in ("./lstm", Path("lstm"), tmp_path / "lstm"):
         with pytest.raises(UserError, match=r"has no optimizer\.safetensors yet"):
-            exports.locate(path)
+            loading.locate(path)

@@ -18,6 +18,7 @@ from l2l.estimators import autodiff, first_order, pes
 from l2l.estimators.objective import Objective
 from l2l.evaluation import baselines, cache, cli, comparison, report, statistics, tuning
 from l2l.evaluation import curves as evaluate
+from l2l.evaluation.cells import Cell
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.optimizers import lstm
@@ -237,7 +238,7 @@ def test_ratios_of_losses():
 def measured(family, tmp_path):
     """(the row of a slow descent, that of the best of three, the text of their table)."""
     grid = Grid("sgd", rates=(0.1, 1.0, 3), extensions=0)
-    cell, problems = comparison.Cell(family.name, family), Problems(jax.random.key(0), 2)
+    cell, problems = Cell(family.name, family), Problems(jax.random.key(0), 2)
     entry = comparison.Entry("slow", optax.sgd(1e-3))
     rows = list(comparison.measure([entry], [cell], (4,), problems, grids=(grid,)))
     assert [row.optimizer for row in rows] == ["slow", "sgd, tuned"]
@@ -272,6 +273,20 @@ def test_losses_of_nan_alone_give_a_table(tmp_path):
     assert "2/2" in (tmp_path / "table.md").read_text()
     assert "root: no run has a finite training loss" in text
     assert (tmp_path / "curves-4.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_problem_without_a_loss_does_not_choose_the_baseline(tmp_path):
+    """Of two problems one has none: the best rate is that on the other."""
+
+    def loss(x, problem, batch):
+        return jnp.where(problem > 0, bowl().loss(x, (), batch), jnp.nan)
+
+    family = bowl()._replace(sample=jax.random.normal, loss=loss, name="half")
+    slow, tuned, text = measured(family, tmp_path)
+    assert slow.diverged == tuned.diverged == 1
+    assert slow.train == tuned.train == np.inf and slow.ratio > 1
+    assert np.isnan(slow.interval).all() and np.isnan(tuned.interval).all()
+    assert "half: no optimizer has a finite training loss on every problem" in text
 
 
 def half(dtype):

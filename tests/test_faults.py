@@ -22,7 +22,7 @@ from l2l.console.errors import UserError
 from l2l.data import datasets
 from l2l.evaluation import figures
 from l2l.optimizers import registry
-from l2l.storage import exports, files
+from l2l.storage import exports, files, loading
 from l2l.training import finish
 from l2l.training.callbacks import DONE, TERMINATED
 from l2l.training.experiment import build_experiment
@@ -250,7 +250,7 @@ def test_a_half_written_export_of_a_run_is_written_anew(tiny, tmp_path, monkeypa
         train(build_experiment(tiny), tmp_path)
     assert "The disk may be failing" in sentence_of(error)
     with pytest.raises(ValueError, match="not a complete export"):
-        exports.load(tmp_path)
+        loading.load(tmp_path)
     monkeypatch.setattr(finish, "conclude", conclude)
     goes_on(tiny, tmp_path, expected)
 

@@ -10,6 +10,7 @@ import pytest
 
 from l2l.cluster import collectives
 from l2l.evaluation import cli, comparison
+from l2l.evaluation.cells import Cell
 from l2l.evaluation.curves import Problems
 from l2l.storage import exports
 from l2l.training import finish, loop
@@ -77,7 +78,7 @@ def test_adam_is_tuned_as_by_the_command(tiny, tmp_path, monkeypatch):
 def test_tasks_are_judged_with_the_data_of_one_at_a_time(read):
     experiment, loaded = read
     entry = comparison.Entry("sgd", optax.sgd(0.1))
-    cells = [comparison.Cell(name, family) for name, family in experiment.judged]
+    cells = [Cell(name, family) for name, family in experiment.judged]
     problems = Problems(jax.random.key(0), 1)
     for row in comparison.measure([entry], cells, (2,), problems, grids=()):
         assert row.cell == loaded[-1]

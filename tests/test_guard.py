@@ -361,6 +361,19 @@ def test_a_state_of_another_optimizer_is_refused():
             transform.update(START, other.init(START), START)
 
 
+def test_a_state_that_arithmetic_has_made_numbers_of():
+    """`optax.contrib.sam` chooses between states by `c·a + (1 − c)·b`."""
+    bare, guarded = (
+        optax.contrib.sam(transform, optax.sgd(1e-2), sync_period=2)
+        for transform in (optax.adam(1e-3), guard(optax.adam(1e-3)))
+    )
+    states = [transform.init(START) for transform in (bare, guarded)]
+    for _ in range(4):
+        wanted, states[0] = bare.update(START, states[0], START)
+        updates, states[1] = guarded.update(START, states[1], START)
+        jax.tree.map(np.testing.assert_array_equal, updates, wanted)
+
+
 def test_a_run_that_has_begun_is_put_under_guard():
     """As the sentence about its state says."""
     state = learned().update(START, learned().init(START), START)[1]

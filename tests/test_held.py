@@ -9,7 +9,8 @@ import pytest
 from l2l.console.errors import UserError
 from l2l.core import base
 from l2l.evaluation import cache, comparison, curves, entries, tuning
-from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.cells import Cell
+from l2l.evaluation.comparison import Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.storage import exports

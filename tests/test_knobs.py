@@ -10,7 +10,7 @@ import l2l
 from l2l.optimizers import registry
 from l2l.optimizers.binding import repeated_decay
 from l2l.optimizers.per_tensor import per_tensor
-from l2l.storage import exports
+from l2l.storage import exports, loading
 
 PARAMS = {
     "w": jnp.linspace(-1.0, 1.0, 30).reshape(6, 5),
@@ -89,7 +89,7 @@ def test_a_knob_may_be_a_number_of_any_type(exported, name, value, kind):
 def test_decay_is_times_the_rate_that_a_rule_anneals():
     """`weight_decay` takes the rule's own nominal rate, which `lstm` anneals."""
     plain, decayed = (run(l2l.load("lstm", num_steps=9, weight_decay=x), 1)[0] for x in (0.0, 0.5))
-    optimizer, theta, _ = exports.read(exports.locate("lstm"))
+    optimizer, theta, _ = exports.read(loading.locate("lstm"))
     rate = float(optimizer.rule.rate(theta, jnp.int32(0), jnp.int32(9)))
     np.testing.assert_allclose(
         decayed["w"] - plain["w"], -0.5 * rate * PARAMS["w"], rtol=1e-3, atol=1e-7

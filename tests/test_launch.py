@@ -16,7 +16,7 @@ from together import config_of
 import l2l
 from l2l import launch
 from l2l.cluster import environment as host
-from l2l.storage import exports
+from l2l.storage import exports, loading
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_whole_run_prints_its_table_and_paths(command, tmp_path):
     assert "adam, tuned" in out
     for name in ("curves-2.png", "metrics.jsonl", exports.EXPORT):
         assert f"{tmp_path}/run/{name}" in out and (tmp_path / "run" / name).exists()
-    exports.load(tmp_path / "run")
+    loading.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_a_state_of_another_optimizer_is_called_that():
     transform.init(PARAMS)
     for state in (optax.adam(1e-3).init(PARAMS), dm(hidden_size=3).bind(WIDER).init(PARAMS)):
         told = refused(lambda state=state: transform.update(PARAMS, state, PARAMS))
-        assert "made for other parameters, or by another optimizer: it holds" in told
+        assert "by an optimizer of another kind or other settings: it holds" in told
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,30 @@ def test_equinox_trees(transform):
     adams = optax.adam(1e-3).update(gradients, optax.adam(1e-3).init(params), params)[0]
     ours = transform.update(gradients, state, params)[0]
     assert jax.tree.structure(ours) == jax.tree.structure(adams)
+
+
+@pytest.mark.parametrize("leaf", [jnp.tanh, jax.nn.relu, jnp.arange(3), 7, "text"], ids=range(5))
+@pytest.mark.parametrize("make", [lambda: LEARNED.bind(THETA), lambda: l2l.soap(1e-2, b1=0.9)])
+@pytest.mark.parametrize("wrap", [lambda x: x, guard], ids=["plain", "guarded"])
+def test_a_whole_model_may_be_given_where_init_had_its_arrays(make, wrap, leaf):
+    """As in `opt.update(gradients, state, model)`, which AdamW takes: what has no gradient and
+    could not have one is left alone. JAX gives whole numbers float0 for a gradient."""
+    transform, whole = wrap(make()), {**PARAMS, "odd": leaf}
+    arrays = {**PARAMS, "odd": None}
+    wanted, expected = transform.update(arrays, transform.init(arrays), arrays)
+    none = [None]
+    if isinstance(leaf, jax.Array):
+        none += [np.zeros(leaf.shape, jax.dtypes.float0)]
+    for gradient in none:
+        gradients = {**PARAMS, "odd": gradient}
+        updates, state = transform.update(gradients, transform.init(arrays), whole)
+        assert updates["odd"] is None
+        jax.tree.map(np.testing.assert_array_equal, (updates, state), (wanted, expected))
+
+
+def test_numbers_for_storage_are_refused(transform):
+    told = refused(lambda: transform.init({"w": jnp.ones(3, jnp.float8_e4m3fn)}))
+    assert "Parameter ['w'] is float8_e4m3fn" in told and "bfloat16 or wider" in told
 
 
 def test_a_gradient_that_is_none_counts_as_zero(transform):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from l2l.optimizers import meshes
 from l2l.optimizers.guard import guard
 from l2l.optimizers.soap import scale_by_soap, soap
-from l2l.storage import exports
+from l2l.storage import loading
 
 STEPS = 3
 # Those whose rule acts on whole tensors.
@@ -43,11 +43,11 @@ def gradients(params):
 
 
 def optimizers():
-    found = {name: (lambda name=name: exports.load(name, num_steps=9)) for name in LEARNED}
-    return found | {"guarded mlp": lambda: guard(exports.load("mlp")), "soap": lambda: soap(1e-2)}
+    found = {name: (lambda name=name: loading.load(name, num_steps=9)) for name in LEARNED}
+    return found | {"guarded mlp": lambda: guard(loading.load("mlp")), "soap": lambda: soap(1e-2)}
 
 
-LEARNED = sorted(exports.released())
+LEARNED = sorted(loading.released())
 
 
 # What `mlp` does, it does guarded as well.
@@ -221,7 +221,7 @@ def test_soap_lies_as_its_parameters_and_as_gradients_where_it_is_given_none():
 @pytest.mark.parametrize("name", sorted(set(LEARNED) - set(WHOLE)))
 def test_inside_shard_map_a_shared_tensor_stays_shared_beside_split_ones(name):
     """Rows of w a device, one bias: coordinatewise rules give the numbers of one device."""
-    optimizer = exports.load(name, num_steps=9)
+    optimizer = loading.load(name, num_steps=9)
     mesh = jax.make_mesh((8,), ("data",))
     specs = LAYOUTS["fsdp"]
 
@@ -287,7 +287,7 @@ def test_inside_shard_map_a_guard_judges_a_split_model_as_one(kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), told, alone)
 
 
-@pytest.mark.parametrize("make", [lambda: exports.load("lstm"), lambda: soap(1e-2)])
+@pytest.mark.parametrize("make", [lambda: loading.load("lstm"), lambda: soap(1e-2)])
 def test_inside_shard_map_a_guard_round_a_split_model_is_invisible(make):
     mesh, specs = jax.make_mesh((8,), ("data",)), LAYOUTS["fsdp"]
 

@@ -12,6 +12,7 @@ import pytest
 from l2l.cluster import environment
 from l2l.console.errors import UserError
 from l2l.evaluation import cli, comparison, figures, report, stored
+from l2l.evaluation.cells import Cell
 from l2l.evaluation.curves import Problems
 from l2l.training import experiment, finish, sections
 
@@ -111,7 +112,7 @@ def test_the_results_of_a_training_make_a_page_too(tiny, tmp_path):
     built = experiment.build_experiment(tiny)
     state = SimpleNamespace(step=jnp.int32(12), skipped=0, dropped=0)
     about = finish.about(built, SimpleNamespace(state=state, seconds=1.5))
-    cells = [comparison.Cell(*judged) for judged in built.judged]
+    cells = [Cell(*judged) for judged in built.judged]
     field = [comparison.Entry("sgd", optax.sgd(0.1))]
     problems = Problems(jax.random.key(0), 2)
     rows = list(comparison.measure(field, cells, (3,), problems, grids=()))

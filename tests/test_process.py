@@ -284,6 +284,13 @@ def test_a_claim_stays_where_something_was_made_or_was_claimed_before(
     assert (tmp_path / "claimed" / "config.json").exists()
 
 
+def test_a_run_without_its_configuration_is_nobodys(tiny, tmp_path):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds a run, and no config\.json .* another --workdir"):
+        train(build_experiment(tiny), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoints", "lock"}
+
+
 # --- terminals ---------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from l2l.console.errors import UserError
 from l2l.optimizers import registry
-from l2l.storage import exports
+from l2l.storage import exports, loading
 from l2l.training.experiment import build_experiment
 from l2l.training.run import train
 
@@ -31,11 +31,11 @@ def test_a_remote_export_is_loaded_through_etils(tmp_path, monkeypatch):
     store.pipe("/bucket/run/" + exports.EXPORT, local.read_bytes())
     store.pipe("/bucket/half", local.read_bytes()[:99])
     for path in ("s3://bucket/run", f"s3://bucket/run/{exports.EXPORT}"):
-        jax.tree.map(np.testing.assert_array_equal, exports.read(exports.locate(path))[1], theta)
+        jax.tree.map(np.testing.assert_array_equal, exports.read(loading.locate(path))[1], theta)
     with pytest.raises(ValueError, match="s3://bucket/half is not a complete export"):
-        exports.load("s3://bucket/half")
+        loading.load("s3://bucket/half")
     with pytest.raises(ValueError, match="There is no optimizer at s3://bucket/nothing"):
-        exports.load("s3://bucket/nothing")
+        loading.load("s3://bucket/nothing")
 
 
 class Cloud:
@@ -59,9 +59,9 @@ def test_what_a_remote_path_lacks_is_said(monkeypatch):
 
     fails(ImportError("Please install gcsfs"))
     with pytest.raises(ValueError, match=r"\(Please install gcsfs\): pip install gcsfs"):
-        exports.load("gs://bucket/run")
+        loading.load("gs://bucket/run")
     fails(RuntimeError("no credentials"))
     with pytest.raises(UserError, match=r"gs://bucket/run could not be read \(no credentials\)"):
-        exports.load("gs://bucket/run")
+        loading.load("gs://bucket/run")
     with pytest.raises(ValueError, match="remote paths begin with gs://, s3://"):
-        exports.load("ftp://host/run")
+        loading.load("ftp://host/run")

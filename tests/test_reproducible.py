@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 import l2l
-from l2l.storage import exports
+from l2l.storage import loading
 
 STEPS = 100
 
@@ -63,7 +63,7 @@ RATES = {"lstm": 0.08, "mlp": 0.2}
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow if name in ("dm", "rnnprop") else ())
-        for name in exports.released()
+        for name in loading.released()
     ],
 )
 def test_splitting_the_batch_moves_the_end_by_little_of_the_way(name):

@@ -13,7 +13,8 @@ import pytest
 
 from l2l.core import base
 from l2l.evaluation import comparison, entries, report, stored, trials, tuning, untrained
-from l2l.evaluation.comparison import Cell, Entry, Trial
+from l2l.evaluation.cells import Cell
+from l2l.evaluation.comparison import Entry, Trial
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.optimizers import lstm

@@ -439,6 +439,29 @@ def test_a_state_of_other_parameters_is_one_sentence():
         l2l.soap(1e-2).update(params, state, params)
 
 
+@pytest.mark.parametrize(
+    "before, after, words",
+    [
+        ({"block_size": 4}, {"block_size": 8}, "its arrays have other shapes"),
+        # The count, two moments of 131 numbers, an average and a basis of the side of 8; and of 16.
+        ({}, {"longest": 8}, "holds 903 numbers, and `init` of params would make 391"),
+        ({"longest": 8}, {}, "holds 391 numbers, and `init` of params would make 903"),
+    ],
+)
+def test_a_state_of_other_settings_is_one_sentence(before, after, words):
+    params = {"w": jnp.ones((16, 8)), "b": jnp.ones(3)}
+    state = l2l.soap(1e-2, **before).init(params)
+    with pytest.raises(l2l.UserError, match=f"another kind or other settings: .*{words}"):
+        l2l.soap(1e-2, **after).update(params, state, params)
+
+
+def test_a_state_of_another_transformation_is_one_sentence():
+    params = {"w": jnp.ones((5, 4))}
+    state = (optax.scale_by_adam().init(params), *l2l.soap(1e-2).init(params)[1:])
+    with pytest.raises(l2l.UserError, match="is a ScaleByAdamState, and not that of SOAP"):
+        l2l.soap(1e-2).update(params, state, params)
+
+
 @pytest.mark.parametrize("leaf", [1j * jnp.ones(3), jnp.arange(3), 2, "text"], ids=str)
 def test_parameters_without_a_real_gradient_are_one_sentence(leaf):
     """Of complex numbers it took g² for |g|², and so it did not descend."""

@@ -33,7 +33,8 @@ from l2l.evaluation import (
     timing,
     tuning,
 )
-from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.cells import Cell, Part, estimate, plan
+from l2l.evaluation.comparison import Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.tasks import registry
@@ -172,7 +173,7 @@ def test_absent_data_are_told_and_replaced(tmp_path, monkeypatch):
 
 
 def test_what_can_be_measured_is_found_without_placing_data(monkeypatch):
-    monkeypatch.setattr(comparison.Cell, "load", None)
+    monkeypatch.setattr(Cell, "load", None)
     cells = [suites.CELLS["mlp"], suites.CELLS["nanogpt on pydoc"]]
     assert suites.available(cells) == (tuple(cells), [])
 
@@ -198,7 +199,7 @@ def test_data_that_cannot_be_read_are_told_and_replaced(tmp_path, monkeypatch):
 
 def test_short_horizons_come_first_and_cheap_cells_before_dear_ones():
     cells = [suites.CELLS[name] for name in ("conv", "logistic")]
-    order = comparison.plan(cells, (10_000, 1_000, 200))
+    order = plan(cells, (10_000, 1_000, 200))
     assert [(part.horizons, part.cell.name) for part in order] == [
         ((200, 1_000), "logistic"),
         ((200, 1_000), "conv"),
@@ -206,20 +207,20 @@ def test_short_horizons_come_first_and_cheap_cells_before_dear_ones():
         ((10_000,), "conv"),
     ]
     grids = suites.find("scorecard").grids
-    costs = [comparison.estimate(part, grids, 6, 1) for part in order]
+    costs = [estimate(part, grids, 6, 1) for part in order]
     assert costs[2] > costs[0] and costs[3] > costs[2] > 0
     # Up to a thousand steps it is not the horizon that decides, but what a step costs.
     dear = cells[0]._replace(horizons=(500,))
-    order = comparison.plan([dear, cells[1]], (200, 1_000))
+    order = plan([dear, cells[1]], (200, 1_000))
     assert [part.cell.name for part in order] == ["logistic", "conv"]
     # Runs at a constant rate serve all horizons of a part, so that a single cell is one.
-    assert comparison.plan(cells[:1], (20_000, 200)) == [comparison.Part(cells[0], (200, 20_000))]
+    assert plan(cells[:1], (20_000, 200)) == [Part(cells[0], (200, 20_000))]
 
 
 def test_a_cell_has_its_own_horizons_and_a_sample_of_whole_splits():
     own, other = suites.CELLS["vae"], suites.CELLS["mlp"]
-    order = comparison.plan([own, other], (200, 1_000))
-    assert order == [comparison.Part(other, (200, 1_000)), comparison.Part(own, (2_000,))]
+    order = plan([own, other], (200, 1_000))
+    assert order == [Part(other, (200, 1_000)), Part(own, (2_000,))]
     family, data = suites.CELLS["mlp"].load()
     sampled, _ = suites.CELLS["mlp"]._replace(scored=100).load()
     problem = family.sample(jax.random.key(0))
@@ -233,8 +234,9 @@ def test_a_cell_has_its_own_horizons_and_a_sample_of_whole_splits():
     batches = (f.batch(jax.random.key(1), problem, data, "train") for f in (family, sampled))
     np.testing.assert_array_equal(*(batch.inputs for batch in batches))
     # Whatever else a batch holds, like the key of a variational autoencoder's noise, is whole.
-    noise = comparison._spaced(lambda *a: (jnp.arange(9), jax.random.key(0)), 3)
-    assert noise(None, None, None, "train")[0].tolist() == [0, 3, 6]
+    noisy = family._replace(batch=lambda *_: (jnp.arange(9), jax.random.key(0)))
+    rows, _ = Cell("noisy", noisy, scored=3).family().batch(None, problem, data, "train")
+    assert rows.tolist() == [0, 3, 6]
 
 
 def test_cells_of_a_suite_by_name():
@@ -271,7 +273,7 @@ def test_what_is_no_time_is_told(text):
 def test_a_budget_spans_the_kinds_before_it_repeats_one():
     kinds = {"a": "x", "b": "x", "c": "x", "d": "y", "e": "z"}
     costs = [5.0, 2.0, 3.0, 10.0, 4.0]
-    parts = [comparison.Part(Cell(name, TASK, kind), (9,)) for name, kind in kinds.items()]
+    parts = [Part(Cell(name, TASK, kind), (9,)) for name, kind in kinds.items()]
 
     def fit(seconds):
         plan = budget.fit(parts, costs, seconds)
@@ -288,8 +290,8 @@ def test_a_budget_spans_the_kinds_before_it_repeats_one():
 
 def test_what_a_budget_leaves_out_is_said(capsys):
     chosen = suites.find("quick")
-    whole = comparison.plan(chosen.cells, chosen.horizons)
-    costs = [comparison.estimate(part, chosen.grids, chosen.seeds, 1) for part in whole]
+    whole = plan(chosen.cells, chosen.horizons)
+    costs = [estimate(part, chosen.grids, chosen.seeds, 1) for part in whole]
     cores = min(len(jax.local_devices()), chosen.seeds)
     parts, said = cli._plan(chosen, 1, 0.6 * sum(costs) / cores, Path("scores"))
     assert 0 < len(parts) < len(whole)

@@ -76,6 +76,14 @@ def test_seeds_are_run_once_and_summed_up(place, capsys):
     assert order(place) == ["seed_3", "seed_4", "seed_5", "seed_6"]  # The finished ones stay.
 
 
+@pytest.mark.parametrize("way", ["apart", "file"])
+def test_a_value_may_stand_apart_from_its_flag_or_in_a_file(place, way):
+    (place / "flags.txt").write_text("--workdir=all\n--seeds=2\n")
+    given = ["--flagfile=flags.txt"] if way == "file" else ["--workdir", "all", "-seeds", "2"]
+    assert sweep.main(["sweep", "--config=tiny.py", *given, "--nogather"]) == 0
+    assert order(place) == ["seed_3", "seed_4"]
+
+
 def test_a_sweep_is_multiplied_and_named(place):
     sweeps = ("--sweep=optimizer.learning_rate=1e-3,3e-3", "--sweep=evaluation.horizons=(6,),(6,8)")
     assert start(*sweeps, "--seeds=2") == 0

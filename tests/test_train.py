@@ -299,6 +299,46 @@ def test_a_finished_run_says_so(tiny, whole, capsys):
     assert "concluded" in capsys.readouterr().out
 
 
+def test_a_run_that_was_moved_is_told_of_where_it_is(tmp_path):
+    for name in ("table.md", finish.SUMMARY):
+        (tmp_path / name).write_text("")
+    said = "| a / b |\n\nold/run/table.md\n/old/run/gone.png\ntable.md\n"
+    (tmp_path / finish.SUMMARY).write_text(said)
+    assert finish.finished(tmp_path) == said.replace("old/run/table.md", f"{tmp_path}/table.md")
+
+
+EMPTY = """
+import jax
+import jax.numpy as jnp
+from l2l import TaskFamily
+
+def family():
+    def init(key, problem):
+        return {"w": jax.random.normal(key, (3,)), "none": jnp.zeros((0, 4))}
+
+    def loss(params, problem, batch):
+        return jnp.sum(params["w"] ** 2) + jnp.sum(problem)
+
+    return TaskFamily(lambda key: jnp.zeros(0), init, lambda *_: (), loss)
+"""
+
+
+def test_arrays_without_numbers_are_spread_and_gathered(tmp_path):
+    """A layer of width 0, or a problem that is the same for all."""
+    (tmp_path / "empty.py").write_text(EMPTY)
+    config = dict(
+        task=dict(name=f"{tmp_path / 'empty.py'}:family"),
+        optimizer=dict(name="learned_adam"),
+        estimator=dict(name="truncated"),
+        meta=dict(steps=2, num_problems=8, group=2),
+        horizon=dict(name="log_uniform", shortest=10, longest=20),
+    )
+    loop = start(build_experiment(config))
+    assert np.isfinite(loop.advance().metrics["meta_loss"]).all()
+    again = start(build_experiment(config), snapshot=jax.device_get(loop.snapshot()))
+    assert np.isfinite(again.advance().metrics["meta_loss"]).all()
+
+
 def test_a_run_may_begin_with_the_theta_of_another(tiny, whole, tmp_path):
     tiny["start"] = str(whole)
     # A rate of 0 leaves theta where it began.

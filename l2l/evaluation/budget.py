@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from l2l.console.errors import UserError
-from l2l.evaluation.comparison import Part
+from l2l.evaluation.cells import Part
 
 _NUMBER = r"(\d+(?:\.\d*)?)"
 _DURATION = re.compile(f"(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s)?")

@@ -30,7 +30,8 @@ from l2l.console.errors import UserError
 from l2l.console.progress import Bar
 from l2l.evaluation import baselines, comparison, entries, report, stored, suites
 from l2l.evaluation import budget as budgets
-from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.cells import Cell, estimate, plan
+from l2l.evaluation.comparison import Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.suites import Suite
 from l2l.evaluation.tuning import Grid
@@ -245,8 +246,8 @@ def _suite(values, config) -> tuple[Suite, list[str]]:
 def _plan(chosen: Suite, count: int, budget: float | None, output):
     """(the parts to be measured, in order; sentences about what a budget leaves out). Says what
     they cost."""
-    parts = comparison.plan(chosen.cells, chosen.horizons)
-    costs = [comparison.estimate(p, chosen.grids, chosen.seeds, count) for p in parts]
+    parts = plan(chosen.cells, chosen.horizons)
+    costs = [estimate(p, chosen.grids, chosen.seeds, count) for p in parts]
     left = []
     if budget is not None:
         cores = min(len(jax.local_devices()), chosen.seeds)

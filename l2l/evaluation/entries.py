@@ -21,7 +21,7 @@ from l2l.core import base
 from l2l.evaluation import baselines
 from l2l.evaluation.comparison import Entry
 from l2l.optimizers import binding
-from l2l.storage import exports, files
+from l2l.storage import exports, files, loading
 from l2l.tasks.losses import LOSSES
 
 # Of the nominal rate of an untrained optimizer: what its best single rate is looked for among.
@@ -41,7 +41,7 @@ def read(text: str) -> Entry:
         found := re.fullmatch(r"([\w.~/-]+):([A-Za-z_]\w*)\s*(\(.*\))?", text, re.DOTALL)
     ) is not None:
         return Entry(text, imported(*found.groups()))
-    released = text in exports.released()
+    released = text in loading.released()
     expression = re.fullmatch(r"[A-Za-z_][\w.]*\s*(\(.*\))?", text, re.DOTALL) is not None
     name = baselines.plain_name(re.split(r"[\s(]", text)[0])
     if not released and expression and (name in baselines.OPTIMIZERS or "(" in text):
@@ -49,7 +49,7 @@ def read(text: str) -> Entry:
     path = files.readable(text)
     if not released and os.sep not in text and not path.exists():
         raise UserError(_unknown(text, name))
-    optimizer, theta, metadata = exports.read(exports.locate(text))
+    optimizer, theta, metadata = exports.read(loading.locate(text))
     if isinstance(theta, base.Parts) and jax.tree.leaves(theta.loss):
         optimizer = _with_loss(optimizer, theta, metadata, text)
     stem = path.name if path.is_dir() else path.stem
@@ -120,7 +120,7 @@ def _with_loss(optimizer, theta: base.Parts, metadata, text) -> base.LearnedOpti
 
 
 def _unknown(text: str, name: str) -> str:
-    released, optax = list(exports.released()), list(baselines.OPTIMIZERS)
+    released, optax = list(loading.released()), list(baselines.OPTIMIZERS)
     near = [m for kind in (released, optax) for m in difflib.get_close_matches(name, kind, 1)]
     hint = f"Did you mean {' or '.join(near)}?" if near else modules.nearest_path(text).strip()
     return (

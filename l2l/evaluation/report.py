@@ -14,7 +14,8 @@ from l2l.evaluation import aggregate, figures, statistics, trials, untrained
 from l2l.storage import files
 
 if TYPE_CHECKING:  # Tables need no JAX.
-    from l2l.evaluation.comparison import Cell, Row
+    from l2l.evaluation.cells import Cell
+    from l2l.evaluation.comparison import Row
     from l2l.evaluation.curves import Curves
     from l2l.evaluation.tuning import Grid
 

@@ -150,7 +150,13 @@ def without_ratio(rows: Sequence) -> list[str]:
         if not any(row.sooner for row in own):
             continue
         if all(row.train == math.inf for row in own):
-            sentences.append(f"{cell}: no run has a finite training loss, so ratios say nothing.")
+            never = all(math.isnan(row.ratio) for row in own)
+            sentences.append(
+                f"{cell}: no run has a finite training loss, so ratios say nothing."
+                if never
+                else f"{cell}: no optimizer has a finite training loss on every problem, so means "
+                "are infinite, and ratios count problems on which two are both infinite as equal."
+            )
         elif any(math.isnan(row.ratio) for row in own):
             sentences.append(
                 f"{cell}: a training loss is negative, and such losses have no ratio: compare the "

@@ -18,7 +18,8 @@ import numpy as np
 
 from l2l.console.errors import UserError
 from l2l.evaluation import figures, report
-from l2l.evaluation.comparison import Cell, Row, Selected, Trial
+from l2l.evaluation.cells import Cell
+from l2l.evaluation.comparison import Row, Selected, Trial
 from l2l.evaluation.curves import Curves
 from l2l.storage import files
 

@@ -14,7 +14,7 @@ import jax
 
 from l2l.console.errors import UserError
 from l2l.data import datasets
-from l2l.evaluation.comparison import Cell
+from l2l.evaluation.cells import Cell
 from l2l.evaluation.tuning import Grid
 from l2l.tasks import registry
 

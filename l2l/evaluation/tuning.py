@@ -168,7 +168,9 @@ class Point(NamedTuple):
 class Tuned(NamedTuple):
     """What a search found: the best `Point` by each measure, as {horizon: Point}.
 
-    by_train_loss, by_validation_loss, by_test_loss: least arithmetic mean over problems.
+    by_train_loss, by_validation_loss, by_test_loss: least arithmetic mean over problems; of those
+      that have one that is not finite, the fewest such problems and then the least mean of the
+      others.
     by_test_accuracy: greatest mean, ties broken by the least training loss; empty for families
       without accuracy.
     points: all that was tried, by horizon, in the order of `Grid.trials`.
@@ -362,6 +364,12 @@ def point_setting(point: Point) -> baselines.Setting:
     return baselines.scheduled(point.learning_rate, point.schedule, *rest)
 
 
+def _rank(losses: Sequence[float]) -> tuple[int, float]:
+    """What is least for the best of several lists of losses over the same problems."""
+    finite = [x for x in losses if math.isfinite(x)]
+    return len(losses) - len(finite), float(np.mean(finite)) if finite else 0.0
+
+
 def _best(points):
     def best(measure):
         out = {}
@@ -372,10 +380,10 @@ def _best(points):
 
     accurate = not any(math.isnan(x) for point in points for x in point.test_accuracy)
     return (
-        best(lambda p: np.mean(p.train_loss)),
-        best(lambda p: np.mean(p.validation_loss)),
-        best(lambda p: np.mean(p.test_loss)),
-        best(lambda p: (-np.mean(p.test_accuracy), np.mean(p.train_loss))) if accurate else {},
+        best(lambda p: _rank(p.train_loss)),
+        best(lambda p: _rank(p.validation_loss)),
+        best(lambda p: _rank(p.test_loss)),
+        best(lambda p: (-np.mean(p.test_accuracy), _rank(p.train_loss))) if accurate else {},
     )
 
 

@@ -54,7 +54,7 @@ def transformation(
                 "The learned optimizer looks at the parameters, and `params` is None: call "
                 "update(gradients, state, params)."
             )
-        gradients = leaves.matched(updates, params)
+        gradients, params = leaves.trained(updates, params)
         if base.count(params) == 0:
             return updates, state
         steps = leaves.horizon(num_steps)

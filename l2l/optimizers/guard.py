@@ -163,7 +163,7 @@ def guard(
                 "A guarded optimizer goes back to earlier parameters, and `params` is None: call "
                 "update(gradients, state, params)."
             )
-        given = leaves.matched(updates, params)
+        given, params = leaves.trained(updates, params)
         if not isinstance(state, GuardState):
             raise UserError(
                 f"The state is a {type(state).__name__}, and not that of a guarded optimizer: call "
@@ -234,6 +234,8 @@ class _Guard(NamedTuple):
         """A whole update: (updates, state)."""
         params = _strong(params)
         self.check_state(state, params)
+        # `optax.contrib.sam` chooses between two states by arithmetic, which makes it a number.
+        state = state._replace(returning=jnp.asarray(state.returning, bool))
         own = meshes.apart(params)
         gradients = meshes.shared(_whole(given, params), params)
         fine = _finite(gradients, own)

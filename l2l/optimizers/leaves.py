@@ -23,10 +23,15 @@ def check(params: base.PyTree) -> None:
     """Raises UserError for a leaf that has no real gradient."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         kind = _kind(leaf)
-        if kind is None or not jnp.issubdtype(kind, jnp.floating):
+        if not _real(kind):
             raise UserError(
                 f"Parameter {_name(path)} is {kind or f'a {type(leaf).__name__}'}: optimizers of "
                 "l2l update real floating-point numbers. Leave it out with optax.masked."
+            )
+        if jnp.finfo(kind).bits < 16:  # JAX does not compute in these.
+            raise UserError(
+                f"Parameter {_name(path)} is {kind}, which is for storage: keep the parameters "
+                "that are trained in bfloat16 or wider, and make these from them."
             )
 
 
@@ -35,9 +40,27 @@ def abstract(tree: base.PyTree) -> bool:
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 
+def trained(gradients: base.PyTree, params: base.PyTree) -> tuple[list, base.PyTree]:
+    """What `update` is about: (the gradients as `matched` gives them, the parameters), of all
+    leaves but those that have no gradient and could not have one, such as functions and whole
+    numbers. `eqx.filter` takes these out before `init`, and a loop may give `update` them all.
+
+    Raises:
+      UserError: as `matched`.
+    """
+    found = matched(gradients, params)
+    if all(one is not None for one in found):
+        return found, params
+    leaves, treedef = jax.tree.flatten(params)
+    kept = [one is not None or _real(_kind(x)) for one, x in zip(found, leaves, strict=True)]
+    params = treedef.unflatten([x if k else None for x, k in zip(leaves, kept, strict=True)])
+    return [one for one, k in zip(found, kept, strict=True) if k], params
+
+
 def matched(given: base.PyTree, params: base.PyTree, what: str = "gradients") -> list:
     """The leaves of `given`, a tree like params, in the order of those of params. One that is None,
-    as equinox leaves it where nothing is trained, stays None.
+    as equinox leaves it where nothing is trained, stays None, and float0, as JAX has it where there
+    is no derivative, becomes None.
 
     Raises:
       UserError: the two differ in structure, or in the shape of a leaf, or one of `given` is
@@ -53,6 +76,9 @@ def matched(given: base.PyTree, params: base.PyTree, what: str = "gradients") ->
         if one is None:
             continue
         kind, need = _kind(one), f"shape {np.shape(leaf)}"
+        if kind == jax.dtypes.float0:
+            found[i] = None
+            continue
         if kind is None:  # What stands where params has a leaf may be a whole subtree.
             have = f"a {type(one).__name__}"
         elif np.shape(one) != np.shape(leaf):
@@ -112,8 +138,10 @@ class Unfit(Exception):
     def sentence(self, begun: dict, now: dict) -> str:
         """What is wrong, from `described` of the parameters that `init` was last given (empty if it
         never was) and of those of the update."""
-        cause = "for other parameters, or by another optimizer"
+        cause = "for other parameters, or by an optimizer of another kind or other settings"
         fault = f"it holds {self.had} numbers, and `init` of params would make {self.need}"
+        if self.had == self.need:
+            fault = "its arrays have other shapes than those that `init` of params would make"
         changed = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
         if begun and changed:
             cause = "for other parameters than `update` is given"
@@ -194,6 +222,11 @@ def _kind(leaf) -> np.dtype | None:
     """The dtype of a number or array; None for what is neither."""
     number = hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
     return jnp.result_type(leaf) if number else None
+
+
+def _real(kind: np.dtype | None) -> bool:
+    """Whether numbers of that dtype are real floating-point ones; not where there are none."""
+    return kind is not None and jnp.issubdtype(kind, jnp.floating)
 
 
 def _change(name, begun, now) -> str:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2l.optimizers import binding, meshes, ranges, soap_directions
-from l2l.optimizers.leaves import abstract, check, matched
+from l2l.console.errors import UserError
+from l2l.core import base
+from l2l.optimizers import binding, leaves, meshes, ranges, soap_directions
 from l2l.optimizers.soap_directions import Settings, SoapState
 
 # The paper's algorithm, step for step, except for a damping that keeps a null space in place.
@@ -37,19 +38,26 @@ def scale_by_soap(settings: Settings = PUBLISHED) -> optax.GradientTransformatio
     fixed, arrays = _parted(settings)
 
     def init(params):
-        check(params)
-        if abstract(params):
+        leaves.check(params)
+        if leaves.abstract(params):
             return jax.eval_shape(partial(_begin, fixed), params)
         return meshes.together(_begin(fixed, params), params)
 
     def update(updates, state, params=None):
-        gradients = matched(updates, state.nu if params is None else params)
-        if params is not None:
-            matched(state.nu, params, "moments")
-            params = jax.tree.leaves(params)
-        if not jax.tree.leaves(state.nu):
+        if not isinstance(state, SoapState):
+            raise UserError(
+                f"The state is a {type(state).__name__}, and not that of SOAP: begin with what "
+                "`init` of this optimizer makes."
+            )
+        like = state.nu if params is None else params
+        gradients, like = leaves.trained(updates, like)
+        leaves.matched(state.nu, like, "moments")
+        if base.count(like) == 0:
             return updates, state
-        return _advance(fixed, arrays, gradients, state, params)
+        try:
+            return _advance(fixed, arrays, gradients, state, None if params is None else like)
+        except leaves.Unfit as unfit:
+            raise UserError(unfit.sentence({}, {})) from None
 
     return optax.GradientTransformation(init, update)
 
@@ -75,18 +83,21 @@ def _begin(fixed: Settings, params):
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def _advance(
-    fixed: Settings, arrays: Settings, gradients: list, state: SoapState, params: list | None
+    fixed: Settings, arrays: Settings, gradients: list, state: SoapState, params: base.PyTree
 ):
     """(directions, state). The directions have the dtypes of the parameters and lie on devices as
     they do, or as the gradients where params is None. `gradients` are those of `leaves.matched`:
     None counts as zero, and gets none."""
+    # While it is traced: once, not in every step.
+    like = state.nu if params is None else params
+    leaves.check_state(state, jax.eval_shape(partial(_begin, fixed), like))
     settings = jax.tree.map(
         lambda x, array: array if x is None else x, fixed, arrays, is_leaf=lambda x: x is None
     )
     kept, treedef = jax.tree.flatten(state.nu)
     pairs = zip(gradients, kept, strict=True)
     given = [jnp.zeros_like(x) if g is None else g for g, x in pairs]
-    likes = given if params is None else params
+    likes = given if params is None else jax.tree.leaves(params)
     given, state = meshes.together((given, state), likes)
     given = treedef.unflatten(given)
     seen, state = soap_directions.observe(settings, given, state)

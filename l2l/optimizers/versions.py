@@ -161,12 +161,12 @@ def earlier(section: Mapping) -> dict:
 
 def rules_of(section: Mapping) -> dict[str, int]:
     """{kind: version} of the rules that a section uses; 1 for one that a user has registered."""
-    return {part["name"]: VERSIONS.get(part["name"], 1) for part in _walk(section)}
+    return {part["name"]: VERSIONS.get(part["name"], 1) for part in walk(section)}
 
 
 def check_rules(section: Mapping, rules: Mapping[str, int]) -> None:
     """Raises OtherRule where a rule of those versions did other than it does now."""
-    for part in _walk(section):
+    for part in walk(section):
         kind, now = part["name"], VERSIONS.get(part["name"])
         then = rules.get(kind)
         if now is None or then == now:
@@ -193,9 +193,9 @@ def _with_parts(section: dict, change: Callable[[Mapping], dict]) -> dict:
     return {**section, "parts": {key: change(part) for key, part in section["parts"].items()}}
 
 
-def _walk(section: Mapping) -> Iterator[Mapping]:
+def walk(section: Mapping) -> Iterator[Mapping]:
     """The section, and those of its parts."""
     yield section
     if section["name"] == "by_parameter":
         for part in section["parts"].values():
-            yield from _walk(part)
+            yield from walk(part)

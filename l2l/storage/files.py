@@ -63,26 +63,34 @@ def scheme(path) -> str | None:
     return found and found[1].lower()
 
 
+def _at_home(path) -> Path:
+    """A Path, with ~ written out: shells leave it in --workdir=~/run as it is."""
+    with contextlib.suppress(RuntimeError):  # Nobody of that name has a home: it is a file's.
+        return Path(path).expanduser()
+    return Path(path)
+
+
 def local(path, what: str = "--workdir") -> Path:
-    """A directory to write to as a Path; UserError for a remote one."""
+    """A directory to write to as a Path (~ is the home directory); UserError for a remote one."""
     if scheme(path):
         raise UserError(
             f"{what}={path} is remote, but what is written there needs locks, appending and "
             "renaming: mount the bucket (gcsfuse, mount-s3) and name the mounted path, or write to "
             "a local one and copy it afterwards. l2l.load reads remote paths as they are."
         )
-    return Path(path)
+    return _at_home(path)
 
 
 def readable(path):
-    """A path to read from: a Path, or for a remote one its counterpart of etils.epath.
+    """A path to read from: a Path (~ is the home directory), or for a remote one its counterpart of
+    etils.epath.
 
     Raises:
       UserError: a kind of remote path that etils does not offer.
     """
     kind = scheme(path)
     if kind is None:
-        return Path(path)
+        return _at_home(path)
     if kind not in PACKAGES:
         raise UserError(
             f"{path} cannot be read: remote paths begin with "

@@ -68,14 +68,29 @@ def _check(out: Any, key: str, task: str) -> None:
             f"Function init of {task} returned {out!r}, which leaves nothing to train: let it "
             "return the parameters, a pytree of arrays."
         )
+    if key == "init" and (odd := [x for x in jax.tree.leaves(out) if not _real(x)]):
+        raise UserError(
+            f"Function init of {task} returned {shapes(odd[0])} among the parameters, and only "
+            "real floating-point numbers are trained: keep it in the problem (`sample`) or in the "
+            "data."
+        )
     if key not in ("loss", "accuracy"):
         return
+    if key == "loss" and isinstance(out, float):
+        raise UserError(
+            f"Function loss of {task} returned {out}, a number that is the same for all "
+            "parameters: let it return what jax.numpy makes of them."
+        )
     scalar = isinstance(out, jax.Array | np.ndarray | np.generic | float) and not jnp.shape(out)
-    if not scalar or not jnp.issubdtype(jnp.result_type(out), jnp.floating):
+    if not scalar or not _real(out):
         raise UserError(
             f"Function {key} of {task} returned {shapes(out)}, not one floating-point number: let "
             "it return a scalar, such as a mean over the batch."
         )
+
+
+def _real(x) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 def shapes(tree: Any) -> str:

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from l2l.console.errors import UserError
 from l2l.console.progress import Bar
 from l2l.core import base
 from l2l.evaluation import comparison, curves, report, statistics, tuning
-from l2l.evaluation.comparison import Cell, Entry
+from l2l.evaluation.cells import Cell
+from l2l.evaluation.comparison import Entry
 from l2l.evaluation.curves import Problems
 from l2l.evaluation.tuning import Grid
 from l2l.optimizers import versions
-from l2l.storage import exports, files
+from l2l.storage import exports, files, loading
 from l2l.training import adapting, searching
 from l2l.training.experiment import Experiment
 from l2l.training.run_directory import START, differences
@@ -123,7 +125,7 @@ def _scored(experiment: Experiment, theta, directory, key, snapshot) -> str:
 
 def earlier(experiment) -> tuple[base.PyTree, dict]:
     """(theta, metadata) of the export that training begins with; UserError if it does not fit."""
-    _, theta, metadata = exports.read(exports.locate(experiment.start))
+    _, theta, metadata = exports.read(loading.locate(experiment.start))
     mine = json.loads(json.dumps(versions.complete(experiment.specification)))
     if different := differences(exports.specification_of(metadata), mine, "optimizer"):
         raise UserError(
@@ -146,7 +148,7 @@ def keep_start(experiment: Experiment, directory) -> None:
     if not experiment.start or path.exists():
         return
     earlier(experiment)
-    source = exports.locate(experiment.start)
+    source = loading.locate(experiment.start)
     with files.reached(source), files.copied(source) as local:
         content = local.read_bytes()
     files.write(path, content)
@@ -160,10 +162,20 @@ def with_own_start(experiment: Experiment, directory) -> Experiment:
 
 
 def finished(directory) -> str | None:
-    """The summary of a run that has ended in a directory, or None."""
-    path = Path(directory) / SUMMARY
+    """The summary of a run that has ended in a directory, or None. The paths of its files are those
+    of today: the directory may have been moved."""
+    directory = Path(directory)
+    path = directory / SUMMARY
     with errors.naming(path):
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        if not path.exists():
+            return None
+        lines = path.read_text(encoding="utf-8").split("\n")
+
+    def today(line):
+        moved = directory / Path(line).name
+        return str(moved) if os.sep in line and moved.is_file() else line
+
+    return "\n".join(map(today, lines))
 
 
 def about(experiment: Experiment, snapshot) -> dict:

@@ -150,15 +150,21 @@ def compile_steps(meta: Meta, group: int, devices: Sequence[base.Device]) -> Cal
 
 def spread(state: base.MetaState, num_devices: int) -> base.MetaState:
     """[num_problems, ...] to `compile_steps`' layout, [devices, num_problems/devices, ...]."""
-    split = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), state.estimator)
-    return base.raw(state._replace(estimator=split))
+
+    def part(x):  # Not -1 of what may be of size 0.
+        return x.reshape(num_devices, len(x) // num_devices, *x.shape[1:])
+
+    return base.raw(state._replace(estimator=jax.tree.map(part, state.estimator)))
 
 
 def gather(state: base.MetaState) -> base.MetaState:
     """The inverse of `spread`: the layout of checkpoints, the same for any number of devices."""
     state = base.typed(state)
-    joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), state.estimator)
-    return state._replace(estimator=joined)
+
+    def whole(x):
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    return state._replace(estimator=jax.tree.map(whole, state.estimator))
 
 
 def by_family(rows, num_devices: int, num_families: int):

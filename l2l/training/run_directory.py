@@ -78,6 +78,11 @@ def claim(directory: Path, config: dict) -> None:
     path = directory / "config.json"
     if path.exists():
         check(directory, config)
+    elif _trained(directory):
+        raise UserError(
+            f"{directory} holds a run, and no config.json that says of which configuration: put "
+            "that back, or choose another --workdir."
+        )
     else:
         files.write(path, json.dumps(_written(config), indent=2).encode() + b"\n")
 
