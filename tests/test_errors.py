@@ -37,6 +37,8 @@ def family(wrong: str = "", dimension: int = 3) -> TaskFamily:
             return None
         if wrong == "counter":
             return {"w": jnp.ones(dimension), "count": jnp.zeros((), jnp.int32)}
+        if wrong == "function":
+            return {"w": jnp.ones(dimension), "activation": jnp.tanh}
         return {"w": jnp.ones(dimension), "b": jnp.zeros((dimension, 2), jnp.bfloat16)}
 
     def batch(key, problem, data, split):
@@ -115,6 +117,7 @@ def test_an_error_in_a_task_is_its_own_and_says_where(task, wrong, kind, note):
         ("vector", r"Function loss of task .* returned float32\[3\], not one"),
         ("whole", r"Function loss of task .* returned int32\[\], not one"),
         ("constant", "Function loss of task .* returned 0.5, a number that is the same for all"),
+        ("function", r"Function init of task .* returned .*tanh.* among the parameters"),
         ("counter", r"Function init of task .* returned int32\[\] among the parameters"),
     ],
 )

@@ -90,7 +90,8 @@ def _check(out: Any, key: str, task: str) -> None:
 
 
 def _real(x) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    """Whether it is a real floating-point number or an array of them."""
+    return isinstance(x, float) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating))
 
 
 def shapes(tree: Any) -> str:
