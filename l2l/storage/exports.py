@@ -174,7 +174,7 @@ def read(path, *, other_rules: bool = False) -> tuple[base.LearnedOptimizer, Any
         try:
             return _whole(file, local, other_rules)
         except versions.OtherRule as error:
-            raise UserError(f"{path} is not for this version of l2l: {error}.") from None
+            raise UserError(f"{path} is not for this version of l2l: {_reason(error)}.") from None
         except _Unregistered as error:
             raise UserError(
                 f"{path} holds weights of the optimizer {error.name!r} and not its code, and "
