@@ -56,14 +56,9 @@ def plan(argv: Sequence[str]) -> tuple[Any, Path, list[Run]]:
     if typed.config is None:
         raise UserError("there is nothing to train: add --config=configs/mlp.py")
     # What is not the sweep's own goes on to every run as it was typed.
-    own = re.compile(r"--?(no)?(workdir|seeds|sweep|index|gather)(=.*)?", re.DOTALL)
-    passed, texts = [], iter(values.read_flags_from_files(list(argv), force_gnu=False)[1:])
-    for text in texts:
-        found = own.fullmatch(text)
-        if not found:
-            passed.append(text)
-        elif found[2] != "gather" and not found[3]:
-            next(texts)  # Its value, as in --seeds 3.
+    own = _flags()
+    own.set_gnu_getopt()  # Flags may follow a value that stands apart, as in --config tiny.py.
+    passed = own(list(argv), known_only=True)[1:]
     root = files.local(values.workdir or f"checkpoints/{typed.name}-sweep")
     first = schema.seed("config", typed.config.get("seed", 0))
     choices = [_choices(text) for text in values.sweep]

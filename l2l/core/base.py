@@ -339,6 +339,13 @@ def count(tree: PyTree) -> int:
     return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
+def real(leaf) -> bool:
+    """Whether a leaf is a real floating-point number, or an array or shape of them: what can be
+    trained."""
+    floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return floating or isinstance(leaf, float)
+
+
 def finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number in a pytree is finite: a boolean scalar."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -149,15 +149,16 @@ def without_ratio(rows: Sequence) -> list[str]:
         own = [row for row in rows if row.cell == cell]
         if not any(row.sooner for row in own):
             continue
-        if all(row.train == math.inf for row in own):
-            never = all(math.isnan(row.ratio) for row in own)
+        lost = all(row.train == math.inf for row in own)
+        without = [math.isnan(row.ratio) for row in own]
+        if lost and all(without):
+            sentences.append(f"{cell}: no run has a finite training loss, so ratios say nothing.")
+        elif lost:
             sentences.append(
-                f"{cell}: no run has a finite training loss, so ratios say nothing."
-                if never
-                else f"{cell}: no optimizer has a finite training loss on every problem, so means "
-                "are infinite, and ratios count problems on which two are both infinite as equal."
+                f"{cell}: no optimizer has a finite training loss on every problem, so means are "
+                "infinite, and ratios count problems on which two are both infinite as equal."
             )
-        elif any(math.isnan(row.ratio) for row in own):
+        elif any(without):
             sentences.append(
                 f"{cell}: a training loss is negative, and such losses have no ratio: compare the "
                 "losses themselves."

@@ -23,7 +23,7 @@ def check(params: base.PyTree) -> None:
     """Raises UserError for a leaf that has no real gradient."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         kind = _kind(leaf)
-        if not _real(kind):
+        if not base.real(leaf):
             raise UserError(
                 f"Parameter {_name(path)} is {kind or f'a {type(leaf).__name__}'}: optimizers of "
                 "l2l update real floating-point numbers. Leave it out with optax.masked."
@@ -52,7 +52,7 @@ def trained(gradients: base.PyTree, params: base.PyTree) -> tuple[list, base.PyT
     if all(one is not None for one in found):
         return found, params
     leaves, treedef = jax.tree.flatten(params)
-    kept = [one is not None or _real(_kind(x)) for one, x in zip(found, leaves, strict=True)]
+    kept = [one is not None or base.real(x) for one, x in zip(found, leaves, strict=True)]
     params = treedef.unflatten([x if k else None for x, k in zip(leaves, kept, strict=True)])
     return [one for one, k in zip(found, kept, strict=True) if k], params
 
@@ -222,11 +222,6 @@ def _kind(leaf) -> np.dtype | None:
     """The dtype of a number or array; None for what is neither."""
     number = hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
     return jnp.result_type(leaf) if number else None
-
-
-def _real(kind: np.dtype | None) -> bool:
-    """Whether numbers of that dtype are real floating-point ones; not where there are none."""
-    return kind is not None and jnp.issubdtype(kind, jnp.floating)
 
 
 def _change(name, begun, now) -> str:

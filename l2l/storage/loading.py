@@ -131,18 +131,18 @@ def locate(name_or_path):
     """The path of an export, for `read`: from a released name, a file or a run directory (remote
     ones too); or a UserError."""
     names = released()
+    fault = None
     if not isinstance(name_or_path, str | os.PathLike):
+        fault = f"A {type(name_or_path).__name__} is neither a name nor a path"
+    elif not os.fspath(name_or_path):
+        fault = "The name of the optimizer is empty"
+    if fault:
         raise UserError(
-            f"A {type(name_or_path).__name__} is neither a name nor a path: give the path of an "
-            f"export, the directory of a run, or one of {', '.join(names)}."
+            f"{fault}: give the path of an export, the directory of a run, or one of "
+            f"{', '.join(names)}."
         )
     if isinstance(name_or_path, str) and name_or_path in names:
         return names[name_or_path]
-    if not os.fspath(name_or_path):
-        raise UserError(
-            f"The name of the optimizer is empty: give the path of an export, the directory of a "
-            f"run, or one of {', '.join(names)}."
-        )
     path = files.readable(name_or_path)
     with files.reached(path):
         if path.is_dir() and (path / exports.EXPORT).is_file():

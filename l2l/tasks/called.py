@@ -68,7 +68,7 @@ def _check(out: Any, key: str, task: str) -> None:
             f"Function init of {task} returned {out!r}, which leaves nothing to train: let it "
             "return the parameters, a pytree of arrays."
         )
-    if key == "init" and (odd := [x for x in jax.tree.leaves(out) if not _real(x)]):
+    if key == "init" and (odd := [x for x in jax.tree.leaves(out) if not base.real(x)]):
         raise UserError(
             f"Function init of {task} returned {shapes(odd[0])} among the parameters, and only "
             "real floating-point numbers are trained: keep it in the problem (`sample`) or in the "
@@ -82,16 +82,11 @@ def _check(out: Any, key: str, task: str) -> None:
             "parameters: let it return what jax.numpy makes of them."
         )
     scalar = isinstance(out, jax.Array | np.ndarray | np.generic | float) and not jnp.shape(out)
-    if not scalar or not _real(out):
+    if not scalar or not base.real(out):
         raise UserError(
             f"Function {key} of {task} returned {shapes(out)}, not one floating-point number: let "
             "it return a scalar, such as a mean over the batch."
         )
-
-
-def _real(x) -> bool:
-    """Whether it is a real floating-point number or an array of them."""
-    return isinstance(x, float) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating))
 
 
 def shapes(tree: Any) -> str:
